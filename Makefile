@@ -1,0 +1,62 @@
+# `make help` lists the targets. Python >= 3.11 with ensurepip is all that must be there.
+
+PYTHON ?= python3
+# What `make tables` passes on; assigned here so that only the command line sets them, never the environment.
+SCALE =
+DATA =
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup tables test lint format lock dag clean
+
+MIN_PYTHON = $(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
+IN_VENV = PATH="$(CURDIR)/.venv/bin:$$PATH"
+CONFIG = $(if $(SCALE)$(DATA), --config$(if $(SCALE), scale=$(SCALE))$(if $(DATA), "data_root=$(DATA)"))
+COMPILE = .venv/bin/uv pip compile --quiet --universal --python-version $(MIN_PYTHON) --generate-hashes \
+	--no-emit-index-url --no-emit-find-links --no-header $(if $(UPGRADE),--upgrade)
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-8s %s\n", $$1, $$2}' Makefile
+
+setup: .venv/.synced ## Make .venv from the hash-checked locks in envs/
+
+.venv/.synced: envs/bootstrap.lock envs/requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(MIN_PYTHON)".split("."))))' 2>/dev/null || \
+		{ echo 'hovit needs Python >= $(MIN_PYTHON), and "$(PYTHON)" is not: make setup PYTHON=...' >&2; exit 1; }
+	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv >/dev/null || \
+		{ echo 'hovit needs a Python whose "python3 -m venv" works, with ensurepip (on Debian: python3-venv)' >&2; exit 1; }
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r envs/bootstrap.lock
+	.venv/bin/uv pip sync --python .venv/bin/python --require-hashes --compile-bytecode envs/requirements.lock
+	.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --offline -e .
+	@touch $@
+
+tables: setup ## Run the whole DAG; SCALE=mini and DATA=../shared/data are optional
+	$(IN_VENV) snakemake --cores all results/tables$(CONFIG)
+
+test: lint ## Lint, then run the tests
+	$(IN_VENV) pytest -n 2
+
+lint: setup ## Check style, types and the Snakefile
+	$(IN_VENV) ruff check
+	$(IN_VENV) ruff format --check
+	$(IN_VENV) mypy
+	$(IN_VENV) snakefmt --check Snakefile
+	$(IN_VENV) snakemake --lint
+
+format: setup ## Format the code and the Snakefile
+	$(IN_VENV) ruff check --fix --exit-zero
+	$(IN_VENV) ruff format
+	$(IN_VENV) snakefmt Snakefile
+
+lock: setup ## Compile the locks again from envs/requirements.in; UPGRADE=1 takes newer versions
+	$(COMPILE) envs/requirements.in -o envs/requirements.lock
+	grep -oE '^uv==[^ ]+' envs/requirements.lock | $(COMPILE) - -o envs/bootstrap.lock
+	sed -i -E 's/python=[0-9.]+/python=$(MIN_PYTHON)/' envs/environment.yaml
+	sed -i -E 's/^FROM python:[0-9.]+/FROM python:$(MIN_PYTHON)/' envs/Containerfile
+
+dag: setup ## Print the graph of rules as Mermaid
+	@$(IN_VENV) snakemake --rulegraph mermaid-js results/tables$(CONFIG)
+
+clean: ## Remove tables, claims, figures and logs; runs, evidence and data stay
+	rm -rf results/tables results/claims.* figures logs

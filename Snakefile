@@ -1,0 +1,192 @@
+"""The only DAG: data -> train -> measure -> tables, figures, claims.
+
+snakemake --cores all results/tables                       everything, at scale smoke
+snakemake --cores all results/tables/hovit.md              one table
+snakemake --cores all --config scale=mini data_root=../shared/data results/tables
+"""
+
+import os
+import shlex
+import sys
+
+from hovit.errors import HovitError
+from hovit.files import digest
+from hovit.plan import load_plan
+from hovit.report.figures import FIGURES
+from hovit.sources import code_hash
+
+SCALE = config.get("scale", "smoke")
+DATA_ROOT = str(config.get("data_root", os.environ.get("HOVIT_DATA", "data")))
+WEIGHTS = config.get("weights")
+try:
+    PLAN = load_plan(SCALE, weights_file=WEIGHTS)
+except HovitError as error:
+    sys.exit(f"error: {error}")
+
+HOVIT = f"{shlex.quote(sys.executable)} -m hovit"
+AT = f"--scale {SCALE}"
+AT_WEIGHTS = AT + (f" --weights {shlex.quote(str(WEIGHTS))}" if WEIGHTS else "")
+ROOT = shlex.quote(DATA_ROOT)
+PACKS = {run.pack.id: run.pack for seeds in PLAN.runs.values() for run in seeds.values()}
+STUDIES = PLAN.catalogue.studies
+
+
+# The image that envs/Containerfile builds; used only with `--sdm apptainer`.
+container: "hovit.sif"
+
+
+wildcard_constraints:
+    run="[^/]+",
+    seed="[0-9]+",
+    study="[a-z0-9_]+",
+
+
+localrules:
+    all_tables,
+
+
+rule all_tables:
+    name:
+        "results/tables"
+    input:
+        expand("results/tables/{study}.{ext}", study=STUDIES, ext=["csv", "md", "tex"]),
+        expand("figures/{figure}.{ext}", figure=FIGURES, ext=["pdf", "png"]),
+        "results/tables/index.md",
+        "results/claims.json",
+        "results/claims.md",
+
+
+def run_of(wildcards):
+    return PLAN.run(wildcards.run, int(wildcards.seed))
+
+
+def pretrained(wildcards):
+    upstream = PLAN.upstream(run_of(wildcards))
+    return [upstream.folder / "weights.safetensors"] if upstream else []
+
+
+def records(studies):
+    """Everything that a report on these studies reads."""
+    files = []
+    for study in studies:
+        for row in study.rows:
+            runs = PLAN.runs_of(study, row)
+            files += [run.folder / "record.json" for run in runs]
+            upstream = [PLAN.upstream(run) for run in runs]
+            files += [run.folder / "record.json" for run in upstream if run]
+            role = row.dataset if study.kind == "data" else None
+            files += [p.folder / "pack.json" for p in PLAN.packs_of(role)]
+        if PLAN.rows_run(study):
+            files.append(PLAN.measured(study))
+    return sorted(set(map(str, files)))
+
+
+rule data:
+    output:
+        "data/packed/{pack}/pack.json",
+        "data/packed/{pack}/images.npy",
+        "data/packed/{pack}/manifest.csv",
+    params:
+        spec=lambda w: PACKS[w.pack].spec_hash,
+    log:
+        "logs/data/{pack}.log",
+    threads: 2
+    shell:
+        "{HOVIT} data {wildcards.pack} {AT} --data-root {ROOT} > {log} 2>&1"
+
+
+# state.safetensors and best.safetensors are not declared: a killed run goes on from them.
+rule train:
+    input:
+        pack=lambda w: run_of(w).pack.folder / "pack.json",
+        images=lambda w: run_of(w).pack.folder / "images.npy",
+        weights=pretrained,
+    output:
+        f"results/runs/{SCALE}/{{run}}/seed{{seed}}/record.json",
+        f"results/runs/{SCALE}/{{run}}/seed{{seed}}/weights.safetensors",
+        f"results/runs/{SCALE}/{{run}}/seed{{seed}}/history.csv",
+        f"results/runs/{SCALE}/{{run}}/seed{{seed}}/predictions.csv.gz",
+    params:
+        spec=lambda w: run_of(w).spec_hash,
+        code=lambda w: code_hash("training", run_of(w).model),
+    log:
+        f"logs/train/{SCALE}/{{run}}/seed{{seed}}.log",
+    threads: PLAN.scale.threads
+    priority: lambda w: 1 if w.run in PLAN.upstreams else 0
+    resources:
+        gpu=1,
+        mem_mb=PLAN.scale.memory_mb,
+    shell:
+        "{HOVIT} train {wildcards.run} --seed {wildcards.seed} {AT_WEIGHTS}"
+        " --threads {threads} > {log:q} 2>&1"
+
+
+# Latency wants the machine for itself: all cores, and the card.
+rule measure:
+    output:
+        f"results/runs/{SCALE}/measure/{{study}}.json",
+    params:
+        spec=lambda w: digest(PLAN.measure_spec(STUDIES[w.study])),
+        code=lambda w: digest(
+            [code_hash("measure", model) for model in PLAN.models(STUDIES[w.study])]
+        ),
+    log:
+        f"logs/measure/{SCALE}/{{study}}.log",
+    threads: workflow.cores
+    resources:
+        gpu=1,
+        mem_mb=PLAN.scale.memory_mb,
+    shell:
+        "{HOVIT} measure {wildcards.study} {AT} > {log} 2>&1"
+
+
+rule table:
+    input:
+        lambda w: records([STUDIES[w.study]]),
+        f"config/scales/{SCALE}.yaml",
+        study="config/studies/{study}.yaml",
+    output:
+        multiext("results/tables/{study}", ".csv", ".md", ".tex"),
+    log:
+        "logs/table/{study}.log",
+    shell:
+        "{HOVIT} table {wildcards.study} {AT_WEIGHTS} > {log} 2>&1"
+
+
+rule figure:
+    input:
+        lambda w: records([STUDIES[name] for name in FIGURES[w.figure].studies]),
+        lambda w: expand("config/studies/{study}.yaml", study=FIGURES[w.figure].studies),
+        f"config/scales/{SCALE}.yaml",
+    output:
+        multiext("figures/{figure}", ".pdf", ".png"),
+    log:
+        "logs/figure/{figure}.log",
+    shell:
+        "{HOVIT} figure {wildcards.figure} {AT_WEIGHTS} > {log} 2>&1"
+
+
+rule claims:
+    input:
+        lambda w: records(PLAN.claimed),
+        expand("config/studies/{study}.yaml", study=[s.id for s in PLAN.claimed]),
+        expand("config/claims/{claims}.yaml", claims=PLAN.catalogue.claims),
+        f"config/scales/{SCALE}.yaml",
+    output:
+        "results/claims.json",
+        "results/claims.md",
+    log:
+        "logs/claims.log",
+    shell:
+        "{HOVIT} claims {AT_WEIGHTS} > {log} 2>&1"
+
+
+rule index:
+    input:
+        expand("results/tables/{study}.csv", study=STUDIES),
+    output:
+        "results/tables/index.md",
+    log:
+        "logs/index.log",
+    shell:
+        "{HOVIT} index {AT} > {log} 2>&1"

@@ -1,0 +1,1 @@
+"""hovit: fast vision transformers, reproduced. `import hovit.models` registers the models."""

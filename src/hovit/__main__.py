@@ -1,0 +1,5 @@
+"""`python -m hovit`: the same as the `hovit` command."""
+
+from .cli import main
+
+main()

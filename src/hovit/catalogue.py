@@ -1,0 +1,390 @@
+"""The catalogue: what `config/` may say, typed and checked.
+
+Every YAML file is one object, checked against the classes below (`hovit schema` writes them as JSON
+Schema for editors). A mistake is one line: file, key path, what is allowed.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import HovitError
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
+Text = Annotated[str, Field(min_length=1)]
+# A number as the seed prints it. It stays text, so that 84.30 keeps its last digit.
+Printed = Annotated[str, Field(pattern=r"^-?[0-9]+(\.[0-9]+)?(–[0-9]+(\.[0-9]+)?)?$")]
+Metric = Literal[
+    "parameters",  # exact count
+    "parameters_unused",  # of them, those that no gradient reaches: dead weights
+    "parameters_used",  # the others
+    "part_parameters",  # of the submodule that the row names as `part`
+    "macs",  # multiply-adds for one image
+    "top1",  # test accuracy, percent
+    "loss",  # test cross-entropy
+    "val_top1",  # best validation accuracy, percent
+    "latency",  # milliseconds a batch; the deck does not say which batch
+    "images",
+    "images_train",
+    "images_val",
+    "images_test",
+    "gigabytes",
+]
+Role = Literal["pets", "cifar10", "cifar100", "imagenet", "pretrain"]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Strict(BaseModel):
+    """A frozen object that admits no unknown key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Split(Strict):
+    """Shares of the images, rounded down; the rest is the test split (or, with a test set of its
+    own, the validation split)."""
+
+    train: Fraction
+    val: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    seed: int = 0
+
+
+class Dataset(Strict):
+    """One set of images: where it comes from and how it is split."""
+
+    id: Name
+    title: Text
+    about: Text
+    reader: Literal["digits", "oxford_iiit_pet", "cifar10", "cifar100", "image_folder"]
+    num_classes: Annotated[int, Field(ge=2)]
+    files: tuple[Text, ...] = ()  # under the data root: folders or zips, joined
+    test_files: tuple[Text, ...] = ()  # image_folder only: a test set of its own
+    classes: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(gt=0)]] | None = None
+    images: Annotated[int, Field(gt=0)] | None = None  # this many, by a seeded draw
+    split: Split
+    native_size: Annotated[int, Field(gt=0)] | None = None  # pixels a side, where all are alike
+
+
+class Recipe(Strict):
+    """How a model is trained. Epochs are the seed's; a scale may shrink them."""
+
+    id: Name
+    title: Text
+    epochs: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=2)]
+    image_size: Annotated[int, Field(ge=16)] = 224
+    optimizer: Literal["adam", "adamw", "sgd"]
+    lr: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    augment: Literal["none", "crop_flip"] = "none"
+
+
+class WeightsFrom(Strict):
+    """Where pretrained weights come from: a row of this artifact, or timm's hub."""
+
+    row: Annotated[str, Field(pattern=r"^[a-z0-9_]+/[a-z0-9_.]+$")] | None = None
+    timm: Text | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> "WeightsFrom":
+        if (self.row is None) == (self.timm is None):
+            raise ValueError("give either `row: STUDY/ROW` or `timm: MODEL.TAG`")
+        return self
+
+
+class Limit(Strict):
+    """At most so many images of each split, the first of the seeded permutation."""
+
+    train: Annotated[int, Field(ge=2)] | None = None
+    val: Annotated[int, Field(ge=1)] | None = None
+    test: Annotated[int, Field(ge=1)] | None = None
+
+
+class Latency(Strict):
+    """How latency is measured; the rounds go over all models of a table in turn."""
+
+    batches: tuple[Annotated[int, Field(ge=1)], ...] = (1, 32)
+    rounds: Annotated[int, Field(ge=3)] = 30
+    warmup: Annotated[int, Field(ge=1)] = 3
+    threads: Annotated[int, Field(ge=1)] = 2
+    image_size: Annotated[int, Field(ge=16)] | None = None  # None: the recipe's
+
+
+class Scale(Strict):
+    """On what and how much."""
+
+    id: Name
+    title: Text
+    datasets: dict[Role, Name]
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    image_size: Annotated[int, Field(ge=16)] | None = None  # None: the recipe's
+    epoch_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
+    limit: Limit = Limit()
+    weights: dict[Name, WeightsFrom]  # pretrained model -> where from
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    threads: Annotated[int, Field(ge=1)] = 1  # CPU threads of one training run
+    memory_mb: Annotated[int, Field(ge=500)] = 3000  # of one training run
+    latency: Latency
+    # Which of the inexact metrics claims may judge here: smoke can judge none of them.
+    judges: frozenset[Literal["top1", "val_top1", "loss", "latency"]]
+
+
+class Source(Strict):
+    """Where in the seeds something stands."""
+
+    seed: Literal["hovit", "skipvit", "efficientvit", "ours"]
+    place: Text
+
+
+class Row(Strict):
+    """One row of a table: a run (model x dataset x recipe), and what the seed reported for it."""
+
+    id: Annotated[str, Field(pattern=r"^[a-z0-9_]+(\.[a-z0-9_]+)*$")]
+    label: Text
+    model: Name | None = None
+    model_args: dict[str, Any] = {}
+    pretrained: Name | None = None  # ResNet50 inside (or being) the model starts from these
+    recipe: Name | None = None  # None: the study's
+    dataset: Role | None = None  # None: the study's; in a `data` study: of which the row tells
+    total: Annotated[int, Field(gt=0)] | None = None  # so many images, split by the rule of
+    rule: Name | None = None  # this dataset, without any data
+    part: Text | None = None  # submodule whose parameters are counted apart
+    baseline: str | None = None  # the row that its latency is compared with
+    reported: dict[Metric, Printed] = {}
+    ours: bool = False  # the seed has no such row
+    note: str = ""
+
+
+class Study(Strict):
+    """One table of the seeds."""
+
+    id: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+    title: Text
+    source: Source
+    kind: Literal["models", "data"] = "models"
+    dataset: Role = "pets"
+    recipe: Name = "deck"
+    num_classes: Annotated[int, Field(ge=2)] = 37  # at which parameters and multiply-adds count
+    columns: Annotated[tuple[Metric, ...], Field(min_length=1)]
+    notes: tuple[Text, ...] = ()
+    rows: Annotated[tuple[Row, ...], Field(min_length=1)]
+
+    def row(self, row_id: str) -> Row:
+        """The row of that id.
+
+        Raises:
+            HovitError: if there is none.
+        """
+        for row in self.rows:
+            if row.id == row_id:
+                return row
+        raise HovitError(
+            f"study {self.id} has no row {row_id!r}; it has {', '.join(r.id for r in self.rows)}"
+        )
+
+
+Ref = Annotated[str, Field(pattern=r"^[a-z0-9_]+/[a-z0-9_.]+/[a-z0-9_]+$")]
+
+
+class Claim(Strict):
+    """One sentence of a seed as a check over records.
+
+    kind `value`: of = reported; `ratio`: of / to = reported; `reduction`: 100 (1 - of / to) percent
+    = reported, all within `tolerance`; `less` and `greater`: of against to.
+    """
+
+    id: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
+    says: Text
+    place: Text
+    kind: Literal["value", "ratio", "reduction", "less", "greater"]
+    of: Ref
+    to: Ref | None = None
+    reported: Printed | None = None
+    tolerance: Annotated[float, Field(ge=0)] = 0.0
+    note: str = ""
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Claim":
+        if (self.kind == "value") != (self.to is None):
+            raise ValueError("`to` belongs to every kind but `value`")
+        if (self.kind in ("less", "greater")) != (self.reported is None):
+            raise ValueError("`reported` belongs to value, ratio and reduction")
+        return self
+
+
+class Claims(Strict):
+    """The claims of one seed."""
+
+    id: Name
+    seed: Literal["hovit", "skipvit", "efficientvit"]
+    claims: tuple[Claim, ...]
+
+
+KINDS: dict[str, type[Strict]] = {
+    "datasets": Dataset,
+    "recipes": Recipe,
+    "scales": Scale,
+    "studies": Study,
+    "claims": Claims,
+}
+
+
+class Catalogue(Strict):
+    """Everything under `config/`, with the references between its files checked."""
+
+    datasets: dict[str, Dataset]
+    recipes: dict[str, Recipe]
+    scales: dict[str, Scale]
+    studies: dict[str, Study]
+    claims: dict[str, Claims]
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML that refuses a key given twice; plain YAML keeps the last one silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.MarkedYAMLError(
+                problem=f"key {twice.pop()!r} is given twice", problem_mark=node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f":{mark.line + 1}" if mark else ""
+        raise HovitError(f"{path}{where}: not valid YAML: {error.problem}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise HovitError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """The keys that the object at `location` of `model` admits."""
+    here: Any = model
+    for key in location:
+        if isinstance(key, str) and isinstance(here, type) and issubclass(here, BaseModel):
+            field = here.model_fields.get(key)
+            here = field.annotation if field else here
+        while args := [a for a in get_args(here) if a is not type(None) and a is not Ellipsis]:
+            here = args[-1]
+    return (
+        list(here.model_fields) if isinstance(here, type) and hasattr(here, "model_fields") else []
+    )
+
+
+def explain(error: ValidationError, where: object, model: type[BaseModel]) -> HovitError:
+    """The first mistake of a ValidationError as one line: file, key path, what is allowed."""
+    first, *others = error.errors()
+    path = "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in first["loc"]).lstrip(".")
+    if first["type"] == "extra_forbidden":
+        allowed = ", ".join(_fields_at(model, first["loc"][:-1]))
+        what = f"unknown key; allowed: {allowed}"
+    else:
+        given = repr(first["input"])
+        what = first["msg"][0].lower() + first["msg"][1:]
+        what += f", not {given[:60]}" if first["type"] != "missing" else ""
+    more = f" (and {len(others)} more)" if others else ""
+    return HovitError(f"{where}: {path or 'the whole file'}: {what}{more}")
+
+
+def load_file(path: Path, model: type[Strict]) -> Any:
+    """Read one YAML file as `model`.
+
+    Raises:
+        HovitError: in one line, with file and key path, for whatever is wrong in it.
+    """
+    try:
+        loaded = model.model_validate(_read_yaml(path))
+    except ValidationError as error:
+        raise explain(error, path, model) from None
+    if getattr(loaded, "id", path.stem) != path.stem:
+        raise HovitError(f"{path}: id: must be the file's name, {path.stem!r}")
+    return loaded
+
+
+def load_catalogue(root: Path = Path("config")) -> Catalogue:
+    """Read and check all of `config/`.
+
+    Raises:
+        HovitError: for the first mistake found.
+    """
+    if not (root / "studies").is_dir():
+        raise HovitError(f"{root}: no studies/ in it; run from the top folder of the artifact")
+    found = {
+        kind: {p.stem: load_file(p, model) for p in sorted((root / kind).glob("*.yaml"))}
+        for kind, model in KINDS.items()
+    }
+    catalogue = Catalogue(**found)
+    _check_references(catalogue, root)
+    return catalogue
+
+
+def _check_references(catalogue: Catalogue, root: Path) -> None:
+    def must(known: Any, name: str, where: str) -> None:
+        if name not in known:
+            raise HovitError(
+                f"{root}/{where}: {name!r} is not defined; allowed: {', '.join(known)}"
+            )
+
+    for scale in catalogue.scales.values():
+        for role, dataset in scale.datasets.items():
+            must(catalogue.datasets, dataset, f"scales/{scale.id}.yaml: datasets.{role}")
+        for name, weights in scale.weights.items():
+            if weights.row:
+                study, row = weights.row.split("/")
+                where = f"scales/{scale.id}.yaml: weights.{name}.row"
+                must(catalogue.studies, study, where)
+                must([r.id for r in catalogue.studies[study].rows], row, where)
+    for study in catalogue.studies.values():
+        file = f"studies/{study.id}.yaml"
+        must(catalogue.recipes, study.recipe, f"{file}: recipe")
+        ids = [row.id for row in study.rows]
+        for i, row in enumerate(study.rows):
+            if row.id in ids[:i]:
+                raise HovitError(f"{root}/{file}: rows[{i}].id: {row.id!r} is given twice")
+            if (study.kind == "models") != (row.model is not None):
+                raise HovitError(
+                    f"{root}/{file}: rows[{i}].model: "
+                    + ("a row of a models study names a model" if not row.model else "not allowed")
+                )
+            if row.rule:
+                must(catalogue.datasets, row.rule, f"{file}: rows[{i}].rule")
+            if (row.rule is None) != (row.total is None):
+                raise HovitError(f"{root}/{file}: rows[{i}]: `rule` and `total` go together")
+            if row.recipe:
+                must(catalogue.recipes, row.recipe, f"{file}: rows[{i}].recipe")
+            if row.baseline:
+                must(ids, row.baseline, f"{file}: rows[{i}].baseline")
+    seen: set[str] = set()
+    for claims in catalogue.claims.values():
+        for i, claim in enumerate(claims.claims):
+            where = f"claims/{claims.id}.yaml: claims[{i}]"
+            if claim.id in seen:
+                raise HovitError(f"{root}/{where}.id: {claim.id!r} is given twice")
+            seen.add(claim.id)
+            for key, ref in (("of", claim.of), ("to", claim.to)):
+                if ref is not None:
+                    study_id, row_id, metric = ref.split("/")
+                    must(catalogue.studies, study_id, f"{where}.{key}")
+                    must([r.id for r in catalogue.studies[study_id].rows], row_id, f"{where}.{key}")
+                    must(CLAIM_METRICS, metric, f"{where}.{key}")
+
+
+# What a claim may point at: metrics, the latency by batch, and what a seed printed itself.
+CLAIM_METRICS = (
+    *get_args(Metric),
+    "latency_1",
+    "latency_32",
+    *(f"reported_{metric}" for metric in get_args(Metric)),
+)

@@ -1,0 +1,272 @@
+"""The command line: `hovit COMMAND`, or `python -m hovit COMMAND` where it is not installed.
+
+Commands import torch only if they train or measure.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .catalogue import KINDS
+from .errors import HovitError
+from .files import write_json
+from .plan import Run, load_plan
+
+if TYPE_CHECKING:
+    from .training.loop import Options
+
+app = typer.Typer(
+    help="Fast vision transformers, reproduced: train, measure, report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+ScaleOption = Annotated[str, typer.Option(help="One of config/scales.")]
+WeightsOption = Annotated[
+    Path | None, typer.Option(help="Pretrained ResNet50 as .safetensors, in place of the scale's.")
+]
+DataRoot = Annotated[
+    Path,
+    typer.Option(envvar="HOVIT_DATA", help="Folder with downloads and archives."),
+]
+Accelerator = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def main() -> None:
+    """Run the command line; a HovitError is one line on stderr and exit code 1."""
+    try:
+        app()
+    except HovitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command("list")
+def list_(scale: ScaleOption = "smoke") -> None:
+    """List the studies, and every run of a scale with the tables that cite it."""
+    from .report.listing import list_runs, list_studies
+
+    plan = load_plan(scale)
+    print(list_studies(plan), list_runs(plan), sep="\n\n")
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A study or a run.")], scale: ScaleOption = "smoke"
+) -> None:
+    """Show what a study or a run will do, and about what it costs on this machine."""
+    import hovit.models  # noqa: F401 (registers)
+
+    from .estimate import show_run, show_study
+
+    plan = load_plan(scale)
+    if name in plan.catalogue.studies:
+        print(show_study(plan, plan.study(name)))
+    else:
+        print(show_run(plan, plan.run(name)))
+
+
+@app.command()
+def explain(
+    table: str,
+    row: str,
+    column: str,
+    scale: ScaleOption = "smoke",
+    weights: WeightsOption = None,
+) -> None:
+    """Trace a table's cell: its record, spec and commit, and the command that re-makes only it."""
+    from .report.explain import explain as explain_cell
+
+    print(explain_cell(load_plan(scale, weights_file=weights), table, row, column))
+
+
+@app.command()
+def data(
+    name: Annotated[str, typer.Argument(help="A pack: DATASET-SIZEpx (see `hovit list`).")],
+    scale: ScaleOption = "smoke",
+    data_root: DataRoot = Path("data"),
+) -> None:
+    """Decode a dataset once, split it, and keep it under data/packed."""
+    from .data.pack import prepare
+
+    packs = {
+        run.pack.id: run.pack for seeds in load_plan(scale).runs.values() for run in seeds.values()
+    }
+    if name not in packs:
+        raise HovitError(f"no pack {name!r} at scale {scale}; there are {', '.join(packs)}")
+    meta = prepare(packs[name], data_root)
+    counts = " / ".join(f"{n:,}" for n in meta["images"].values())
+    print(f"{name}: {counts} images (train / val / test), fingerprint {meta['fingerprint'][:12]}")
+
+
+@app.command()
+def train(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run (see `hovit list`).")],
+    seed: Annotated[int | None, typer.Option(help="The scale's first unless given.")] = None,
+    scale: ScaleOption = "smoke",
+    weights: WeightsOption = None,
+    accelerator: Accelerator = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+) -> None:
+    """Train one run, or go on with it. Under torchrun: data-parallel."""
+    plan = load_plan(scale, weights_file=weights)
+    run = plan.run(run_id, seed)
+    import torch
+
+    import hovit.models  # noqa: F401 (registers)
+
+    from .training.loop import make_fabric
+    from .training.loop import train as train_run
+
+    torch.set_num_threads(threads or plan.scale.threads)
+    fabric = make_fabric(run.precision, accelerator=accelerator)
+    with _watching(run, quiet=not fabric.is_global_zero) as options:
+        options.weights_file = weights
+        record = train_run(run, fabric, options=options)
+    if fabric.is_global_zero:
+        results = record.results
+        print(
+            f"{run.id} seed {run.seed}: top-1 {results['top1']:.2f} %, loss {results['loss']:.4f}"
+        )
+
+
+@contextmanager
+def _watching(run: Run, quiet: bool = False) -> "Iterator[Options]":
+    """Options that show progress: a bar on a terminal, a line an epoch elsewhere."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from .training.loop import Options
+
+    console = Console(stderr=True)
+    columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, TextColumn("{task.fields[last]}"), console=console,
+                   disable=quiet or not console.is_terminal)  # fmt: skip
+    task = bar.add_task(f"{run.model} seed {run.seed}", total=None, last="")
+
+    def on_step(epoch: int, step: int, steps: int) -> None:
+        bar.update(task, completed=epoch * steps + step, total=run.recipe.epochs * steps)
+
+    def on_epoch(entry: dict[str, float]) -> None:
+        last = (
+            f"train {entry['train_loss']:.4f}, val {entry['val_loss']:.4f}, "
+            f"top-1 {entry['val_top1']:.2f} %"
+        )
+        bar.update(task, last=last)
+        if bar.disable and not quiet:
+            print(
+                f"epoch {entry['epoch']}/{run.recipe.epochs}: {last}", file=sys.stderr, flush=True
+            )
+
+    with bar:
+        yield Options(on_step=on_step, on_epoch=on_epoch)
+
+
+@app.command()
+def measure(
+    study: str,
+    scale: ScaleOption = "smoke",
+    accelerator: Accelerator = "auto",
+) -> None:
+    """Measure a study's parameters, multiply-adds and interleaved latency."""
+    plan = load_plan(scale)
+    found = plan.study(study)
+    import hovit.models  # noqa: F401 (registers)
+
+    from .device import pick_device
+    from .measure.study import measure_study
+
+    record = measure_study(plan, found, pick_device(accelerator))
+    print(f"{study}: {len(record.results['rows'])} rows on {record.provenance.device}")
+
+
+@app.command()
+def sweep(
+    study: Annotated[list[str], typer.Option(help="A study; give it again for more.")],
+    budget: Annotated[str, typer.Option(help="Stop before this: 90s, 9m, 1.5h.")],
+    scale: ScaleOption = "smoke",
+    data_root: DataRoot = Path("data"),
+    weights: WeightsOption = None,
+    accelerator: Accelerator = "auto",
+) -> None:
+    """Run studies in this one process, without Snakemake, within a time budget; goes on next time."""
+    began = time.monotonic()
+    import hovit.models  # noqa: F401 (registers)
+
+    from .sweep import parse_budget
+    from .sweep import sweep as sweep_studies
+    from .training.loop import Options
+
+    seconds = parse_budget(budget)
+    plan = load_plan(scale, weights_file=weights)
+    # The last checkpoint and the way out take time too.
+    deadline = began + seconds - max(10.0, 0.05 * seconds)
+
+    def options(run: Run, deadline: float) -> Options:
+        return Options(
+            deadline=deadline,
+            weights_file=weights,
+            on_epoch=lambda e: print(
+                f"      epoch {e['epoch']}/{run.recipe.epochs}: train {e['train_loss']:.4f}, "
+                f"val {e['val_loss']:.4f}, top-1 {e['val_top1']:.2f} %", flush=True
+            ),
+        )  # fmt: skip
+
+    todo = sweep_studies(
+        plan,
+        [plan.study(name) for name in study],
+        data_root=data_root,
+        deadline=deadline,
+        accelerator=accelerator,
+        options=options,
+        log=lambda line: print(line, flush=True),
+    )
+    if todo:
+        print(f"budget spent; {len(todo)} to do ({todo[0]} first): the same command goes on")
+    else:
+        print("all done")
+
+
+@app.command()
+def table(study: str, scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
+    """Write a study's table under results/tables: CSV, Markdown, LaTeX."""
+    from .report.tables import write_table
+
+    plan = load_plan(scale, weights_file=weights)
+    write_table(plan, plan.study(study))
+
+
+@app.command()
+def index(scale: ScaleOption = "smoke") -> None:
+    """Write results/tables/index.md."""
+    from .report.tables import write_index
+
+    write_index(load_plan(scale))
+
+
+@app.command()
+def figure(name: str, scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
+    """Draw a figure under figures/: PDF and PNG."""
+    from .report.figures import draw
+
+    draw(load_plan(scale, weights_file=weights), name)
+
+
+@app.command()
+def claims(scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
+    """Judge the seeds' claims by the records; write results/claims.json and .md."""
+    from .report.claims import write_claims
+
+    print(write_claims(load_plan(scale, weights_file=weights)))
+
+
+@app.command()
+def schema() -> None:
+    """Write the JSON Schemas of config/'s files, for editors."""
+    for kind, model in KINDS.items():
+        write_json(Path(f"config/schema/{kind}.schema.json"), model.model_json_schema())

@@ -1,0 +1,1 @@
+"""Images: read (`readers`), decoded once and split (`pack`), fed to a model (`loader`)."""

@@ -1,0 +1,219 @@
+"""Decode a dataset once, split it, and keep it as one array with a manifest.
+
+A pack is a folder of three files: `images.npy` (uint8, [N, H, W, 3]), `manifest.csv` (index, split,
+label, path) and `pack.json` (what it is, and the fingerprint of the other two). It is written
+beside its place and renamed, so there is never half of one.
+"""
+
+import hashlib
+import os
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from .. import plan
+from ..catalogue import Dataset
+from ..errors import HovitError
+from ..files import read_json, write_json
+from ..splits import split_sizes
+from .readers import Item, read_items
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A pack on disk, opened.
+
+    Args:
+        images: uint8 [N, H, W, 3], mapped from disk, not read.
+        labels: int64 [N].
+        splits: for each of train, val and test the indices into `images`, in seeded order.
+        meta: pack.json.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    splits: dict[str, np.ndarray]
+    meta: dict[str, Any]
+
+
+def prepare(pack: plan.Pack, data_root: Path, folder: Path | None = None) -> dict[str, Any]:
+    """Make the pack if it is not there already, and give its pack.json.
+
+    Args:
+        pack: the dataset and its size in pixels.
+        data_root: folder with downloads and archives.
+        folder: where to; the plan's own place unless told.
+
+    Raises:
+        HovitError: if an image or a source is missing, truncated or mislabelled: by its path.
+    """
+    folder = folder or pack.folder
+    if (folder / "pack.json").exists():
+        meta = read_json(folder / "pack.json")
+        if meta.get("spec_hash") == pack.spec_hash and (folder / "images.npy").exists():
+            return meta
+    items, own_test = _draw(pack.dataset, read_items(pack.dataset, data_root))
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        meta = _write(pack, items, own_test, part)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    except OSError as error:
+        raise HovitError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return meta
+
+
+def _draw(dataset: Dataset, items: list[Item]) -> tuple[list[Item], list[Item]]:
+    """The images that take part, shuffled by the seed: (to be split, the source's own test set)."""
+    rng = np.random.default_rng(dataset.split.seed)
+    names = sorted({item.label for item in items})
+    if dataset.classes:
+        first, last = dataset.classes
+        shuffled = [names[i] for i in rng.permutation(len(names))]
+        chosen = set(shuffled[first:last])
+        items = [item for item in items if item.label in chosen]
+    to_split = [item for item in items if not item.test]
+    own_test = [item for item in items if item.test]
+    unknown = {item.label for item in own_test} - {item.label for item in to_split}
+    if unknown:
+        stray = next(item for item in own_test if item.label in unknown)
+        raise HovitError(f"{stray.path}: class {stray.label!r} is not among the training images")
+    to_split = [to_split[i] for i in rng.permutation(len(to_split))]
+    if dataset.images:
+        if len(to_split) < dataset.images:
+            raise HovitError(
+                f"{dataset.id}: {len(to_split):,} images found, {dataset.images:,} needed"
+            )
+        to_split = to_split[: dataset.images]
+    return to_split, own_test
+
+
+def _label_numbers(dataset: Dataset, items: Sequence[Item]) -> dict[str, int]:
+    """Class name -> number. Oxford-IIIT Pet's own numbers stand even where breeds are missing."""
+    names = sorted({item.label for item in items})
+    if dataset.reader == "oxford_iiit_pet":
+        return {name: int(name[:2]) - 1 for name in names}
+    if len(names) != dataset.num_classes:
+        raise HovitError(
+            f"{dataset.id}: {len(names)} classes found ({names[0]} … {names[-1]}), but num_classes "
+            f"is {dataset.num_classes} in config/datasets/{dataset.id}.yaml"
+        )
+    return {name: number for number, name in enumerate(names)}
+
+
+def _write(
+    pack: plan.Pack, items: list[Item], own_test: list[Item], folder: Path
+) -> dict[str, Any]:
+    dataset = pack.dataset
+    sizes = split_sizes(len(items), dataset.split, has_test=bool(own_test))
+    everything = [*items, *own_test]
+    splits = np.repeat(SPLITS, [sizes[0], sizes[1], sizes[2] + len(own_test)])
+    numbers = _label_numbers(dataset, everything)
+    side = min(pack.image_size, dataset.native_size or pack.image_size)
+    _decode(everything, side, folder / "images.npy")
+    manifest = pd.DataFrame(
+        {
+            "split": splits,
+            "label": [numbers[item.label] for item in everything],
+            "class": [item.label for item in everything],
+            "path": [item.path for item in everything],
+        }
+    )
+    manifest.to_csv(folder / "manifest.csv", index_label="index")
+    counts = Counter(splits.tolist())
+    meta = {
+        "id": pack.id,
+        "dataset": dataset.id,
+        "spec_hash": pack.spec_hash,
+        "num_classes": dataset.num_classes,
+        "pixels": side,
+        "images": {split: counts[split] for split in SPLITS},
+        "bytes": (folder / "images.npy").stat().st_size,
+        "fingerprint": fingerprint(folder),
+    }
+    write_json(folder / "pack.json", meta)
+    return meta
+
+
+def _decode(items: list[Item], side: int, path: Path) -> None:
+    images = np.lib.format.open_memmap(path, "w+", np.uint8, (len(items), side, side, 3))
+
+    def decode(i: int) -> None:
+        images[i] = decode_image(items[i], side)
+
+    with ThreadPoolExecutor() as pool:
+        for future in [pool.submit(decode, i) for i in range(len(items))]:
+            future.result()
+    images.flush()
+
+
+def decode_image(item: Item, side: int) -> np.ndarray:
+    """Decode one image to uint8 [side, side, 3]: plain bilinear resize, as the deck does.
+
+    Raises:
+        HovitError: naming the path of an image that is missing, empty, truncated or a bomb.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with item.load() as image:
+                rgb = image.convert("RGB")
+    except Exception as error:  # PIL raises whatever a broken file makes it stumble over
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise HovitError(f"{item.path}: cannot be decoded ({reason})") from None
+    if rgb.size != (side, side):
+        rgb = rgb.resize((side, side), Image.Resampling.BILINEAR)
+    return np.asarray(rgb)
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256, in hex, over the manifest and the decoded images; paths up to the root do not count.
+
+    Two machines with the same images, labels and splits get the same fingerprint.
+    """
+    manifest = pd.read_csv(folder / "manifest.csv", dtype={"class": str})
+    total = hashlib.sha256(manifest[["split", "label"]].to_csv(index=False).encode())
+    with open(folder / "images.npy", "rb") as file:
+        total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def open_pack(pack: plan.Pack, folder: Path | None = None) -> Packed:
+    """Open a pack, checking that it is the one asked for and that not a byte of it has changed.
+
+    Raises:
+        HovitError: if it is missing, of another spec, or does not match its fingerprint.
+    """
+    folder = folder or pack.folder
+    if not (folder / "pack.json").exists():
+        raise HovitError(f"{folder}: no such pack; make it with `hovit data {pack.id}`")
+    meta = read_json(folder / "pack.json")
+    if meta.get("spec_hash") != pack.spec_hash:
+        raise HovitError(
+            f"{folder}: made by another config/datasets/{pack.dataset.id}.yaml; delete it"
+        )
+    try:
+        if fingerprint(folder) != meta["fingerprint"]:
+            raise HovitError(
+                f"{folder}: images or manifest differ from their fingerprint; delete it"
+            )
+        manifest = pd.read_csv(folder / "manifest.csv", dtype={"class": str})
+        images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise HovitError(f"{folder}: cannot be read ({error}); delete it") from None
+    splits = {name: np.flatnonzero(manifest["split"] == name) for name in SPLITS}
+    return Packed(images, manifest["label"].to_numpy(np.int64), splits, meta)

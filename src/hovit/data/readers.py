@@ -1,0 +1,237 @@
+"""Where images come from: one reader a source, each giving the same plain items.
+
+Sources: scikit-learn's digits; Oxford-IIIT Pet (Parkhi et al., 2012) and CIFAR-10/100 (Krizhevsky,
+2009) through torchvision, which downloads and checks sums; any ImageFolder tree or a zip of one.
+"""
+
+import io
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+
+from ..catalogue import Dataset
+from ..errors import HovitError
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
+EXTRACTED = Path("data/extracted")
+MAX_BYTES = 64 * 2**20  # of one image file; a zip may promise anything
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image: where it is, what it shows, and how to open it.
+
+    Args:
+        path: where a person finds it.
+        label: its class, by name; sorted names give the label numbers.
+        load: opens it (and may fail).
+        test: whether it belongs to the source's own test set.
+    """
+
+    path: str
+    label: str
+    load: Callable[[], Image.Image]
+    test: bool = False
+
+
+def read_items(dataset: Dataset, data_root: Path) -> list[Item]:
+    """All images of a dataset, in a stable order.
+
+    Args:
+        dataset: what the catalogue says of it.
+        data_root: folder with downloads and archives.
+
+    Raises:
+        HovitError: if something is missing or is not what it should be.
+    """
+    items = READERS[dataset.reader](dataset, data_root)
+    if not items:
+        raise HovitError(f"{dataset.id}: no images found under {data_root}")
+    return items
+
+
+def _digits(dataset: Dataset, data_root: Path) -> list[Item]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+
+    def load(i: int) -> Image.Image:
+        return Image.fromarray((digits.images[i] * (255 / 16)).round().astype(np.uint8))
+
+    return [
+        Item(f"sklearn.datasets.load_digits()[{i}]", str(label), lambda i=i: load(i))  # type: ignore[misc]
+        for i, label in enumerate(digits.target)
+    ]
+
+
+def _download(build: Callable[[], list[Item]], dataset: Dataset, data_root: Path) -> list[Item]:
+    """Run a torchvision reader; a failed download or a wrong checksum becomes one line."""
+    try:
+        return build()
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise HovitError(
+            f"{dataset.id}: torchvision could not get it into {data_root} ({reason}); "
+            "without a network, put its archives or folders there by hand"
+        ) from None
+
+
+def _oxford_iiit_pet(dataset: Dataset, data_root: Path) -> list[Item]:
+    from torchvision.datasets import OxfordIIITPet
+
+    root = data_root
+    if dataset.files:
+        root = EXTRACTED / dataset.id  # the data root may be read-only
+        for name in dataset.files:
+            extract(find(dataset, data_root, name), root)
+
+    def build() -> list[Item]:
+        items = []
+        for split in ("trainval", "test"):
+            pets = OxfordIIITPet(str(root), split, download=not dataset.files)
+            items += [
+                (Path(path), label) for path, label in zip(pets._images, pets._labels, strict=True)
+            ]
+        return _checked_pets(items)
+
+    return _download(build, dataset, root)
+
+
+def _checked_pets(images: list[tuple[Path, int]]) -> list[Item]:
+    """Label pets by number and breed; a breed under two numbers, or two under one, is named."""
+    breed_of: dict[int, str] = {}
+    number_of: dict[str, int] = {}
+    items = []
+    for path, number in images:
+        breed = re.sub(r"_\d+$", "", path.stem)
+        same = breed_of.setdefault(number, breed) == breed
+        if not same or number_of.setdefault(breed, number) != number:
+            raise HovitError(
+                f"{path}: labelled as class {number + 1} in annotations/, but {breed_of[number]!r} "
+                f"is class {number + 1}: mislabelled"
+                if not same
+                else f"{path}: labelled as class {number + 1} in annotations/, but other images of "
+                f"{breed!r} are class {number_of[breed] + 1}: mislabelled"
+            )
+        if not 0 <= number < 37:
+            raise HovitError(f"{path}: class {number + 1} in annotations/ is outside 1..37")
+        items.append(Item(str(path), f"{number + 1:02d} {breed}", lambda p=path: Image.open(p)))  # type: ignore[misc]
+    return sorted(items, key=lambda item: item.path)
+
+
+def _cifar(dataset: Dataset, data_root: Path) -> list[Item]:
+    from torchvision import datasets
+
+    source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset.reader]
+
+    def build() -> list[Item]:
+        items = []
+        for test in (False, True):
+            cifar = source(str(data_root), train=not test, download=True)
+            where = f"{source.__name__} {'test' if test else 'train'}"
+            items += [
+                Item(f"{where}[{i}]", f"{label:02d} {cifar.classes[label]}",
+                     lambda image=image: Image.fromarray(image), test)  # type: ignore[misc]
+                for i, (image, label) in enumerate(zip(cifar.data, cifar.targets, strict=True))
+            ]  # fmt: skip
+        return items
+
+    return _download(build, dataset, data_root)
+
+
+def _image_folder(dataset: Dataset, data_root: Path) -> list[Item]:
+    items = []
+    for test, names in ((False, dataset.files), (True, dataset.test_files)):
+        for name in names:
+            path = find(dataset, data_root, name)
+            entries = _zip_entries(path) if path.is_file() else _folder_entries(path)
+            for member, load in entries:
+                label = PurePosixPath(member).parent.name
+                if not label:
+                    raise HovitError(f"{path}: {member}: an image outside any class folder")
+                items.append(Item(f"{path}/{member}", label, load, test))
+    return sorted(items, key=lambda item: (item.test, item.path))
+
+
+def _folder_entries(root: Path) -> Iterator[tuple[str, Callable[[], Image.Image]]]:
+    for path in sorted(root.rglob("*")):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            yield path.relative_to(root).as_posix(), lambda p=path: Image.open(p)  # type: ignore[misc]
+
+
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """Open a zip whose members all stay inside it and are of a sane size.
+
+    Raises:
+        HovitError: naming the archive, and the member, that is not as it should be.
+    """
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise HovitError(f"{path}: not a readable zip ({error}); fetch it again") from None
+    for info in archive.infolist():
+        member = PurePosixPath(info.filename.replace("\\", "/"))
+        if member.is_absolute() or ".." in member.parts:
+            raise HovitError(f"{path}: {info.filename}: a member that leaves the archive's folder")
+        if info.file_size > MAX_BYTES:
+            raise HovitError(
+                f"{path}: {info.filename}: {info.file_size:,} bytes unpacked, too large"
+            )
+    return archive
+
+
+def _zip_entries(path: Path) -> Iterator[tuple[str, Callable[[], Image.Image]]]:
+    archive = open_zip(path)
+    for name in sorted(archive.namelist()):
+        if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
+            yield name, lambda n=name: Image.open(io.BytesIO(archive.read(n)))  # type: ignore[misc]
+
+
+def find(dataset: Dataset, data_root: Path, name: str) -> Path:
+    """A file or folder of a dataset.
+
+    Raises:
+        HovitError: if it is not under the data root.
+    """
+    path = data_root / name
+    if not path.exists():
+        raise HovitError(
+            f"{path}: not found, and dataset {dataset.id} is made of it; put it there, or name the "
+            "folder that has it (--data-root, or DATA= with make)"
+        )
+    return path
+
+
+def extract(path: Path, folder: Path) -> None:
+    """Unpack a zip into `folder`, wholly or not at all; done once.
+
+    Raises:
+        HovitError: for a broken archive.
+    """
+    if folder.is_dir():
+        return
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    with open_zip(path) as archive:
+        try:
+            archive.extractall(part)
+            part.rename(folder)
+        except (zipfile.BadZipFile, OSError, EOFError) as error:
+            raise HovitError(f"{path}: cannot be unpacked into {folder} ({error})") from None
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+READERS: dict[str, Callable[[Dataset, Path], list[Item]]] = {
+    "digits": _digits,
+    "oxford_iiit_pet": _oxford_iiit_pet,
+    "cifar10": _cifar,
+    "cifar100": _cifar,
+    "image_folder": _image_folder,
+}

@@ -1,0 +1,50 @@
+"""What this process runs on."""
+
+import platform
+import resource
+from pathlib import Path
+
+import torch
+
+from .records import Device
+
+
+def pick_device(accelerator: str = "auto") -> torch.device:
+    """`cuda` where there is one, else `cpu`; or what was asked for."""
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(accelerator)
+
+
+def describe_device(device: torch.device) -> Device:
+    """Name, driver and threads, as records keep them."""
+    threads = torch.get_num_threads()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return Device(kind="cuda", name=name, driver=_nvidia_driver(), threads=threads)
+    return Device(kind="cpu", name=_processor(), threads=threads)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _nvidia_driver() -> str:
+    version = Path("/proc/driver/nvidia/version")
+    if version.exists():
+        words = version.read_text().splitlines()[0].split()
+        return next((w for w in words if w[0].isdigit() and w.count(".") >= 1), "")
+    return ""
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory held so far, in MB: the card's, or this process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e3 if platform.system() != "Darwin" else peak / 1e6

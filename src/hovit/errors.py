@@ -1,0 +1,12 @@
+"""The one exception that users see."""
+
+
+class HovitError(Exception):
+    """Bad input or a failed run, in one line: what is wrong, where, what to do.
+
+    The command line prints it without a traceback and exits with 1.
+    """
+
+
+class OutOfTime(Exception):
+    """The deadline has come. What was done is on disk, and the same call goes on from there."""

@@ -1,0 +1,34 @@
+"""Models by name, at any image size: the one door to timm's registry that training and measuring
+use."""
+
+from typing import Any
+
+import timm
+from torch import nn
+
+from .errors import HovitError
+
+
+def create_model(name: str, num_classes: int, image_size: int, **args: Any) -> nn.Module:
+    """`timm.create_model` without weights, telling the size to models whose shape depends on it.
+
+    Args:
+        name: a registered model; a `.tag` is refused, as weights are loaded elsewhere.
+        num_classes: outputs.
+        image_size: pixels a side.
+        args: the model's own.
+
+    Raises:
+        HovitError: for an unknown name, or arguments that the model does not take.
+    """
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
+        raise HovitError(
+            f"model {name!r} is not registered with timm" + f"; near it: {near}" * bool(near)
+        )
+    if timm.get_pretrained_cfg_value(name, "fixed_input_size"):
+        args["img_size"] = image_size
+    try:
+        return timm.create_model(name, num_classes=num_classes, **args)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise HovitError(f"model {name} at {image_size} px with {args}: {error}") from None

@@ -1,0 +1,1 @@
+"""Measuring: parameters and multiply-adds (`cost`), latency (`latency`), a study's table (`study`)."""

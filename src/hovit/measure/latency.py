@@ -1,0 +1,88 @@
+"""Latency, interleaved: every round times each model once, so that drift hits all alike.
+
+The protocol is `shared/SPEC.md` section 7 (ours): eval mode, inputs on the device, warm-up, then rounds;
+CUDA events on a GPU, a monotonic clock with a fixed number of threads on a CPU.
+"""
+
+import random
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Samples = dict[str, dict[str, list[float]]]  # model -> batch -> milliseconds
+
+
+def forward_ms(model: nn.Module, x: Tensor) -> float:
+    """Milliseconds of one forward pass."""
+    with torch.inference_mode():
+        if x.device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            model(x)
+            end.record()
+            end.synchronize()
+            return float(start.elapsed_time(end))
+        begin = time.perf_counter()
+        model(x)
+        return (time.perf_counter() - begin) * 1e3
+
+
+def measure_latency(
+    models: Mapping[str, nn.Module],
+    device: torch.device,
+    *,
+    image_size: int,
+    batches: tuple[int, ...],
+    rounds: int,
+    warmup: int,
+    samples: Samples | None = None,
+    timer: Callable[[nn.Module, Tensor], float] = forward_ms,
+    after_round: Callable[[Samples], None] = lambda _: None,
+) -> Samples:
+    """Time every model, at every batch size, `rounds` times; each round goes over all of them.
+
+    The order inside a round is shuffled, so no model always follows the same one.
+
+    Args:
+        models: name -> model; they are put on the device in eval mode.
+        device: where.
+        image_size: pixels a side.
+        batches: batch sizes.
+        rounds: timed passes for each model and batch.
+        warmup: untimed passes before, for each model and batch.
+        samples: what an interrupted call has already; rounds are added up to `rounds`.
+        timer: gives milliseconds of one pass.
+        after_round: told of the samples so far.
+
+    Returns:
+        milliseconds: model -> batch -> one number a round.
+    """
+    samples = samples or {name: {str(b): [] for b in batches} for name in models}
+    inputs = {b: torch.randn(b, 3, image_size, image_size, device=device) for b in batches}
+    jobs = [(name, b) for name in models for b in batches]
+    for model in models.values():
+        model.to(device).eval()
+    for name, b in jobs:
+        for _ in range(warmup):
+            timer(models[name], inputs[b])
+    done = min(len(samples[name][str(b)]) for name, b in jobs)
+    for r in range(done, rounds):
+        for name, b in random.Random(r).sample(jobs, len(jobs)):
+            samples[name][str(b)].append(timer(models[name], inputs[b]))
+        after_round(samples)
+    return samples
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+    """Median, quartiles and n of some milliseconds."""
+    low, median, high = np.percentile(values, [25, 50, 75])
+    return {
+        "median": round(float(median), 4),
+        "q1": round(float(low), 4),
+        "q3": round(float(high), 4),
+        "n": len(values),
+    }

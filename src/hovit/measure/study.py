@@ -1,0 +1,131 @@
+"""One study's measurements: every row's cost, and the latency of all rows in one interleaved run."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..catalogue import Study
+from ..device import describe_device, peak_memory_mb
+from ..errors import HovitError, OutOfTime
+from ..factory import create_model
+from ..files import digest, read_json, write_json
+from ..plan import COST_SIZE, Plan
+from ..records import Device, Record, make_provenance, write_record
+from ..sources import code_hash
+from .cost import cost
+from .latency import Samples, measure_latency, summary
+
+
+def study_code(plan: Plan, study: Study) -> str:
+    """The hash of the sources behind a study's measurements."""
+    return digest([code_hash("measure", model) for model in plan.models(study)])
+
+
+def measure_study(
+    plan: Plan,
+    study: Study,
+    device: torch.device,
+    root: Path = Path(),
+    deadline: float = math.inf,
+) -> Record:
+    """Measure all rows of a study and write their record; a killed call goes on where it was.
+
+    Args:
+        plan: the catalogue at a scale.
+        study: whose rows.
+        device: where latency is measured; with a CPU, threads are set as the scale says.
+        root: top of the artifact.
+        deadline: `time.monotonic()` after which to stop.
+
+    Raises:
+        OutOfTime: at the deadline; the same call goes on.
+        HovitError: if an interrupted measurement was begun on another device.
+    """
+    begin = time.monotonic()
+    torch.manual_seed(0)
+    torch.set_num_threads(plan.scale.latency.threads)
+    spec = plan.measure_spec(study)
+    rows: dict[str, dict[str, Any]] = {
+        name: dict(cost(row["model"], row["model_args"], study.num_classes, COST_SIZE, row["part"]))
+        for name, row in spec["rows"].items()
+    }
+    where = describe_device(device)
+    partial = root / plan.measured(study).with_suffix(".partial.json")
+    if spec["latency"]:
+        samples = _latency(spec, device, where, partial, deadline)
+        for name, by_batch in samples.items():
+            rows[name]["device"] = where.model_dump()
+            rows[name]["latency"] = {b: summary(v) | {"ms": v} for b, v in by_batch.items()}
+    record = Record(
+        kind="measure",
+        id=study.id,
+        scale=plan.scale.id,
+        spec=spec,
+        spec_hash=digest(spec),
+        results={"rows": rows},
+        provenance=make_provenance(
+            where,
+            time.monotonic() - begin,
+            peak_memory_mb(device),
+            study_code(plan, study),
+        ),
+    )
+    write_record(root / plan.measured(study), record)
+    partial.unlink(missing_ok=True)
+    return record
+
+
+def _latency(
+    spec: dict[str, Any], device: torch.device, where: Device, partial: Path, deadline: float
+) -> Samples:
+    """Interleaved latency of the rows; rows that are one and the same model are timed once."""
+    settings = spec["latency"]
+    same: dict[str, list[str]] = {}
+    for name, row in spec["rows"].items():
+        same.setdefault(json.dumps([row["model"], row["model_args"]]), []).append(name)
+    models = {
+        names[0]: create_model(
+            spec["rows"][names[0]]["model"],
+            spec["num_classes"],
+            settings["image_size"],
+            **spec["rows"][names[0]]["model_args"],
+        )
+        for names in same.values()
+    }
+    begun = {"spec_hash": digest(spec), "device": where.model_dump()}
+
+    def after_round(so_far: Samples) -> None:
+        write_json(partial, begun | {"samples": so_far})
+        if time.monotonic() > deadline:
+            raise OutOfTime
+
+    samples = measure_latency(
+        models,
+        device,
+        image_size=settings["image_size"],
+        batches=tuple(settings["batches"]),
+        rounds=settings["rounds"],
+        warmup=settings["warmup"],
+        samples=_resume(partial, begun),
+        after_round=after_round,
+    )
+    return {name: samples[names[0]] for names in same.values() for name in names}
+
+
+def _resume(partial: Path, begun: dict[str, Any]) -> Samples | None:
+    if not partial.exists():
+        return None
+    saved = read_json(partial)
+    if saved.get("spec_hash") != begun["spec_hash"]:
+        return None
+    if saved["device"] != begun["device"]:
+        there, here = Device(**saved["device"]), Device(**begun["device"])
+        raise HovitError(
+            f"{partial}: begun on {there}, but this is {here}; one table's latencies come from one "
+            "device: go on there, or delete the file"
+        )
+    return saved["samples"]

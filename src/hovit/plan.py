@@ -1,0 +1,307 @@
+"""The plan: what the catalogue comes to at one scale. Runs, their files, and how they depend.
+
+Snakemake's DAG, `hovit sweep` and the report all read this; it imports no torch.
+"""
+
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .catalogue import Catalogue, Dataset, Limit, Recipe, Row, Scale, Strict, Study, load_catalogue
+from .errors import HovitError
+from .files import digest, file_digest
+
+COST_SIZE = 224  # pixels at which parameters and multiply-adds are counted: the deck's
+
+
+class Weights(Strict):
+    """Where ResNet50's weights come from: exactly one of a run, timm's hub, a file."""
+
+    run: str | None = None
+    seed: int = 0
+    spec: str | None = None  # that run's spec hash
+    timm: str | None = None
+    sha256: str | None = None  # of the file that --weights named
+
+    def __str__(self) -> str:
+        if self.run:
+            return f"run {self.run}"
+        return f"timm {self.timm}" if self.timm else f"file with sha256 {(self.sha256 or '')[:12]}"
+
+
+class Run(Strict):
+    """One model x dataset x recipe x seed. What decides the result is its spec."""
+
+    id: str
+    scale: str
+    role: str
+    seed: int
+    model: str
+    model_args: dict[str, Any]
+    dataset: Dataset
+    image_size: int
+    recipe: Recipe
+    limit: Limit
+    precision: str
+    weights: Weights | None
+
+    @property
+    def folder(self) -> Path:
+        """Where it leaves its files, from the top of the artifact."""
+        return Path("results/runs") / self.scale / self.id / f"seed{self.seed}"
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """All that decides the result; titles and the scale's name do not."""
+        spec = self.model_dump(mode="json", exclude={"id", "scale", "role"})
+        for part in ("dataset", "recipe"):
+            for key in ("id", "title", "about"):
+                spec[part].pop(key, None)
+        return spec
+
+    @cached_property
+    def spec_hash(self) -> str:
+        return digest(self.spec)
+
+    @property
+    def pack(self) -> "Pack":
+        return Pack(self.dataset, self.image_size)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One dataset, decoded once at one size."""
+
+    dataset: Dataset
+    image_size: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.dataset.id}-{self.image_size}px"
+
+    @property
+    def folder(self) -> Path:
+        return Path("data/packed") / self.id
+
+    @property
+    def spec_hash(self) -> str:
+        spec = self.dataset.model_dump(mode="json", exclude={"id", "title", "about"})
+        return digest(spec | {"image_size": self.image_size})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The catalogue at one scale.
+
+    Args:
+        catalogue: all of `config/`.
+        scale: the scale.
+        weights_file: safetensors that stand in for every pretrained model (`--weights`).
+    """
+
+    catalogue: Catalogue
+    scale: Scale
+    weights_file: Path | None = None
+    _runs: dict[tuple[str, str, int], Run] = field(default_factory=dict, compare=False, repr=False)
+
+    def study(self, study_id: str) -> Study:
+        """The study of that id.
+
+        Raises:
+            HovitError: if the catalogue has none.
+        """
+        try:
+            return self.catalogue.studies[study_id]
+        except KeyError:
+            known = ", ".join(self.catalogue.studies)
+            raise HovitError(
+                f"no study {study_id!r} in config/studies; there are {known}"
+            ) from None
+
+    def runs_of(self, study: Study, row: Row) -> list[Run]:
+        """A row's runs, one a seed; none if the scale has no such dataset."""
+        role = row.dataset or study.dataset
+        if row.model is None or role not in self.scale.datasets:
+            return []
+        seeds = self.scale.seeds[:1] if role == "pretrain" else self.scale.seeds
+        return [self._run(study, row, seed) for seed in seeds]
+
+    def _run(self, study: Study, row: Row, seed: int) -> Run:
+        if (key := (study.id, row.id, seed)) not in self._runs:
+            self._runs[key] = self._resolve(study, row, seed)
+        return self._runs[key]
+
+    def _resolve(self, study: Study, row: Row, seed: int) -> Run:
+        role = row.dataset or study.dataset
+        recipe = self.catalogue.recipes[row.recipe or study.recipe]
+        factor = self.scale.epoch_factor
+        size = self.scale.image_size or recipe.image_size
+        scaled = recipe.model_copy(
+            update={
+                "epochs": max(1, round(recipe.epochs * factor)),
+                "warmup_epochs": recipe.warmup_epochs * factor,
+                "image_size": size,
+            }
+        )
+        args = "".join(f"-{key}={value}" for key, value in sorted(row.model_args.items()))
+        init = "-pretrained" if row.pretrained and not str(row.model).startswith("l_") else ""
+        name = re.sub(r"[^A-Za-z0-9_.=-]", "_", f"{row.model}{args}{init}")
+        return Run(
+            id=f"{name}.{role}.{recipe.id}",
+            scale=self.scale.id,
+            role=role,
+            seed=seed,
+            model=str(row.model),
+            model_args=row.model_args,
+            dataset=self.catalogue.datasets[self.scale.datasets[role]],
+            image_size=size,
+            recipe=scaled,
+            limit=self.scale.limit,
+            precision=self.scale.precision,
+            weights=self._weights(row.pretrained) if row.pretrained else None,
+        )
+
+    @cached_property
+    def _file_sha256(self) -> str:
+        assert self.weights_file is not None
+        return file_digest(self.weights_file)
+
+    def _weights(self, name: str) -> Weights:
+        if self.weights_file:
+            return Weights(sha256=self._file_sha256)
+        source = self.scale.weights.get(name)
+        if source is None:
+            raise HovitError(f"config/scales/{self.scale.id}.yaml: weights.{name}: not given")
+        if source.timm:
+            return Weights(timm=source.timm)
+        study_id, row_id = str(source.row).split("/")
+        study = self.study(study_id)
+        runs = self.runs_of(study, study.row(row_id))
+        if not runs:
+            role = study.row(row_id).dataset or study.dataset
+            raise HovitError(f"config/scales/{self.scale.id}.yaml: datasets.{role}: not given")
+        return Weights(run=runs[0].id, seed=runs[0].seed, spec=runs[0].spec_hash)
+
+    @cached_property
+    def runs(self) -> dict[str, dict[int, Run]]:
+        """Every run of the scale: id -> seed -> run. One that several tables cite stands once.
+
+        Raises:
+            HovitError: if two rows give one id to different runs.
+        """
+        found: dict[str, dict[int, Run]] = {}
+        for study in self.catalogue.studies.values():
+            for row in study.rows:
+                for run in self.runs_of(study, row):
+                    other = found.setdefault(run.id, {}).setdefault(run.seed, run)
+                    if other.spec_hash != run.spec_hash:
+                        raise HovitError(
+                            f"config/studies/{study.id}.yaml: row {row.id}: run {run.id} is already "
+                            "defined otherwise by another row"
+                        )
+        return found
+
+    def run(self, run_id: str, seed: int | None = None) -> Run:
+        """The run of that id.
+
+        Raises:
+            HovitError: if no study defines it.
+        """
+        seeds = self.runs.get(run_id)
+        if seeds is None:
+            raise HovitError(
+                f"no study defines a run {run_id!r} at scale {self.scale.id} (see `hovit list`)"
+            )
+        if seed is None:
+            seed = next(iter(seeds))
+        if seed not in seeds:
+            allowed = ", ".join(map(str, seeds))
+            raise HovitError(f"run {run_id} has no seed {seed} at scale {self.scale.id}: {allowed}")
+        return seeds[seed]
+
+    def upstream(self, run: Run) -> Run | None:
+        """The run whose weights this one starts from, if it does."""
+        if run.weights and run.weights.run:
+            return self.run(run.weights.run, run.weights.seed)
+        return None
+
+    def rows_run(self, study: Study) -> list[Row]:
+        """The study's rows that are trained and measured at this scale."""
+        return [row for row in study.rows if self.runs_of(study, row)]
+
+    def needed(self, studies: list[Study]) -> list[Run]:
+        """All runs of these studies, those that others start from first."""
+        wanted = [r for s in studies for row in s.rows for r in self.runs_of(s, row)]
+        first = [self.upstream(run) for run in wanted]
+        unique = {(run.id, run.seed): run for run in [*first, *wanted] if run}
+        return list(unique.values())
+
+    @cached_property
+    def upstreams(self) -> set[str]:
+        """The runs that others start from."""
+        every = [run for seeds in self.runs.values() for run in seeds.values()]
+        return {run.weights.run for run in every if run.weights and run.weights.run}
+
+    @cached_property
+    def claimed(self) -> list[Study]:
+        """The studies that claims look at."""
+        refs = [
+            ref
+            for file in self.catalogue.claims.values()
+            for claim in file.claims
+            for ref in (claim.of, claim.to)
+            if ref
+        ]
+        return [self.study(name) for name in sorted({ref.split("/")[0] for ref in refs})]
+
+    def packs_of(self, role: str | None) -> list[Pack]:
+        """The packs that this role comes to at this scale."""
+        every = [run for seeds in self.runs.values() for run in seeds.values()]
+        found = {run.pack.id: run.pack for run in every if run.role == role}
+        return list(found.values())
+
+    def models(self, study: Study) -> list[str]:
+        """The models of a study."""
+        return sorted({row.model for row in study.rows if row.model})
+
+    def measure_spec(self, study: Study) -> dict[str, Any]:
+        """All that decides what is measured for a study."""
+        latency = self.scale.latency.model_dump(mode="json")
+        latency["image_size"] = latency["image_size"] or self.scale.image_size or COST_SIZE
+        return {
+            "study": study.id,
+            "num_classes": study.num_classes,
+            "image_size": COST_SIZE,
+            "latency": latency if "latency" in study.columns else None,
+            "rows": {
+                row.id: {"model": row.model, "model_args": row.model_args, "part": row.part}
+                for row in study.rows
+                if row.model
+            },
+        }
+
+    def measured(self, study: Study) -> Path:
+        """The record of a study's parameters, multiply-adds and latency."""
+        return Path("results/runs") / self.scale.id / "measure" / f"{study.id}.json"
+
+
+def load_plan(
+    scale: str = "smoke", root: Path = Path("config"), weights_file: str | Path | None = None
+) -> Plan:
+    """Read `config/` and resolve it at `scale`.
+
+    Raises:
+        HovitError: for a mistake in `config/`, an unknown scale, or unreadable weights.
+    """
+    catalogue = load_catalogue(root)
+    if scale not in catalogue.scales:
+        known = ", ".join(catalogue.scales)
+        raise HovitError(f"no scale {scale!r} in {root}/scales; there are {known}")
+    path = Path(weights_file) if weights_file else None
+    if path is not None and path.suffix != ".safetensors":
+        raise HovitError(f"{path}: weights must be a .safetensors file (pickles are not opened)")
+    plan = Plan(catalogue, catalogue.scales[scale], path)
+    plan.runs  # noqa: B018 (resolves and checks every run now)
+    return plan

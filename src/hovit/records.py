@@ -1,0 +1,144 @@
+"""Records: what a run or a measurement leaves, and all that the report reads.
+
+A record is small JSON, written atomically: what was to be done (`spec`, `spec_hash`), what came of
+it (`results`), and under which circumstances (`provenance`). The schema has a version.
+"""
+
+import platform
+import subprocess
+from datetime import UTC, datetime
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from .catalogue import Strict, explain
+from .errors import HovitError
+from .files import digest, read_json, write_json
+
+SCHEMA_VERSION = 1
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "lightning-fabric", "hovit")
+
+
+class Device(Strict):
+    """What ran it.
+
+    Args:
+        kind: `cpu` or `cuda`.
+        name: processor or card.
+        driver: the card's driver, if any.
+        threads: CPU threads that torch used.
+    """
+
+    kind: Literal["cpu", "cuda", "mps"]
+    name: str
+    driver: str = ""
+    threads: int
+
+    def __str__(self) -> str:
+        return self.name if self.kind != "cpu" else f"{self.name}, {self.threads} threads"
+
+
+class Provenance(Strict):
+    """The circumstances of a record."""
+
+    made: str  # UTC, ISO 8601
+    commit: str
+    dirty: bool  # tracked files differed from the commit
+    code: str  # sha256 of the sources that can change the result (`hovit.sources`)
+    versions: dict[str, str]
+    python: str
+    system: str
+    device: Device
+    seconds: float  # wall time, over all interruptions
+    peak_memory_mb: float
+    dataset: dict[str, Any] | None = None  # pack.json
+
+
+class Record(Strict):
+    """One finished run, or one study's measurements."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["train", "measure"]
+    id: str
+    scale: str
+    spec: dict[str, Any]
+    spec_hash: str
+    results: dict[str, Any]
+    provenance: Provenance
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write a record atomically."""
+    write_json(path, record.model_dump(mode="json"))
+
+
+def read_record(path: Path) -> Record:
+    """Read a record.
+
+    Raises:
+        HovitError: if it is missing, not of this schema, or its hash does not match its spec.
+    """
+    try:
+        record = Record.model_validate(read_json(path))
+    except ValidationError as error:
+        raise explain(error, path, Record) from None
+    if digest(record.spec) != record.spec_hash:
+        raise HovitError(f"{path}: spec_hash does not match the spec: the record was changed")
+    return record
+
+
+def is_done(path: Path, spec_hash: str, code: str) -> bool:
+    """Whether `path` holds a valid record of exactly this spec, made by this code."""
+    try:
+        record = read_record(path)
+    except HovitError:
+        return False
+    return record.spec_hash == spec_hash and record.provenance.code == code
+
+
+@lru_cache
+def git_state() -> tuple[str, bool]:
+    """(commit, dirty) of the working directory; ("unknown", True) outside a repository."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", *args], capture_output=True, text=True, check=True, timeout=30
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "-uno"))
+    except (OSError, subprocess.SubprocessError):
+        return "unknown", True
+
+
+def make_provenance(
+    device: Device,
+    seconds: float,
+    peak_memory_mb: float,
+    code: str,
+    dataset: dict[str, Any] | None = None,
+) -> Provenance:
+    """The circumstances of a record that is written now, by this process."""
+    commit, dirty = git_state()
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return Provenance(
+        made=datetime.now(UTC).isoformat(timespec="seconds"),
+        commit=commit,
+        dirty=dirty,
+        code=code,
+        versions=versions,
+        python=platform.python_version(),
+        system=platform.platform(),
+        device=device,
+        seconds=round(seconds, 3),
+        peak_memory_mb=round(peak_memory_mb, 1),
+        dataset=dataset,
+    )

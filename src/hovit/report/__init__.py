@@ -1,0 +1,1 @@
+"""The report: tables, figures and claims, from records alone. Imports no torch."""

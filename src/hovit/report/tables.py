@@ -1,0 +1,291 @@
+"""A study's table: CSV for programs, Markdown for people, LaTeX (booktabs) for the paper."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from ..catalogue import Row, Study
+from ..files import write_text
+from ..plan import Plan
+from .values import Results, Value
+
+TABLES = Path("results/tables")
+NOTHING = "—"
+
+# Metric -> (heading, decimals)
+HEADINGS = {
+    "parameters": ("Parameters", 0),
+    "parameters_unused": ("Unused", 0),
+    "part_parameters": ("Of the part", 0),
+    "macs": ("MACs, G", 3),
+    "top1": ("Top-1, %", 2),
+    "loss": ("Loss", 4),
+    "val_top1": ("Val top-1, %", 2),
+    "latency": ("Latency, ms", 2),
+    "ratio": ("× baseline", 2),
+    "images": ("Images", 0),
+    "images_train": ("Training", 0),
+    "images_val": ("Validation", 0),
+    "images_test": ("Test", 0),
+    "gigabytes": ("GB", 3),
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: a heading, what is under it (`reported`, `this run` …), and each row's cell."""
+
+    heading: str
+    source: str
+    cells: tuple[str, ...]
+
+
+def format_value(value: Value, metric: str) -> str:
+    """A value as a table shows it: mean, and ± spread where there are several seeds."""
+    scale, decimals = (1e-9 if metric == "macs" else 1.0), HEADINGS[metric][1]
+    text = f"{value.mean * scale:,.{decimals}f}"
+    return f"{text} ± {value.spread:.{decimals}f}" if metric != "latency" and value.spread else text
+
+
+def format_printed(printed: str) -> str:
+    """A number as the seed prints it, with thousands set apart and its own decimals."""
+    if "–" in printed or "." in printed:
+        return printed
+    return f"{int(printed):,}"
+
+
+def columns_of(results: Results, study: Study) -> list[Column]:
+    """The table's columns after the first, left to right; what nobody has is left out."""
+    columns = []
+    for metric in study.columns:
+        heading = HEADINGS[metric][0]
+        printed = [row.reported.get(metric) for row in study.rows]
+        columns.append(
+            Column(heading, "reported", tuple(format_printed(p) if p else NOTHING for p in printed))
+        )
+        if metric == "latency":
+            columns += _latency_columns(results, study)
+            continue
+        values = [results.value(study, row, metric) for row in study.rows]
+        columns.append(
+            Column(
+                heading,
+                "this run",
+                tuple(format_value(v, metric) if v else NOTHING for v in values),
+            )
+        )
+    return [column for column in columns if set(column.cells) != {NOTHING}]
+
+
+def _latency_columns(results: Results, study: Study) -> list[Column]:
+    results.latency_device(study)  # refuses two devices
+    columns = []
+    for metric in results.batches:
+        batch = metric.removeprefix("latency_")
+        values = [results.value(study, row, metric) for row in study.rows]
+        cells = tuple(format_value(v, "latency") if v else NOTHING for v in values)
+        columns.append(Column(HEADINGS["latency"][0], f"batch {batch}", cells))
+    for metric in ("reported_latency", *results.batches):
+        source = metric.replace("reported_latency", "reported").replace("latency_", "batch ")
+        ratios = [baseline_ratio(results, study, row, metric) for row in study.rows]
+        cells = tuple(f"{ratio:.2f}" if ratio else NOTHING for ratio in ratios)
+        columns.append(Column(HEADINGS["ratio"][0], source, cells))
+    return columns
+
+
+def baseline_ratio(results: Results, study: Study, row: Row, metric: str) -> float | None:
+    """A row's value over its baseline row's; None where either is missing."""
+    if row.baseline is None:
+        return None
+    own = results.value(study, row, metric)
+    base = results.value(study, study.row(row.baseline), metric)
+    return own.mean / base.mean if own and base else None
+
+
+def describe(results: Results, study: Study) -> dict[str, str]:
+    """What every table states: scale, data, device, seeds, what the Launcher started from."""
+    plan = results.plan
+    scale = plan.scale
+    lines = {"Scale": f"`{scale.id}`: {scale.title}"}
+    rows = plan.rows_run(study)
+    runs = [run for row in rows for run in plan.runs_of(study, row)]
+    if not runs:
+        if study.kind == "models":
+            lines["Data"] = "this scale has none for this study, so nothing was run"
+        return lines
+    trained = [record for row in rows for _, record in results.trained(study, row)]
+    dataset = runs[0].dataset
+    lines["Data"] = f"{dataset.title} — {dataset.about}"
+    if trained:
+        counts = trained[0].results
+        lines["Images"] = (
+            f"{counts['images_train']:,} / {counts['images_val']:,} / {counts['images_test']:,} "
+            f"(train / validation / test) at {runs[0].image_size} px"
+        )
+        devices = sorted({str(record.provenance.device) for record in trained})
+        lines["Trained on"] = "; ".join(devices)
+        commits = sorted(
+            {
+                r.provenance.commit[:10] + (" + changes" if r.provenance.dirty else "")
+                for r in trained
+            }
+        )
+        lines["Commit"] = ", ".join(commits)
+    lines["Recipe"] = f"{runs[0].recipe.title}; here {runs[0].recipe.epochs} epochs"
+    seeds = sorted({run.seed for run in runs})
+    spread = ", mean ± standard deviation" if len(seeds) > 1 else ""
+    lines["Seeds"] = f"{', '.join(map(str, seeds))} (n = {len(seeds)}{spread})"
+    started = sorted({results.weights_from(study, row) for row in rows} - {""})
+    lines["ResNet50 of the Launcher from"] = "; ".join(started) or "no row has one"
+    device = results.latency_device(study)
+    if device:
+        measured = results.measured(study)
+        assert measured is not None
+        setting = measured.spec["latency"]
+        lines["Latency"] = (
+            f"{device}; {setting['image_size']} px, fp32, eager, interleaved, median of "
+            f"{setting['rounds']} rounds (quartiles in the CSV); × is the ratio to the row's baseline"
+        )
+    lines["Counted at"] = f"224 px and {study.num_classes} classes, whatever the scale"
+    return lines
+
+
+def write_table(plan: Plan, study: Study, root: Path = Path()) -> None:
+    """Write `results/tables/STUDY.csv`, `.md` and `.tex`.
+
+    Raises:
+        HovitError: if a record is broken or of another spec, or latencies come from two devices.
+    """
+    results = Results(plan, root)
+    columns = columns_of(results, study)
+    about = describe(results, study)
+    stem = root / TABLES / study.id
+    write_text(stem.with_suffix(".csv"), to_csv(results, study, about))
+    write_text(stem.with_suffix(".md"), to_markdown(study, columns, about))
+    write_text(stem.with_suffix(".tex"), to_latex(study, columns, about))
+
+
+def to_csv(results: Results, study: Study, about: dict[str, str]) -> str:
+    """One line a row, plain numbers: reported, value, spread and n of every metric."""
+    lines = []
+    for row in study.rows:
+        runs = results.plan.runs_of(study, row)
+        line: dict[str, object] = {
+            "row": row.id,
+            "label": row.label,
+            "model": row.model or "",
+            "run": runs[0].id if runs else "",
+            "ours": row.ours,
+            "weights": results.weights_from(study, row),
+        }
+        for metric in study.columns:
+            line[f"{metric}_reported"] = row.reported.get(metric, "")
+            for name in results.batches if metric == "latency" else [metric]:
+                value = results.value(study, row, name)
+                line[name] = value.mean if value else None
+                if value and value.n > 1:
+                    line[f"{name}_{'iqr' if metric == 'latency' else 'sd'}"] = value.spread
+                    line[f"{name}_n"] = value.n
+        for name in ("Scale", "Data", "Trained on", "Seeds", "Latency", "Commit"):
+            line[name.lower().replace(" ", "_")] = about.get(name, "")
+        lines.append(line)
+    return pd.DataFrame(lines).to_csv(index=False)
+
+
+def to_markdown(study: Study, columns: list[Column], about: dict[str, str]) -> str:
+    """The table, and under it what it is."""
+    header = ["", *(f"{c.heading}<br>{c.source}" for c in columns)]
+    align = [":--", *("--:" for _ in columns)]
+    body = [
+        [row.label + (" †" if row.ours else ""), *(c.cells[i] for c in columns)]
+        for i, row in enumerate(study.rows)
+    ]
+    table = ["| " + " | ".join(line) + " |" for line in (header, align, *body)]
+    facts = [f"- **{key}**: {text}" for key, text in about.items()]
+    notes = [f"- {note}" for note in study.notes]
+    notes += [f"- {row.label}: {row.note}" for row in study.rows if row.note]
+    if any(row.ours for row in study.rows):
+        notes.append("- † ours: the seed has no such row.")
+    source = f"Seed: {study.source.seed}, {study.source.place}."
+    return "\n".join([f"# {study.title}", "", source, "", *table, "", *facts, "", *notes, ""])
+
+
+LATEX = str.maketrans(
+    {
+        "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+        "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
+        "×": r"$\times$", "±": r"$\pm$", "→": r"$\to$", "†": r"$\dagger$", "—": "---", "–": "--",
+        "…": r"\dots{}",
+    }
+)  # fmt: skip
+
+
+def to_latex(study: Study, columns: list[Column], about: dict[str, str]) -> str:
+    """A `table` with booktabs rules, headings over their sources, and the facts as its caption."""
+    groups: list[tuple[str, int]] = []
+    for column in columns:
+        if groups and groups[-1][0] == column.heading:
+            groups[-1] = (column.heading, groups[-1][1] + 1)
+        else:
+            groups.append((column.heading, 1))
+    over, rules, at = [""], [], 2
+    for heading, width in groups:
+        over.append(rf"\multicolumn{{{width}}}{{c}}{{{heading.translate(LATEX)}}}")
+        rules.append(rf"\cmidrule(lr){{{at}-{at + width - 1}}}")
+        at += width
+    body = [
+        " & ".join(
+            text.translate(LATEX)
+            for text in (row.label + (" †" if row.ours else ""), *(c.cells[i] for c in columns))
+        )
+        + r" \\"
+        for i, row in enumerate(study.rows)
+    ]
+    facts = " ".join(f"{key}: {text.replace('`', '')}." for key, text in about.items())
+    return "\n".join(
+        [
+            "% Generated by `hovit table`; needs \\usepackage{booktabs,graphicx}.",
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{study.title.translate(LATEX)}. {facts.translate(LATEX)}}}",
+            rf"\label{{tab:{study.id}}}",
+            r"\resizebox{\linewidth}{!}{%",
+            rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
+            r"\toprule",
+            " & ".join(over) + r" \\",
+            " ".join(rules),
+            " & ".join(["", *(c.source.translate(LATEX) for c in columns)]) + r" \\",
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def write_index(plan: Plan, root: Path = Path()) -> None:
+    """Write `results/tables/index.md`: every table, its source, its scale and its figures."""
+    from .figures import FIGURES
+
+    lines = [
+        "# Tables",
+        "",
+        f"Scale `{plan.scale.id}`: {plan.scale.title}.",
+        "",
+        "| table | what | seed | files | figures |",
+        "| :-- | :-- | :-- | :-- | :-- |",
+    ]
+    for study in plan.catalogue.studies.values():
+        files = " ".join(f"[{ext}]({study.id}.{ext})" for ext in ("md", "csv", "tex"))
+        figures = " ".join(
+            f"[{name}](../../figures/{name}.png)"
+            for name, figure in FIGURES.items()
+            if study.id in figure.studies
+        )
+        source = f"{study.source.seed}: {study.source.place}"
+        lines.append(f"| `{study.id}` | {study.title} | {source} | {files} | {figures} |")
+    lines += ["", "The seeds' claims, judged by these records: [claims.md](../claims.md).", ""]
+    write_text(root / TABLES / "index.md", "\n".join(lines))

@@ -1,0 +1,180 @@
+"""Numbers out of records: one metric of one row, with its spread and where it comes from."""
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from ..catalogue import Row, Study
+from ..errors import HovitError
+from ..files import digest, read_json
+from ..plan import Plan, Run
+from ..records import Device, Record, read_record
+from ..splits import split_sizes
+
+INEXACT = {"top1", "loss", "val_top1", "latency"}
+TRAINED = {"top1", "loss", "val_top1"}
+COUNTED = {"images", "images_train", "images_val", "images_test", "gigabytes"}
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number with its spread.
+
+    Args:
+        mean: over seeds; for latency the median over rounds.
+        spread: standard deviation over seeds (0 for one), or the inter-quartile range.
+        n: seeds, or rounds; 1 for what is exact.
+        noise: the least difference that means something: two standard errors, from the spread over
+            seeds or, for an accuracy of one seed, from the number of test images.
+        paths: the records behind it.
+    """
+
+    mean: float
+    spread: float = 0.0
+    n: int = 1
+    noise: float = 0.0
+    paths: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Results:
+    """The records of one plan, read once and checked against it.
+
+    Args:
+        plan: the catalogue at a scale.
+        root: top of the artifact.
+    """
+
+    plan: Plan
+    root: Path = Path()
+    _read: dict[Path, Record] = field(default_factory=dict, repr=False)
+
+    def record(self, path: Path, spec_hash: str) -> Record | None:
+        """The record at `path`, None if there is none.
+
+        Raises:
+            HovitError: if it is not valid, or is of another spec than the catalogue's.
+        """
+        if path not in self._read:
+            if not (self.root / path).exists():
+                return None
+            record = read_record(self.root / path)
+            if record.spec_hash != spec_hash:
+                raise HovitError(
+                    f"{path}: its spec is not the catalogue's any more; delete it, or make it again"
+                )
+            self._read[path] = record
+        return self._read[path]
+
+    def trained(self, study: Study, row: Row) -> list[tuple[Run, Record]]:
+        """The row's runs that have a record."""
+        found = []
+        for run in self.plan.runs_of(study, row):
+            record = self.record(run.folder / "record.json", run.spec_hash)
+            if record:
+                found.append((run, record))
+        return found
+
+    def measured(self, study: Study) -> Record | None:
+        """The study's measurements."""
+        if not self.plan.rows_run(study):
+            return None
+        return self.record(self.plan.measured(study), digest(self.plan.measure_spec(study)))
+
+    def value(self, study: Study, row: Row, metric: str) -> Value | None:
+        """A metric of a row: as measured, or with `reported_` before it, as the seed prints it.
+
+        None where there is no record for it, or the seed says nothing.
+        """
+        if metric.startswith("reported_"):
+            printed = row.reported.get(metric.removeprefix("reported_"))  # type: ignore[call-overload]
+            return Value(float(printed)) if printed and "–" not in printed else None
+        if metric in TRAINED:
+            return self._trained_value(study, row, metric)
+        if metric in COUNTED:
+            return self._counted_value(row, metric)
+        return self._measured_value(study, row, metric)
+
+    def _trained_value(self, study: Study, row: Row, metric: str) -> Value | None:
+        runs = self.trained(study, row)
+        if not runs:
+            return None
+        values = [float(record.results[metric]) for _, record in runs]
+        mean, n = sum(values) / len(values), len(values)
+        spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else 0.0
+        noise = 2 * spread / math.sqrt(n)
+        if metric != "loss":  # no accuracy is known better than its images allow
+            images = runs[0][1].results["images_val" if metric == "val_top1" else "images_test"]
+            share = mean / 100
+            noise = max(noise, 200 * math.sqrt(share * (1 - share) / (images * n)))
+        paths = tuple(run.folder / "record.json" for run, _ in runs)
+        return Value(mean, spread, n, noise, paths)
+
+    def _measured_value(self, study: Study, row: Row, metric: str) -> Value | None:
+        record = self.measured(study)
+        if record is None or row.id not in record.results["rows"]:
+            return None
+        found = record.results["rows"][row.id]
+        paths = (self.plan.measured(study),)
+        if metric.startswith("latency_"):
+            batch = found.get("latency", {}).get(metric.removeprefix("latency_"))
+            if batch is None:
+                return None
+            iqr = batch["q3"] - batch["q1"]
+            return Value(batch["median"], iqr, batch["n"], iqr / 2, paths)
+        return Value(float(found[metric]), paths=paths) if metric in found else None
+
+    def _counted_value(self, row: Row, metric: str) -> Value | None:
+        if row.total and row.rule:
+            sizes = split_sizes(row.total, self.plan.catalogue.datasets[row.rule].split)
+            by_rule = dict(zip(("images_train", "images_val", "images_test"), sizes, strict=True))
+            by_rule["images"] = row.total
+            return Value(float(by_rule[metric])) if metric in by_rule else None
+        packs = self.plan.packs_of(row.dataset) if row.dataset else []
+        path = packs[0].folder / "pack.json" if packs else None
+        if path is None or not (self.root / path).exists():
+            return None
+        meta = read_json(self.root / path)
+        counts = {f"images_{split}": n for split, n in meta["images"].items()}
+        counts |= {"images": sum(meta["images"].values()), "gigabytes": meta["bytes"] / 1e9}
+        return Value(float(counts[metric]), paths=(path,))
+
+    def latency_device(self, study: Study) -> Device | None:
+        """The one device of a study's latencies.
+
+        Raises:
+            HovitError: naming both, if rows come from two devices.
+        """
+        record = self.measured(study)
+        first: tuple[str, Device] | None = None
+        for name, row in (record.results["rows"] if record else {}).items():
+            if "device" not in row:
+                continue
+            device = Device(**row["device"])
+            if first and first[1] != device:
+                raise HovitError(
+                    f"{self.plan.measured(study)}: latency of {first[0]} is from {first[1]} and of "
+                    f"{name} from {device}: one table's latencies come from one device"
+                )
+            first = first or (name, device)
+        return first[1] if first else None
+
+    def weights_from(self, study: Study, row: Row) -> str:
+        """What the pretrained part of a row's model started from, in words."""
+        runs = self.plan.runs_of(study, row)
+        if not runs or runs[0].weights is None:
+            return ""
+        upstream = self.plan.upstream(runs[0])
+        if upstream is None:
+            return str(runs[0].weights)
+        record = self.record(upstream.folder / "record.json", upstream.spec_hash)
+        how = f"{upstream.dataset.title}, {upstream.recipe.epochs} epochs"
+        if record:
+            how += f", test top-1 {record.results['top1']:.1f} %"
+        return f"run {upstream.id} ({how})"
+
+    @cached_property
+    def batches(self) -> list[str]:
+        """The latency metrics of this scale, one a batch size."""
+        return [f"latency_{batch}" for batch in self.plan.scale.latency.batches]

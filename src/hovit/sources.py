@@ -1,0 +1,83 @@
+"""Which of our own source files can change a result, and their common hash.
+
+A model's record depends on its architecture's file and on what that imports, on training and on
+data; not on the report, and not on other architectures. Comments, docstrings and layout do not
+count: the hash is over the syntax tree.
+"""
+
+import ast
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+
+
+@lru_cache
+def code_hash(purpose: str, model: str) -> str:
+    """sha256, in hex, of the sources behind `model` in `training` or `measure`."""
+    start = {PACKAGE / f"{purpose}/{name}.py" for name in ENTRIES[purpose]}
+    total = hashlib.sha256()
+    for path in sorted(_closure(start | _architectures(model))):
+        total.update(path.relative_to(PACKAGE).as_posix().encode())
+        total.update(_meaning(path).encode())
+    return total.hexdigest()
+
+
+ENTRIES = {"training": ("loop",), "measure": ("cost", "latency")}
+# What these decide stands in a record by itself: the spec, the images' fingerprint, the device.
+INDIRECT = {
+    "catalogue.py", "plan.py", "records.py", "sources.py", "errors.py", "files.py",
+    "device.py", "splits.py", "readers.py", "pack.py",
+}  # fmt: skip
+
+
+def _architectures(model: str) -> set[Path]:
+    """Files under models/ that register this name, or build it as part of another (`l_*`)."""
+    names = {model, model.removeprefix("l_")}
+    found = set()
+    for path in (PACKAGE / "models").glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        if names & defined or (model.startswith("l_") and path.stem == "launcher"):
+            found.add(path)
+    return found
+
+
+def _closure(start: set[Path]) -> set[Path]:
+    """These files and all of ours that they import; the Launcher's siblings are not its parts."""
+    found: set[Path] = set()
+    todo = list(start)
+    while todo:
+        path = todo.pop()
+        if path in found or path.name in INDIRECT:
+            continue
+        found.add(path)
+        if path.stem != "launcher":
+            todo += _imports(path)
+    return found
+
+
+@lru_cache
+def _imports(path: Path) -> list[Path]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = path.parents[node.level - 1]
+            target = base.joinpath(*(node.module or "").split("."))
+            found += [target.with_suffix(".py")]
+            found += [(target / alias.name).with_suffix(".py") for alias in node.names]
+    return [p for p in found if p.is_file() and PACKAGE in p.parents]
+
+
+@lru_cache
+def _meaning(path: Path) -> str:
+    """The file's syntax tree without docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            value = body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                node.body = body[1:]  # type: ignore[attr-defined]
+    return ast.dump(tree)

@@ -1,0 +1,97 @@
+"""A study's runs and measurements one after another in one process, without Snakemake.
+
+For a time-limited notebook or a borrowed GPU: stops cleanly before the budget is spent, and the
+same command goes on next time.
+"""
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .catalogue import Study
+from .data.pack import prepare
+from .device import pick_device
+from .errors import HovitError, OutOfTime
+from .files import digest
+from .measure.study import measure_study, study_code
+from .plan import Plan, Run
+from .records import is_done
+from .sources import code_hash
+from .training.loop import Options, make_fabric, train
+
+
+def parse_budget(text: str) -> float:
+    """`9m`, `90s`, `1.5h` or plain seconds -> seconds.
+
+    Raises:
+        HovitError: for anything else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    if not match or float(match[1]) == 0:
+        raise HovitError(f"--budget {text!r}: write 90s, 9m or 1.5h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def sweep(
+    plan: Plan,
+    studies: list[Study],
+    *,
+    data_root: Path,
+    deadline: float,
+    accelerator: str = "auto",
+    root: Path = Path(),
+    options: Callable[[Run, float], Options] = lambda _, deadline: Options(deadline=deadline),
+    log: Callable[[str], None] = print,
+) -> list[str]:
+    """Train and measure what these studies need and is not there yet, until `deadline`.
+
+    Args:
+        plan: the catalogue at a scale.
+        studies: whose runs and measurements.
+        data_root: folder with downloads and archives.
+        deadline: `time.monotonic()` by which to have stopped.
+        accelerator: Fabric's word: auto, cpu, cuda.
+        root: top of the artifact.
+        options: of the training of one run, given the deadline.
+        log: told what happens.
+
+    Returns:
+        what is still to do, in words; empty when all is done.
+    """
+    fabric = make_fabric(plan.scale.precision, accelerator=accelerator)
+
+    def train_one(run: Run) -> None:
+        torch.set_num_threads(plan.scale.threads)
+        prepare(run.pack, data_root, root / run.pack.folder)
+        results = train(run, fabric, root, options(run, deadline)).results
+        log(f"      top-1 {results['top1']:.2f} %, loss {results['loss']:.4f}")
+
+    jobs: list[tuple[str, Callable[[], object]]] = []
+    for run in plan.needed(studies):
+        path = root / run.folder / "record.json"
+        if not is_done(path, run.spec_hash, code_hash("training", run.model)):
+            jobs.append((f"train {run.id} seed {run.seed}", lambda run=run: train_one(run)))
+    for study in studies:
+        path = root / plan.measured(study)
+        if plan.rows_run(study) and not is_done(
+            path, digest(plan.measure_spec(study)), study_code(plan, study)
+        ):
+            device = pick_device(accelerator)
+            jobs.append(
+                (
+                    f"measure {study.id}",
+                    lambda s=study, d=device: measure_study(plan, s, d, root, deadline),
+                )
+            )
+    for i, (name, job) in enumerate(jobs):
+        try:
+            if time.monotonic() >= deadline:
+                raise OutOfTime
+            log(f"[{i + 1}/{len(jobs)}] {name}")
+            job()
+        except OutOfTime:
+            return [name for name, _ in jobs[i:]]
+    return []

@@ -1,0 +1,116 @@
+"""A run's state on disk: one safetensors file, so nothing in it is ever executed.
+
+Tensors are the model's and the optimizer's; everything else is JSON in the file's header.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..errors import HovitError
+from ..files import atomic
+
+
+@dataclass
+class State:
+    """Where a run stands: all that it needs to go on, beside model and optimizer.
+
+    Args:
+        spec_hash: of the run; a state of another spec is not continued.
+        epoch: epochs finished, validation included.
+        step: batches done of the epoch under way.
+        losses: training loss of each of these batches.
+        history: one dict a finished epoch.
+        seconds: spent so far, over all its interruptions.
+        interruptions: how often it was continued.
+    """
+
+    spec_hash: str
+    epoch: int = 0
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    interruptions: int = 0
+
+    @property
+    def best(self) -> dict[str, float] | None:
+        """The finished epoch with the highest validation accuracy; the earliest of equals."""
+        return max(self.history, key=lambda epoch: epoch["val_top1"], default=None)
+
+
+def save_weights(path: Path, model: nn.Module, **metadata: Any) -> None:
+    """Save a model's parameters and buffers, atomically."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    with atomic(path) as temporary:
+        save_file(tensors, temporary, {"hovit": json.dumps(metadata)})
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file.
+
+    Raises:
+        HovitError: if it is missing, truncated or of another format.
+    """
+    return _load(path)[0]
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise HovitError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def save_state(
+    path: Path, state: State, model: nn.Module, optimizer: Optimizer, scaler: Any = None
+) -> None:
+    """Save everything that a killed run needs, atomically."""
+    tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        for key, value in values.items():
+            if value is not None:
+                tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value).cpu().contiguous()
+    header = asdict(state) | {"scaler": scaler.state_dict() if scaler else None}
+    with atomic(path) as temporary:
+        save_file(tensors, temporary, {"hovit": json.dumps(header)})
+
+
+def load_state(
+    path: Path, spec_hash: str, model: nn.Module, optimizer: Optimizer, scaler: Any = None
+) -> State:
+    """Continue from `path`, or start anew where there is nothing of this spec.
+
+    Raises:
+        HovitError: if the file is there but is not readable.
+    """
+    if not path.exists():
+        return State(spec_hash)
+    tensors, metadata = _load(path)
+    try:
+        header = json.loads(metadata["hovit"])
+        scaling = header.pop("scaler")
+        state = State(**header)
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise HovitError(f"{path}: not a checkpoint of a run; delete it to start anew") from None
+    if state.spec_hash != spec_hash:
+        return State(spec_hash)
+    model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+    saved: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            saved.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": saved})
+    if scaler and scaling:
+        scaler.load_state_dict(scaling)
+    state.interruptions += 1
+    return state

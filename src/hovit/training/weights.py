@@ -1,0 +1,84 @@
+"""What a pretrained part starts from: a run of this artifact, timm's weights, or a file.
+
+Only safetensors are read; nothing is unpickled.
+"""
+
+from pathlib import Path
+
+import timm
+from torch import nn
+
+from ..errors import HovitError
+from ..plan import Run, Weights
+from .checkpoint import load_weights
+
+
+def load_pretrained(model: nn.Module, run: Run, root: Path, weights_file: Path | None) -> None:
+    """Load ResNet50's weights, all but its classifier, into the model (or its `resnet` part).
+
+    Args:
+        model: a Launcher, or a ResNet50.
+        run: says where from.
+        root: top of the artifact, under which other runs' weights lie.
+        weights_file: what `--weights` named, if it did.
+
+    Raises:
+        HovitError: if there are none to be had, or they are not this model's.
+    """
+    assert run.weights is not None
+    path = _locate(run, run.weights, root, weights_file)
+    part = getattr(model, "resnet", model)
+    heads = tuple(
+        f"{name}."
+        for name, module in [*part.named_modules(), ("fc", part)]
+        if name == "fc" or module is part.get_classifier()
+    )
+    given = {k: v for k, v in load_weights(path).items() if not k.startswith(heads)}
+    wanted = {k: v.shape for k, v in part.state_dict().items() if not k.startswith(heads)}
+    wrong = [k for k in wanted if k not in given or given[k].shape != wanted[k]]
+    wrong += [k for k in given if k not in wanted]
+    if wrong:
+        raise HovitError(
+            f"{path}: not the weights of {run.model}'s ResNet50: {wrong[0]} "
+            f"{'is missing or has another shape' if wrong[0] in wanted else 'is not of it'} "
+            f"({len(wrong)} tensors differ)"
+        )
+    part.load_state_dict(given, strict=False)
+
+
+def _locate(run: Run, weights: Weights, root: Path, weights_file: Path | None) -> Path:
+    if weights.sha256:
+        assert weights_file is not None
+        return weights_file
+    if weights.run:
+        folder = root / "results/runs" / run.scale / weights.run / f"seed{weights.seed}"
+        path = folder / "weights.safetensors"
+        if not path.exists():
+            raise HovitError(
+                f"{path}: not there: run {weights.run} comes first "
+                f"(`hovit train {weights.run} --scale {run.scale}`)"
+            )
+        return path
+    return download_timm(str(weights.timm))
+
+
+def download_timm(name: str) -> Path:
+    """timm's weights of that model and tag, from the hub's cache or the hub.
+
+    Raises:
+        HovitError: if they are in neither.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.hf_hub_id:
+        raise HovitError(f"timm has no weights {name!r} on its hub")
+    try:
+        return Path(hf_hub_download(config.hf_hub_id, "model.safetensors"))
+    except (OSError, ValueError, LocalEntryNotFoundError, HfHubHTTPError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise HovitError(
+            f"pretrained weights {name}: neither in the cache nor to be downloaded ({reason[:120]}); "
+            "give them with --weights FILE.safetensors (snakemake: --config weights=FILE)"
+        ) from None
