@@ -16,18 +16,25 @@ from hovit.report.figures import FIGURES
 from hovit.sources import code_hash
 
 SCALE = config.get("scale", "smoke")
-DATA_ROOT = str(config.get("data_root", os.environ.get("HOVIT_DATA", "data")))
-WEIGHTS = config.get("weights")
+DATA_ROOT = str(config.get("data_root", os.getenv("HOVIT_DATA", "data")))
+WEIGHTS = config.get("weights") or os.getenv("HOVIT_WEIGHTS")
 try:
     PLAN = load_plan(SCALE, weights_file=WEIGHTS)
 except HovitError as error:
     sys.exit(f"error: {error}")
 
-HOVIT = f"{shlex.quote(sys.executable)} -m hovit"
-AT = f"--scale {SCALE}"
-AT_WEIGHTS = AT + (f" --weights {shlex.quote(str(WEIGHTS))}" if WEIGHTS else "")
-ROOT = shlex.quote(DATA_ROOT)
-PACKS = {run.pack.id: run.pack for seeds in PLAN.runs.values() for run in seeds.values()}
+# By the environment and not as parameters: where files lie changes no result.
+SETTINGS = {
+    "HOVIT_DATA": DATA_ROOT,
+    "HOVIT_WEIGHTS": str(WEIGHTS or ""),
+    "PATH": os.path.dirname(sys.executable) + os.pathsep + os.getenv("PATH", ""),
+}
+EXPORTS = " ".join(f"{key}={shlex.quote(value)}" for key, value in SETTINGS.items())
+shell.prefix(f"set -euo pipefail; export {EXPORTS}; ")
+
+PACKS = {
+    run.pack.id: run.pack for seeds in PLAN.runs.values() for run in seeds.values()
+}
 STUDIES = PLAN.catalogue.studies
 
 
@@ -39,10 +46,6 @@ wildcard_constraints:
     run="[^/]+",
     seed="[0-9]+",
     study="[a-z0-9_]+",
-
-
-localrules:
-    all_tables,
 
 
 rule all_tables:
@@ -86,13 +89,13 @@ rule data:
         "data/packed/{pack}/pack.json",
         "data/packed/{pack}/images.npy",
         "data/packed/{pack}/manifest.csv",
-    params:
-        spec=lambda w: PACKS[w.pack].spec_hash,
     log:
         "logs/data/{pack}.log",
     threads: 2
+    params:
+        spec=lambda w: PACKS[w.pack].spec_hash,
     shell:
-        "{HOVIT} data {wildcards.pack} {AT} --data-root {ROOT} > {log} 2>&1"
+        "python -m hovit data {wildcards.pack} > {log} 2>&1"
 
 
 # state.safetensors and best.safetensors are not declared: a killed run goes on from them.
@@ -106,18 +109,19 @@ rule train:
         f"results/runs/{SCALE}/{{run}}/seed{{seed}}/weights.safetensors",
         f"results/runs/{SCALE}/{{run}}/seed{{seed}}/history.csv",
         f"results/runs/{SCALE}/{{run}}/seed{{seed}}/predictions.csv.gz",
-    params:
-        spec=lambda w: run_of(w).spec_hash,
-        code=lambda w: code_hash("training", run_of(w).model),
     log:
         f"logs/train/{SCALE}/{{run}}/seed{{seed}}.log",
-    threads: PLAN.scale.threads
     priority: lambda w: 1 if w.run in PLAN.upstreams else 0
+    threads: PLAN.scale.threads
     resources:
         gpu=1,
         mem_mb=PLAN.scale.memory_mb,
+    params:
+        scale=SCALE,
+        spec=lambda w: run_of(w).spec_hash,
+        code=lambda w: code_hash("training", run_of(w).model),
     shell:
-        "{HOVIT} train {wildcards.run} --seed {wildcards.seed} {AT_WEIGHTS}"
+        "python -m hovit train {wildcards.run} --seed {wildcards.seed} --scale {params.scale}"
         " --threads {threads} > {log:q} 2>&1"
 
 
@@ -125,19 +129,20 @@ rule train:
 rule measure:
     output:
         f"results/runs/{SCALE}/measure/{{study}}.json",
-    params:
-        spec=lambda w: digest(PLAN.measure_spec(STUDIES[w.study])),
-        code=lambda w: digest(
-            [code_hash("measure", model) for model in PLAN.models(STUDIES[w.study])]
-        ),
     log:
         f"logs/measure/{SCALE}/{{study}}.log",
     threads: workflow.cores
     resources:
         gpu=1,
         mem_mb=PLAN.scale.memory_mb,
+    params:
+        scale=SCALE,
+        spec=lambda w: digest(PLAN.measure_spec(STUDIES[w.study])),
+        code=lambda w: digest(
+            [code_hash("measure", model) for model in PLAN.models(STUDIES[w.study])]
+        ),
     shell:
-        "{HOVIT} measure {wildcards.study} {AT} > {log} 2>&1"
+        "python -m hovit measure {wildcards.study} --scale {params.scale} > {log} 2>&1"
 
 
 rule table:
@@ -149,8 +154,10 @@ rule table:
         multiext("results/tables/{study}", ".csv", ".md", ".tex"),
     log:
         "logs/table/{study}.log",
+    params:
+        scale=SCALE,
     shell:
-        "{HOVIT} table {wildcards.study} {AT_WEIGHTS} > {log} 2>&1"
+        "python -m hovit table {wildcards.study} --scale {params.scale} > {log} 2>&1"
 
 
 rule figure:
@@ -162,8 +169,10 @@ rule figure:
         multiext("figures/{figure}", ".pdf", ".png"),
     log:
         "logs/figure/{figure}.log",
+    params:
+        scale=SCALE,
     shell:
-        "{HOVIT} figure {wildcards.figure} {AT_WEIGHTS} > {log} 2>&1"
+        "python -m hovit figure {wildcards.figure} --scale {params.scale} > {log} 2>&1"
 
 
 rule claims:
@@ -177,8 +186,10 @@ rule claims:
         "results/claims.md",
     log:
         "logs/claims.log",
+    params:
+        scale=SCALE,
     shell:
-        "{HOVIT} claims {AT_WEIGHTS} > {log} 2>&1"
+        "python -m hovit claims --scale {params.scale} > {log} 2>&1"
 
 
 rule index:
@@ -188,5 +199,7 @@ rule index:
         "results/tables/index.md",
     log:
         "logs/index.log",
+    params:
+        scale=SCALE,
     shell:
-        "{HOVIT} index {AT} > {log} 2>&1"
+        "python -m hovit index --scale {params.scale} > {log} 2>&1"

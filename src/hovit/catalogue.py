@@ -4,6 +4,7 @@ Every YAML file is one object, checked against the classes below (`hovit schema`
 Schema for editors). A mistake is one line: file, key path, what is allowed.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -196,7 +197,8 @@ class Claim(Strict):
     """One sentence of a seed as a check over records.
 
     kind `value`: of = reported; `ratio`: of / to = reported; `reduction`: 100 (1 - of / to) percent
-    = reported, all within `tolerance`; `less` and `greater`: of against to.
+    = reported; `less` and `greater`: of against to. A reported number is met within `tolerance`;
+    unless told, within one unit of its last decimal, and whole numbers exactly.
     """
 
     id: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
@@ -206,7 +208,7 @@ class Claim(Strict):
     of: Ref
     to: Ref | None = None
     reported: Printed | None = None
-    tolerance: Annotated[float, Field(ge=0)] = 0.0
+    tolerance: Annotated[float, Field(ge=0)] | None = None
     note: str = ""
 
     @model_validator(mode="after")
@@ -330,6 +332,9 @@ def load_catalogue(root: Path = Path("config")) -> Catalogue:
     return catalogue
 
 
+Must = Callable[[Any, str, str], None]
+
+
 def _check_references(catalogue: Catalogue, root: Path) -> None:
     def must(known: Any, name: str, where: str) -> None:
         if name not in known:
@@ -342,30 +347,12 @@ def _check_references(catalogue: Catalogue, root: Path) -> None:
             must(catalogue.datasets, dataset, f"scales/{scale.id}.yaml: datasets.{role}")
         for name, weights in scale.weights.items():
             if weights.row:
-                study, row = weights.row.split("/")
+                study_id, row_id = weights.row.split("/")
                 where = f"scales/{scale.id}.yaml: weights.{name}.row"
-                must(catalogue.studies, study, where)
-                must([r.id for r in catalogue.studies[study].rows], row, where)
+                must(catalogue.studies, study_id, where)
+                must([row.id for row in catalogue.studies[study_id].rows], row_id, where)
     for study in catalogue.studies.values():
-        file = f"studies/{study.id}.yaml"
-        must(catalogue.recipes, study.recipe, f"{file}: recipe")
-        ids = [row.id for row in study.rows]
-        for i, row in enumerate(study.rows):
-            if row.id in ids[:i]:
-                raise HovitError(f"{root}/{file}: rows[{i}].id: {row.id!r} is given twice")
-            if (study.kind == "models") != (row.model is not None):
-                raise HovitError(
-                    f"{root}/{file}: rows[{i}].model: "
-                    + ("a row of a models study names a model" if not row.model else "not allowed")
-                )
-            if row.rule:
-                must(catalogue.datasets, row.rule, f"{file}: rows[{i}].rule")
-            if (row.rule is None) != (row.total is None):
-                raise HovitError(f"{root}/{file}: rows[{i}]: `rule` and `total` go together")
-            if row.recipe:
-                must(catalogue.recipes, row.recipe, f"{file}: rows[{i}].recipe")
-            if row.baseline:
-                must(ids, row.baseline, f"{file}: rows[{i}].baseline")
+        _check_rows(catalogue, root, study, must)
     seen: set[str] = set()
     for claims in catalogue.claims.values():
         for i, claim in enumerate(claims.claims):
@@ -379,6 +366,28 @@ def _check_references(catalogue: Catalogue, root: Path) -> None:
                     must(catalogue.studies, study_id, f"{where}.{key}")
                     must([r.id for r in catalogue.studies[study_id].rows], row_id, f"{where}.{key}")
                     must(CLAIM_METRICS, metric, f"{where}.{key}")
+
+
+def _check_rows(catalogue: Catalogue, root: Path, study: Study, must: Must) -> None:
+    file = f"studies/{study.id}.yaml"
+    must(catalogue.recipes, study.recipe, f"{file}: recipe")
+    ids = [row.id for row in study.rows]
+    for i, row in enumerate(study.rows):
+        if row.id in ids[:i]:
+            raise HovitError(f"{root}/{file}: rows[{i}].id: {row.id!r} is given twice")
+        if (study.kind == "models") != (row.model is not None):
+            raise HovitError(
+                f"{root}/{file}: rows[{i}].model: "
+                + ("a row of a models study names a model" if not row.model else "not allowed")
+            )
+        if row.rule:
+            must(catalogue.datasets, row.rule, f"{file}: rows[{i}].rule")
+        if (row.rule is None) != (row.total is None):
+            raise HovitError(f"{root}/{file}: rows[{i}]: `rule` and `total` go together")
+        if row.recipe:
+            must(catalogue.recipes, row.recipe, f"{file}: rows[{i}].recipe")
+        if row.baseline:
+            must(ids, row.baseline, f"{file}: rows[{i}].baseline")
 
 
 # What a claim may point at: metrics, the latency by batch, and what a seed printed itself.

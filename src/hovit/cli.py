@@ -15,7 +15,7 @@ import typer
 from .catalogue import KINDS
 from .errors import HovitError
 from .files import write_json
-from .plan import Run, load_plan
+from .plan import Run, all_packs, load_plan
 
 if TYPE_CHECKING:
     from .training.loop import Options
@@ -28,7 +28,10 @@ app = typer.Typer(
 )
 ScaleOption = Annotated[str, typer.Option(help="One of config/scales.")]
 WeightsOption = Annotated[
-    Path | None, typer.Option(help="Pretrained ResNet50 as .safetensors, in place of the scale's.")
+    Path | None,
+    typer.Option(
+        envvar="HOVIT_WEIGHTS", help="Pretrained ResNet50 as .safetensors, in place of the scale's."
+    ),
 ]
 DataRoot = Annotated[
     Path,
@@ -88,17 +91,14 @@ def explain(
 @app.command()
 def data(
     name: Annotated[str, typer.Argument(help="A pack: DATASET-SIZEpx (see `hovit list`).")],
-    scale: ScaleOption = "smoke",
     data_root: DataRoot = Path("data"),
 ) -> None:
     """Decode a dataset once, split it, and keep it under data/packed."""
     from .data.pack import prepare
 
-    packs = {
-        run.pack.id: run.pack for seeds in load_plan(scale).runs.values() for run in seeds.values()
-    }
+    packs = all_packs()
     if name not in packs:
-        raise HovitError(f"no pack {name!r} at scale {scale}; there are {', '.join(packs)}")
+        raise HovitError(f"no scale has a pack {name!r}; there are {', '.join(packs)}")
     meta = prepare(packs[name], data_root)
     counts = " / ".join(f"{n:,}" for n in meta["images"].values())
     print(f"{name}: {counts} images (train / val / test), fingerprint {meta['fingerprint'][:12]}")
@@ -194,7 +194,7 @@ def sweep(
     weights: WeightsOption = None,
     accelerator: Accelerator = "auto",
 ) -> None:
-    """Run studies in this one process, without Snakemake, within a time budget; goes on next time."""
+    """Run studies in one process, without Snakemake, within a time budget; goes on next time."""
     began = time.monotonic()
     import hovit.models  # noqa: F401 (registers)
 

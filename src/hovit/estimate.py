@@ -1,7 +1,7 @@
 """What a run or a study will do, and about what it costs on this machine.
 
-The estimate is training's multiply-adds (three times a forward pass's) over a speed that is measured
-here and now, on one model and one batch: an order of magnitude, not a promise.
+The estimate is training's multiply-adds (three times a forward pass's) over a speed measured here
+and now, on one model and one batch: an order of magnitude, not a promise.
 """
 
 import time

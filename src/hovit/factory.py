@@ -4,13 +4,14 @@ use."""
 from typing import Any
 
 import timm
-from torch import nn
 
 from .errors import HovitError
 
 
-def create_model(name: str, num_classes: int, image_size: int, **args: Any) -> nn.Module:
+def create_model(name: str, num_classes: int, image_size: int, **args: Any) -> Any:
     """`timm.create_model` without weights, telling the size to models whose shape depends on it.
+
+    Gives a Module; `Any`, because the methods that timm adds are not typed.
 
     Args:
         name: a registered model; a `.tag` is refused, as weights are loaded elsewhere.

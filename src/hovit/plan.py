@@ -198,8 +198,8 @@ class Plan:
                     other = found.setdefault(run.id, {}).setdefault(run.seed, run)
                     if other.spec_hash != run.spec_hash:
                         raise HovitError(
-                            f"config/studies/{study.id}.yaml: row {row.id}: run {run.id} is already "
-                            "defined otherwise by another row"
+                            f"config/studies/{study.id}.yaml: row {row.id}: run {run.id} is "
+                            "defined otherwise by another row already"
                         )
         return found
 
@@ -305,3 +305,11 @@ def load_plan(
     plan = Plan(catalogue, catalogue.scales[scale], path)
     plan.runs  # noqa: B018 (resolves and checks every run now)
     return plan
+
+
+def all_packs(root: Path = Path("config")) -> dict[str, Pack]:
+    """The packs of every scale: id -> pack."""
+    catalogue = load_catalogue(root)
+    plans = [Plan(catalogue, scale) for scale in catalogue.scales.values()]
+    runs = [run for plan in plans for seeds in plan.runs.values() for run in seeds.values()]
+    return {run.pack.id: run.pack for run in runs}

@@ -38,7 +38,9 @@ class Device(Strict):
     threads: int
 
     def __str__(self) -> str:
-        return self.name if self.kind != "cpu" else f"{self.name}, {self.threads} threads"
+        if self.kind != "cpu":
+            return self.name
+        return f"{self.name}, {self.threads} thread{'s' * (self.threads > 1)}"
 
 
 class Provenance(Strict):

@@ -7,6 +7,7 @@ same command goes on next time.
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -73,19 +74,15 @@ def sweep(
     for run in plan.needed(studies):
         path = root / run.folder / "record.json"
         if not is_done(path, run.spec_hash, code_hash("training", run.model)):
-            jobs.append((f"train {run.id} seed {run.seed}", lambda run=run: train_one(run)))
+            jobs.append((f"train {run.id} seed {run.seed}", partial(train_one, run)))
     for study in studies:
         path = root / plan.measured(study)
         if plan.rows_run(study) and not is_done(
             path, digest(plan.measure_spec(study)), study_code(plan, study)
         ):
             device = pick_device(accelerator)
-            jobs.append(
-                (
-                    f"measure {study.id}",
-                    lambda s=study, d=device: measure_study(plan, s, d, root, deadline),
-                )
-            )
+            measure = partial(measure_study, plan, study, device, root, deadline)
+            jobs.append((f"measure {study.id}", measure))
     for i, (name, job) in enumerate(jobs):
         try:
             if time.monotonic() >= deadline:

@@ -66,7 +66,7 @@ def prepare(pack: plan.Pack, data_root: Path, folder: Path | None = None) -> dic
     items, own_test = _draw(pack.dataset, read_items(pack.dataset, data_root))
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
-        part.mkdir(parents=True)
+        part.mkdir(parents=True, exist_ok=True)  # a killed process may have had the same id
         meta = _write(pack, items, own_test, part)
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
@@ -83,6 +83,11 @@ def _draw(dataset: Dataset, items: list[Item]) -> tuple[list[Item], list[Item]]:
     names = sorted({item.label for item in items})
     if dataset.classes:
         first, last = dataset.classes
+        if not first < last <= len(names):
+            raise HovitError(
+                f"{dataset.id}: classes [{first}, {last}] in config/datasets/{dataset.id}.yaml are "
+                f"not a range of its {len(names)} classes"
+            )
         shuffled = [names[i] for i in rng.permutation(len(names))]
         chosen = set(shuffled[first:last])
         items = [item for item in items if item.label in chosen]
@@ -105,14 +110,18 @@ def _draw(dataset: Dataset, items: list[Item]) -> tuple[list[Item], list[Item]]:
 def _label_numbers(dataset: Dataset, items: Sequence[Item]) -> dict[str, int]:
     """Class name -> number. Oxford-IIIT Pet's own numbers stand even where breeds are missing."""
     names = sorted({item.label for item in items})
+    numbers = {name: number for number, name in enumerate(names)}
     if dataset.reader == "oxford_iiit_pet":
-        return {name: int(name[:2]) - 1 for name in names}
-    if len(names) != dataset.num_classes:
+        numbers = {name: int(name[:2]) - 1 for name in names}
+        wrong = max(numbers.values()) >= dataset.num_classes
+    else:
+        wrong = len(names) != dataset.num_classes
+    if wrong:
         raise HovitError(
             f"{dataset.id}: {len(names)} classes found ({names[0]} … {names[-1]}), but num_classes "
             f"is {dataset.num_classes} in config/datasets/{dataset.id}.yaml"
         )
-    return {name: number for number, name in enumerate(names)}
+    return numbers
 
 
 def _write(
@@ -155,9 +164,15 @@ def _decode(items: list[Item], side: int, path: Path) -> None:
     def decode(i: int) -> None:
         images[i] = decode_image(items[i], side)
 
-    with ThreadPoolExecutor() as pool:
-        for future in [pool.submit(decode, i) for i in range(len(items))]:
-            future.result()
+    # Warnings are the whole process's, so that is set here and not in each thread.
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        futures = [pool.submit(decode, i) for i in range(len(items))]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
     images.flush()
 
 
@@ -168,10 +183,8 @@ def decode_image(item: Item, side: int) -> np.ndarray:
         HovitError: naming the path of an image that is missing, empty, truncated or a bomb.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with item.load() as image:
-                rgb = image.convert("RGB")
+        with item.load() as image:
+            rgb = image.convert("RGB")
     except Exception as error:  # PIL raises whatever a broken file makes it stumble over
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise HovitError(f"{item.path}: cannot be decoded ({reason})") from None

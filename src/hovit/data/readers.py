@@ -9,7 +9,8 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -18,6 +19,7 @@ from PIL import Image
 
 from ..catalogue import Dataset
 from ..errors import HovitError
+from ..files import digest, file_digest
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
 EXTRACTED = Path("data/extracted")
@@ -54,6 +56,9 @@ def read_items(dataset: Dataset, data_root: Path) -> list[Item]:
     items = READERS[dataset.reader](dataset, data_root)
     if not items:
         raise HovitError(f"{dataset.id}: no images found under {data_root}")
+    (path, times), *_ = Counter(item.path for item in items).most_common(1)
+    if times > 1:  # it could be trained on and tested with
+        raise HovitError(f"{path}: listed {times} times in dataset {dataset.id}")
     return items
 
 
@@ -76,11 +81,16 @@ def _download(build: Callable[[], list[Item]], dataset: Dataset, data_root: Path
     try:
         return build()
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if dataset.files:
+            raise HovitError(f"{dataset.id}: {data_root}: {_reason(error)}") from None
         raise HovitError(
-            f"{dataset.id}: torchvision could not get it into {data_root} ({reason}); "
+            f"{dataset.id}: torchvision could not get it into {data_root} ({_reason(error)}); "
             "without a network, put its archives or folders there by hand"
         ) from None
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _oxford_iiit_pet(dataset: Dataset, data_root: Path) -> list[Item]:
@@ -88,14 +98,17 @@ def _oxford_iiit_pet(dataset: Dataset, data_root: Path) -> list[Item]:
 
     root = data_root
     if dataset.files:
-        root = EXTRACTED / dataset.id  # the data root may be read-only
-        for name in dataset.files:
-            extract(find(dataset, data_root, name), root)
+        paths = [find(dataset, data_root, name) for name in dataset.files]
+        root = extract(paths, EXTRACTED / dataset.id)  # the data root may be read-only
 
     def build() -> list[Item]:
         items = []
         for split in ("trainval", "test"):
-            pets = OxfordIIITPet(str(root), split, download=not dataset.files)
+            try:
+                pets = OxfordIIITPet(str(root), split, download=not dataset.files)
+            except ValueError as error:  # a line is not `name class species breed`
+                where = root / "oxford-iiit-pet/annotations" / f"{split}.txt"
+                raise HovitError(f"{where}: a line cannot be read ({error})") from None
             items += [
                 (Path(path), label) for path, label in zip(pets._images, pets._labels, strict=True)
             ]
@@ -105,23 +118,26 @@ def _oxford_iiit_pet(dataset: Dataset, data_root: Path) -> list[Item]:
 
 
 def _checked_pets(images: list[tuple[Path, int]]) -> list[Item]:
-    """Label pets by number and breed; a breed under two numbers, or two under one, is named."""
-    breed_of: dict[int, str] = {}
-    number_of: dict[str, int] = {}
+    """Label pets by number and breed; the image whose breed and number do not go together is named.
+
+    A breed's number is what most of its images have, and the other way round.
+    """
+    breeds = [re.sub(r"_\d+$", "", path.stem) for path, _ in images]
+    numbers = [number for _, number in images]
+    pairs = [pair for pair, _ in Counter(zip(breeds, numbers, strict=True)).most_common()]
+    number_of = dict(reversed(pairs))
+    breed_of = {number: breed for breed, number in reversed(pairs)}
     items = []
-    for path, number in images:
-        breed = re.sub(r"_\d+$", "", path.stem)
-        same = breed_of.setdefault(number, breed) == breed
-        if not same or number_of.setdefault(breed, number) != number:
-            raise HovitError(
-                f"{path}: labelled as class {number + 1} in annotations/, but {breed_of[number]!r} "
-                f"is class {number + 1}: mislabelled"
-                if not same
-                else f"{path}: labelled as class {number + 1} in annotations/, but other images of "
-                f"{breed!r} are class {number_of[breed] + 1}: mislabelled"
-            )
+    for (path, number), breed in zip(images, breeds, strict=True):
+        where = f"{path}: labelled as class {number + 1} in annotations/"
         if not 0 <= number < 37:
-            raise HovitError(f"{path}: class {number + 1} in annotations/ is outside 1..37")
+            raise HovitError(f"{where}, which is outside 1..37")
+        if number_of[breed] != number:
+            raise HovitError(
+                f"{where}, but most of {breed!r} is class {number_of[breed] + 1}: mislabelled"
+            )
+        if breed_of[number] != breed:
+            raise HovitError(f"{where}, but {breed_of[number]!r} is that class: mislabelled")
         items.append(Item(str(path), f"{number + 1:02d} {breed}", lambda p=path: Image.open(p)))  # type: ignore[misc]
     return sorted(items, key=lambda item: item.path)
 
@@ -174,8 +190,8 @@ def open_zip(path: Path) -> zipfile.ZipFile:
     """
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise HovitError(f"{path}: not a readable zip ({error}); fetch it again") from None
+    except Exception as error:  # a broken zip makes zipfile stumble in many ways
+        raise HovitError(f"{path}: not a readable zip ({_reason(error)}); fetch it again") from None
     for info in archive.infolist():
         member = PurePosixPath(info.filename.replace("\\", "/"))
         if member.is_absolute() or ".." in member.parts:
@@ -209,23 +225,35 @@ def find(dataset: Dataset, data_root: Path, name: str) -> Path:
     return path
 
 
-def extract(path: Path, folder: Path) -> None:
-    """Unpack a zip into `folder`, wholly or not at all; done once.
+def extract(paths: Sequence[Path], folder: Path) -> Path:
+    """Unpack zips beside `folder`, wholly or not at all; done once for the same bytes.
+
+    Returns:
+        `folder`, with the archives' digest added to its name.
 
     Raises:
         HovitError: for a broken archive.
     """
+    folder = folder.with_name(f"{folder.name}-{digest([file_digest(p) for p in paths])[:12]}")
     if folder.is_dir():
-        return
+        return folder
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    with open_zip(path) as archive:
-        try:
-            archive.extractall(part)
-            part.rename(folder)
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
-            raise HovitError(f"{path}: cannot be unpacked into {folder} ({error})") from None
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+    try:
+        for path in paths:
+            with open_zip(path) as archive:
+                try:
+                    archive.extractall(part)
+                except Exception as error:  # as above
+                    raise HovitError(
+                        f"{path}: cannot be unpacked into {folder} ({_reason(error)})"
+                    ) from None
+        part.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():  # another process was quicker
+            raise HovitError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
 
 
 READERS: dict[str, Callable[[Dataset, Path], list[Item]]] = {

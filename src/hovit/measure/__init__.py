@@ -1,1 +1,1 @@
-"""Measuring: parameters and multiply-adds (`cost`), latency (`latency`), a study's table (`study`)."""
+"""Measuring: parameters and multiply-adds (`cost`), `latency`, and a whole table (`study`)."""

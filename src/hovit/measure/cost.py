@@ -46,7 +46,7 @@ def cost(
     return result
 
 
-def _without_gradient(net: nn.Module, image_size: int) -> list[nn.Parameter]:
+def _without_gradient(net: Any, image_size: int) -> list[nn.Parameter]:
     # Whether a gradient arrives does not depend on the size; 64 px is quick, if the model takes it.
     size = image_size if net.pretrained_cfg.get("fixed_input_size") else min(image_size, 64)
     net.train()

@@ -1,7 +1,7 @@
 """Latency, interleaved: every round times each model once, so that drift hits all alike.
 
-The protocol is `shared/SPEC.md` section 7 (ours): eval mode, inputs on the device, warm-up, then rounds;
-CUDA events on a GPU, a monotonic clock with a fixed number of threads on a CPU.
+The protocol (ours; the seeds state none): eval mode, inputs on the device, warm-up, then rounds.
+CUDA events on a GPU; a monotonic clock with a fixed number of threads on a CPU.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""One study's measurements: every row's cost, and the latency of all rows in one interleaved run."""
+"""One study's measurements: every row's cost, and the latency of all rows, interleaved."""
 
 import json
 import math

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from . import hovit, levit_deck
 
+RESNET_FEATURES = 2048
 BACKBONES = (*levit_deck.default_cfgs, *hovit.default_cfgs, "levit_256")
 
 default_cfgs = generate_default_cfgs(
@@ -57,12 +58,12 @@ class Launcher(nn.Module):
         if height % 4 or width % 4:
             raise ValueError(f"img_size={img_size}: the Launcher paints multiples of 4 pixels")
         self.painted = (3, height // 4, width // 4)
-        self.resnet = timm.create_model("resnet50", num_classes=0)
-        self.to_image = nn.Linear(self.resnet.num_features, math.prod(self.painted))
+        self.resnet: Any = timm.create_model("resnet50", num_classes=0)
+        self.to_image = nn.Linear(RESNET_FEATURES, math.prod(self.painted))
         self.upsample = nn.ConvTranspose2d(3, 3, kernel_size=4, stride=4)
         if timm.get_pretrained_cfg_value(backbone, "fixed_input_size"):
             kwargs["img_size"] = img_size
-        self.backbone = timm.create_model(backbone, num_classes=num_classes, **kwargs)
+        self.backbone: Any = timm.create_model(backbone, num_classes=num_classes, **kwargs)
         self.num_features = self.head_hidden_size = self.backbone.num_features
 
     @property

@@ -12,6 +12,7 @@ describe it; `levit_deck_fixed` is what it meant (ours).
 No layer knows the input's size, so any image of at least 64 x 64 pixels will do.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -171,9 +172,9 @@ class ConvStage(nn.Module):
 
     def __init__(self, dim: int, out_dim: int, depth: int) -> None:
         super().__init__()
-        widths = [dim] + [out_dim] * depth
+        widths = [dim, *[out_dim] * depth]
         self.convs = nn.Sequential(
-            *(nn.Conv2d(i, o, 1) for i, o in zip(widths[:-1], widths[1:], strict=True)),
+            *(nn.Conv2d(i, o, 1) for i, o in pairwise(widths)),
             nn.BatchNorm2d(out_dim),
             nn.ReLU(),
         )
@@ -240,7 +241,7 @@ class LevitDeck(nn.Module):
                 raise ValueError(f"global_pool={global_pool!r}: 'avg' or '' (none) is supported")
             self.global_pool = global_pool
         self.num_classes = num_classes
-        device = self.stem.conv1.linear.weight.device
+        device = next(self.stem.parameters()).device
         self.head, self.head_dist = (
             NormLinear(self.num_features, num_classes, drop=self.drop_rate, device=device)
             if num_classes > 0

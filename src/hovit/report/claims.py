@@ -57,10 +57,11 @@ def judge(results: Results, claim: Claim, seed: str) -> Verdict:
     low, high = _range(str(claim.reported))
     off = max(low - number, number - high, 0.0)
     noise = values[0].noise if claim.kind == "value" else 0.0
-    holds = off <= claim.tolerance + 1e-9
+    tolerance = claim.tolerance if claim.tolerance is not None else _last_digit(str(claim.reported))
+    holds = off <= tolerance + 1e-9
     name = "reproduced" if holds else "within noise" if off <= noise else "contradicted"
-    allowed = f" ± {claim.tolerance:g}" if claim.tolerance else ""
-    return verdict(name, number, f"{number:,.6g} against {claim.reported}{allowed}", *values)
+    allowed = f" ± {tolerance:g}" if tolerance else ""
+    return verdict(name, number, f"{_say(number)} against {claim.reported}{allowed}", *values)
 
 
 def _value(results: Results, ref: str) -> tuple[Value | None, str]:
@@ -70,7 +71,7 @@ def _value(results: Results, ref: str) -> tuple[Value | None, str]:
     scale = results.plan.scale
     judged = "latency" if metric.startswith("latency_") else metric
     if judged in INEXACT - scale.judges:
-        return None, f"scale {scale.id} does not judge {judged} ({scale.title})"
+        return None, f"scale {scale.id} does not judge {judged}"
     value = results.value(study, study.row(row_id), metric)
     return value, f"no record of {ref} at scale {scale.id}"
 
@@ -80,7 +81,7 @@ def _compare(kind: str, a: Value, b: Value) -> tuple[str, float, str]:
     noise = math.hypot(a.noise, b.noise)
     holds = difference < 0 if kind == "less" else difference > 0
     name = "within noise" if abs(difference) <= noise else "reproduced" if holds else "contradicted"
-    why = f"{a.mean:,.6g} against {b.mean:,.6g}, n = {a.n} and {b.n}"
+    why = f"{_say(a.mean)} against {_say(b.mean)}, n = {a.n} and {b.n}"
     return name, difference, why + (f"; differences up to {noise:.3g} are noise" if noise else "")
 
 
@@ -89,6 +90,17 @@ def _number(kind: str, values: list[Value]) -> float:
         return values[0].mean
     ratio = values[0].mean / values[1].mean
     return ratio if kind == "ratio" else 100 * (1 - ratio)
+
+
+def _say(number: float) -> str:
+    """Whole numbers whole, others to four decimals."""
+    return f"{number:,.0f}" if number == int(number) else f"{number:,.4f}"
+
+
+def _last_digit(printed: str) -> float:
+    """One unit of the last decimal of a printed number; 0 for a whole one."""
+    decimals = len(printed.partition(".")[2])
+    return 10.0**-decimals if decimals else 0.0
 
 
 def _range(printed: str) -> tuple[float, float]:
@@ -131,7 +143,7 @@ def write_claims(plan: Plan, root: Path = Path()) -> str:
         "| :-- | :-- | :-- | --: | --: | :-- |",
     ]
     for v in verdicts:
-        measured = "" if v.measured is None else f"{v.measured:,.6g}"
+        measured = "" if v.measured is None else _say(v.measured)
         cells = (f"**{v.verdict}**", v.says, v.place, v.reported or "", measured, v.why)
         lines.append("| " + " | ".join(cells) + " |")
     write_text(root / "results/claims.md", "\n".join([*lines, ""]))

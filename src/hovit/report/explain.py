@@ -1,4 +1,4 @@
-"""`hovit explain`: from a table's cell back to its records, spec and commit, and how to re-make it."""
+"""`hovit explain`: from a table's cell to its records, spec and commit, and how to re-make it."""
 
 from ..catalogue import Row, Study
 from ..errors import HovitError

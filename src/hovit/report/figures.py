@@ -1,5 +1,6 @@
 """The figures: each drawn from records alone, the seed's own points beside ours."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from ..errors import HovitError
 from ..files import atomic
 from ..plan import Plan
 from .tables import baseline_ratio
-from .values import Results, Value
+from .values import Results, Value, plural
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,18 +50,18 @@ def draw(plan: Plan, name: str, root: Path = Path()) -> None:
         plt.close(canvas)
 
 
-def _state(canvas: "Canvas", results: Results, study: Study) -> None:
+def _state(canvas: "Canvas", results: Results, study: Study, latency: bool = True) -> None:
     """Say under the figure what was run: scale, data, seeds and device."""
     plan = results.plan
     runs = [run for row in plan.rows_run(study) for run in plan.runs_of(study, row)]
-    device = results.latency_device(study)
+    device = results.latency_device(study) if latency else None
     parts = [f"scale {plan.scale.id}"]
     if runs:
         parts += [f"{runs[0].dataset.title}, {runs[0].image_size} px"]
-        parts += [f"{runs[0].recipe.epochs} epoch{'s' * (runs[0].recipe.epochs > 1)}"]
-        parts += [f"n = {len({run.seed for run in runs})} seed(s)"]
+        parts += [plural(runs[0].recipe.epochs, "epoch")]
+        parts += [f"n = {plural(len({run.seed for run in runs}), 'seed')}"]
     if device:
-        parts += [f"latency on {device}"]
+        parts += [f"latency on {device}, at {plan.measure_spec(study)['latency']['image_size']} px"]
     canvas.supxlabel(" · ".join(parts), fontsize=6, color="#555555")
 
 
@@ -69,13 +70,14 @@ def _spread(value: Value) -> float:
 
 
 def training_curves(results: Results) -> "Canvas":
-    """Losses and validation accuracy over the epochs: LeViT and HoViT, with and without Launcher."""
+    """Losses and validation accuracy by epoch: LeViT and HoViT, without and with the Launcher."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     from . import style
 
     study = results.plan.study("hovit")
-    canvas, axes = plt.subplots(2, 3, figsize=(style.WIDTH, 4.2), sharex="col")
+    canvas, axes = plt.subplots(2, 3, figsize=(style.WIDTH, 4.2), sharex=True)
     columns = (("train_loss", "Training loss"), ("val_loss", "Validation loss"),
                ("val_top1", "Validation top-1, %"))  # fmt: skip
     for line, launched in enumerate((False, True)):
@@ -84,12 +86,14 @@ def training_curves(results: Results) -> "Canvas":
             ax = axes[line][column]
             for row in rows:
                 _curve(ax, results, study, row, key)
-            ax.set_title(f"{title}{', with the Launcher' * launched}")
-            ax.xaxis.get_major_locator().set_params(integer=True)
             if line:
                 ax.set_xlabel("Epoch")
-        axes[line][0].legend()
-    _state(canvas, results, study)
+                ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            else:
+                ax.set_title(title)
+        axes[line][0].set_ylabel("With the Launcher" if launched else "From scratch")
+        axes[line][2].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _state(canvas, results, study, latency=False)
     return canvas
 
 
@@ -119,7 +123,8 @@ def five_ideas(results: Results) -> "Canvas":
 
     rows = _idea_rows(results.plan)
     y = np.arange(len(rows))[::-1]
-    canvas, (left, right) = plt.subplots(1, 2, figsize=(style.WIDTH, 0.27 * len(rows) + 1.1), sharey=True)  # fmt: skip
+    size = (style.WIDTH, 0.27 * len(rows) + 1.1)
+    canvas, (left, right) = plt.subplots(1, 2, figsize=size, sharey=True)
     looks: dict[str, dict[str, Any]] = {
         "reported_latency": {"color": style.REPORTED, "marker": "D", "mfc": "white"},
         "latency_1": {"color": style.OURS, "marker": "o"},
@@ -138,16 +143,21 @@ def five_ideas(results: Results) -> "Canvas":
         ("this run", "top1", looks["latency_1"]),
     ):
         found = [results.value(study, row, metric) for study, row in rows]
-        right.errorbar(
-            [v.mean if v else np.nan for v in found], y, xerr=[_spread(v) if v else 0 for v in found],
-            linestyle="", label=label, **look,
-        )  # fmt: skip
+        means = [v.mean if v else np.nan for v in found]
+        spreads = [_spread(v) if v else 0 for v in found]
+        right.errorbar(means, y, xerr=spreads, linestyle="", label=label, **look)
     right.set_xlabel("Test top-1, %")
     right.set_xlim(left=0)
     left.set_yticks(y, [row.label for _, row in rows])
     for ax in (left, right):
         ax.grid(axis="x", visible=False)
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, handletextpad=0.1, columnspacing=0.8)  # fmt: skip
+        ax.legend(
+            loc="lower center",
+            bbox_to_anchor=(0.5, 1.0),
+            ncols=3,
+            handletextpad=0.1,
+            columnspacing=0.8,
+        )
     _state(canvas, results, results.plan.study("hovit"))
     return canvas
 
@@ -167,49 +177,66 @@ def _idea_rows(plan: Plan) -> list[tuple[Study, Row]]:
 
 
 def accuracy_latency(results: Results) -> "Canvas":
-    """The family: accuracy against latency, as a ratio to LeViT; the deck's own points beside."""
+    """The family: accuracy against latency, as a ratio to LeViT. Hollow: the deck; filled: ours.
+
+    A line joins a model's two points; models that only one of the two has stand alone.
+    """
     import matplotlib.pyplot as plt
 
     from . import style
 
-    canvas, axes = plt.subplots(1, 2, figsize=(style.WIDTH, 3.3))
-    deck = {"color": style.REPORTED, "marker": "D", "mfc": "white", "linestyle": ""}
-    ours = {"color": style.OURS, "marker": "o", "linestyle": ""}
+    canvas, axes = plt.subplots(1, 2, figsize=(style.WIDTH, 3.6))
+    last = results.batches[-1]
+    looks: dict[str, dict[str, Any]] = {}
     for ax, launched in zip(axes, (False, True), strict=True):
-        rows = [(s, r) for s, r in _idea_rows(results.plan)
-                if str(r.model).startswith("l_") == launched]  # fmt: skip
-        for what, latency, top1, look in (
-            ("deck", "reported_latency", "reported_top1", deck),
-            (f"this run, batch {results.plan.scale.latency.batches[-1]}", results.batches[-1], "top1", ours),
-        ):  # fmt: skip
-            points = _points(results, rows, latency, top1)
-            ax.plot([p[0] for p in points], [p[1].mean for p in points], label=what, **look)
-            for x, value, label in points:
-                if _spread(value):
-                    ax.errorbar(x, value.mean, _spread(value), color=look["color"], marker="")
-                ax.annotate(label, (x, value.mean), (4, 2), textcoords="offset points",
-                            fontsize=5.5, color=look["color"])  # fmt: skip
+        for study, row in _idea_rows(results.plan):
+            if str(row.model).startswith("l_") != launched:
+                continue
+            label = re.sub("^L_ ?", "", row.label)
+            label = label[0].upper() + label[1:]
+            found = (
+                _point(results, study, row, "reported_latency", "reported_top1"),
+                _point(results, study, row, last, "top1"),
+            )
+            if found == (None, None):
+                continue
+            n = len(looks)
+            colour, marker = style.COLOURS[n % 7], style.MANY_MARKERS[n % len(style.MANY_MARKERS)]
+            look = looks.setdefault(label, {"color": colour, "marker": marker})
+            for point, fill in zip(found, ("white", look["color"]), strict=True):
+                if point:
+                    x, value = point
+                    ax.errorbar(
+                        x, value.mean, _spread(value) or None, linestyle="", mfc=fill, **look
+                    )
+            if all(found):
+                ends = [point for point in found if point]
+                ax.plot([x for x, _ in ends], [v.mean for _, v in ends], color=look["color"],
+                        marker="", linestyle=":", linewidth=0.8)  # fmt: skip
         base = "L_LeViT (deck)" if launched else "LeViT (deck)"
         ax.set_xlabel(f"Latency, × {base}")
-        ax.set_title("With the Launcher" if launched else "On its own")
-        ax.margins(x=0.22, y=0.1)
-        ax.legend()
+        ax.set_title("With the Launcher" if launched else "From scratch")
     axes[0].set_ylabel("Test top-1, %")
+    keys = [plt.Line2D([], [], linestyle="", label=label, **look) for label, look in looks.items()]
+    keys += [
+        plt.Line2D([], [], color="#555555", marker="o", linestyle="", mfc=fill, label=label)
+        for fill, label in (
+            ("white", "hollow: the deck (batch not stated)"),
+            ("#555555", f"filled: this run, batch {last.removeprefix('latency_')}"),
+        )
+    ]
+    canvas.legend(handles=keys, loc="outside right center")
     _state(canvas, results, results.plan.study("hovit"))
     return canvas
 
 
-def _points(
-    results: Results, rows: list[tuple[Study, Row]], latency: str, top1: str
-) -> list[tuple[float, Value, str]]:
-    points = []
-    for study, row in rows:
-        own = results.value(study, row, latency)
-        ratio = baseline_ratio(results, study, row, latency) or (1.0 if own else None)
-        value = results.value(study, row, top1)
-        if ratio and value:
-            points.append((ratio, value, row.label.removeprefix("L_ ")))
-    return points
+def _point(
+    results: Results, study: Study, row: Row, latency: str, top1: str
+) -> tuple[float, Value] | None:
+    """(latency over its baseline's, accuracy), or None where either is missing."""
+    own, value = (results.value(study, row, metric) for metric in (latency, top1))
+    ratio = baseline_ratio(results, study, row, latency) if row.baseline else 1.0
+    return (ratio, value) if own and value and ratio else None
 
 
 FIGURES = {

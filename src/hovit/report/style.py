@@ -1,5 +1,7 @@
 """One look for every figure: print sizes, and colours that colour-blind readers can tell apart."""
 
+from typing import Any
+
 import matplotlib as mpl
 from cycler import cycler
 
@@ -8,13 +10,14 @@ mpl.use("Agg")
 # Okabe and Ito's palette, in an order whose greys differ too.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+MANY_MARKERS = [*MARKERS, "p", "<", ">", "h", "*", "d", "H"]
 STYLES = ["-", "--", "-.", ":", (0, (3, 1, 1, 1)), (0, (5, 1)), (0, (1, 1))]
 
 OURS, REPORTED = "#0072B2", "#D55E00"
 WIDTH = 7.0  # inches: the text width of a page
 SMALL = 7.0  # points
 
-RC = {
+RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
     "axes.titlesize": 8,

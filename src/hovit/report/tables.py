@@ -8,7 +8,7 @@ import pandas as pd
 from ..catalogue import Row, Study
 from ..files import write_text
 from ..plan import Plan
-from .values import Results, Value
+from .values import Results, Value, plural
 
 TABLES = Path("results/tables")
 NOTHING = "—"
@@ -132,7 +132,7 @@ def describe(results: Results, study: Study) -> dict[str, str]:
             }
         )
         lines["Commit"] = ", ".join(commits)
-    lines["Recipe"] = f"{runs[0].recipe.title}; here {runs[0].recipe.epochs} epochs"
+    lines["Recipe"] = f"{runs[0].recipe.title}; here {plural(runs[0].recipe.epochs, 'epoch')}"
     seeds = sorted({run.seed for run in runs})
     spread = ", mean ± standard deviation" if len(seeds) > 1 else ""
     lines["Seeds"] = f"{', '.join(map(str, seeds))} (n = {len(seeds)}{spread})"
@@ -145,7 +145,7 @@ def describe(results: Results, study: Study) -> dict[str, str]:
         setting = measured.spec["latency"]
         lines["Latency"] = (
             f"{device}; {setting['image_size']} px, fp32, eager, interleaved, median of "
-            f"{setting['rounds']} rounds (quartiles in the CSV); × is the ratio to the row's baseline"
+            f"{setting['rounds']} rounds (spread in the CSV); × is the ratio to the row's baseline"
         )
     lines["Counted at"] = f"224 px and {study.num_classes} classes, whatever the scale"
     return lines

@@ -17,6 +17,11 @@ TRAINED = {"top1", "loss", "val_top1"}
 COUNTED = {"images", "images_train", "images_val", "images_test", "gigabytes"}
 
 
+def plural(n: int, noun: str) -> str:
+    """`1 epoch`, `2 epochs`."""
+    return f"{n} {noun}{'s' * (n != 1)}"
+
+
 @dataclass(frozen=True)
 class Value:
     """A number with its spread.
@@ -169,7 +174,7 @@ class Results:
         if upstream is None:
             return str(runs[0].weights)
         record = self.record(upstream.folder / "record.json", upstream.spec_hash)
-        how = f"{upstream.dataset.title}, {upstream.recipe.epochs} epochs"
+        how = f"{upstream.dataset.title}, {plural(upstream.recipe.epochs, 'epoch')}"
         if record:
             how += f", test top-1 {record.results['top1']:.1f} %"
         return f"run {upstream.id} ({how})"

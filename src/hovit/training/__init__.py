@@ -1,1 +1,1 @@
-"""Training: the loop (`loop`), its state on disk (`checkpoint`), what it starts from (`weights`)."""
+"""Training: the loop, its state on disk (`checkpoint`), and what it starts from (`weights`)."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 try:
     from lightning_fabric import Fabric
 except ModuleNotFoundError:  # the same code, inside the larger package
-    from lightning.fabric import Fabric
+    from lightning.fabric import Fabric  # type: ignore[no-redef]
 
 from ..catalogue import Recipe
 from ..data.loader import (
@@ -161,14 +161,14 @@ class _Job:
 
     def keep(self, recent: list[Tensor]) -> None:
         """Take the last losses off the device; one that is not finite ends the run."""
-        values = torch.stack(recent).double()
-        values = self.fabric.all_reduce(values, reduce_op="mean").tolist()  # type: ignore[union-attr]
+        losses: Any = self.fabric.all_reduce(torch.stack(recent).double(), reduce_op="mean")
+        values = losses.tolist()
         for offset, value in enumerate(values):
             if not math.isfinite(value):
                 step = self.state.step + offset + 1
                 raise HovitError(
                     f"run {self.run.id} seed {self.run.seed}: loss is {value} at epoch "
-                    f"{self.state.epoch + 1}, step {step}; lower the learning rate or the precision's risk"
+                    f"{self.state.epoch + 1}, step {step}; lower lr, or use 32-true"
                 )
         self.state.losses += values
         self.state.step += len(values)
@@ -304,6 +304,8 @@ class _Job:
             write_record(self.folder / "record.json", record)
             for name in ("state", "best"):
                 (self.folder / f"{name}.safetensors").unlink()
+            for leftover in self.folder.glob(".*"):  # of a process killed while it wrote
+                leftover.unlink()
         self.fabric.barrier()
         return record
 

@@ -4,16 +4,16 @@ Only safetensors are read; nothing is unpickled.
 """
 
 from pathlib import Path
+from typing import Any
 
 import timm
-from torch import nn
 
 from ..errors import HovitError
 from ..plan import Run, Weights
 from .checkpoint import load_weights
 
 
-def load_pretrained(model: nn.Module, run: Run, root: Path, weights_file: Path | None) -> None:
+def load_pretrained(model: Any, run: Run, root: Path, weights_file: Path | None) -> None:
     """Load ResNet50's weights, all but its classifier, into the model (or its `resnet` part).
 
     Args:
@@ -71,7 +71,10 @@ def download_timm(name: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    config = timm.get_pretrained_cfg(name)
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # an unknown tag
+        config = None
     if config is None or not config.hf_hub_id:
         raise HovitError(f"timm has no weights {name!r} on its hub")
     try:
@@ -79,6 +82,6 @@ def download_timm(name: str) -> Path:
     except (OSError, ValueError, LocalEntryNotFoundError, HfHubHTTPError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise HovitError(
-            f"pretrained weights {name}: neither in the cache nor to be downloaded ({reason[:120]}); "
+            f"pretrained weights {name}: not cached, and the download failed ({reason[:120]}); "
             "give them with --weights FILE.safetensors (snakemake: --config weights=FILE)"
         ) from None

@@ -1,0 +1,48 @@
+"""A small run on real images, in a folder of its own: what most tests of training need."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hovit.models  # noqa: F401 (registers)
+from hovit.data.pack import prepare
+from hovit.plan import Plan, Run, load_plan
+
+ROOT = Path(__file__).parents[1]
+SMALL = {"depths": [1, 1, 1], "drop_rate": 0.3}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def plan() -> Plan:
+    """The real catalogue at scale smoke."""
+    return load_plan("smoke", ROOT / "config")
+
+
+def small_run(
+    plan: Plan, run_id: str = "levit_deck.pets.deck", epochs: int = 2, **changes: Any
+) -> Run:
+    """A run of the catalogue on 96 digits, with a small dropout LeViT unless told otherwise."""
+    run = plan.run(run_id)
+    recipe = run.recipe.model_copy(update={"epochs": epochs, **changes.pop("recipe", {})})
+    limit = run.limit.model_copy(update={"train": 96, "val": 40, "test": 50})
+    return Run(
+        **run.model_dump(exclude={"recipe", "limit", "model_args", *changes}),
+        recipe=recipe,
+        limit=limit,
+        **({"model_args": SMALL} | changes),
+    )
+
+
+@pytest.fixture
+def packed(tmp_path: Path, plan: Plan) -> Path:
+    """A top folder with the digits packed."""
+    pack = plan.run("levit_deck.pets.deck").pack
+    prepare(pack, tmp_path, tmp_path / pack.folder)
+    return tmp_path

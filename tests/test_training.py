@@ -1,0 +1,303 @@
+"""Training: resumed runs end as undisturbed ones, bad luck has one line, two processes are one."""
+
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from conftest import ROOT, small_run
+
+from hovit.catalogue import Recipe
+from hovit.errors import HovitError, OutOfTime
+from hovit.plan import Plan, Run, Weights
+from hovit.records import read_record
+from hovit.sweep import parse_budget
+from hovit.training.checkpoint import load_weights, save_weights
+from hovit.training.loop import (
+    Options,
+    learning_rate,
+    make_fabric,
+    make_optimizer,
+    metrics,
+    train,
+    training_loss,
+)
+from hovit.training.weights import download_timm, load_pretrained
+
+
+def outcome(root: Path, run: Run) -> tuple[dict, str]:
+    """What must not depend on interruptions."""
+    record = read_record(root / run.folder / "record.json")
+    results = {
+        k: v for k, v in record.results.items() if k not in ("images_per_second", "interruptions")
+    }
+    return results, (root / run.folder / "history.csv").read_text()
+
+
+def train_here(run: Run, root: Path) -> None:
+    torch.set_num_threads(1)
+    train(run, make_fabric("32-true", accelerator="cpu"), root, Options(save_seconds=0))
+
+
+def test_killed_at_random_moments_it_ends_the_same_to_the_bit(plan: Plan, packed: Path) -> None:
+    run = small_run(plan, epochs=8)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hovit.training.loop", "hovit.models"])
+
+    def start() -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=train_here, args=(run, packed))
+        process.start()
+        return process
+
+    warm_up = context.Process(target=time.sleep, args=(0,))  # the server imports torch only once
+    warm_up.start()
+    warm_up.join()
+    began = time.monotonic()
+    undisturbed = start()
+    undisturbed.join()
+    length = time.monotonic() - began
+    assert undisturbed.exitcode == 0
+    expected = outcome(packed, run)
+    predictions = pd.read_csv(packed / run.folder / "predictions.csv.gz")
+    shutil.rmtree(packed / run.folder)
+
+    kills = 0
+    dice = random.Random(0)
+    while True:
+        process = start()
+        process.join(dice.uniform(0.1, 0.5) * length if kills < 8 else None)
+        if process.exitcode is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+    assert process.exitcode == 0
+    assert kills >= 3
+    assert read_record(packed / run.folder / "record.json").results["interruptions"] >= 1
+    assert outcome(packed, run) == expected
+    again = pd.read_csv(packed / run.folder / "predictions.csv.gz")
+    pd.testing.assert_frame_equal(again, predictions, check_exact=True)
+    left = {path.name for path in (packed / run.folder).iterdir()}
+    assert left == {"record.json", "weights.safetensors", "history.csv", "predictions.csv.gz"}
+
+
+def test_results_are_what_the_predictions_say(plan: Plan, packed: Path) -> None:
+    run = small_run(plan)
+    record = train(run, make_fabric("32-true", accelerator="cpu"), packed)
+    table = pd.read_csv(packed / run.folder / "predictions.csv.gz")
+    loss, top1 = metrics(table)
+    assert (len(table), top1) == (50, record.results["top1"])
+    assert loss == pytest.approx(record.results["loss"], rel=1e-12)
+    best = max(record.results["history"], key=lambda epoch: epoch["val_top1"])
+    assert record.results["val_top1"] == best["val_top1"]
+    assert record.results["best_epoch"] == best["epoch"]
+    assert record.provenance.dataset is not None
+    assert record.provenance.dataset["num_classes"] == 10
+
+
+def test_deadline_saves_and_the_same_call_goes_on(plan: Plan, packed: Path) -> None:
+    run = small_run(plan)
+    fabric = make_fabric("32-true", accelerator="cpu")
+    straight = train(run, fabric, packed).results
+    shutil.rmtree(packed / run.folder)
+    stops = 0
+    while True:
+        steps: list[int] = []
+        options = Options(on_step=lambda *_, steps=steps: steps.append(1))
+        options.deadline = 0.0 if stops < 3 else math.inf  # each time one step, then out of time
+        try:
+            results = train(run, fabric, packed, options).results
+            break
+        except OutOfTime:
+            stops += 1
+            assert (packed / run.folder / "state.safetensors").exists()
+            assert not (packed / run.folder / "record.json").exists()
+    assert stops == 3
+    for key in ("top1", "loss", "history"):
+        assert results[key] == straight[key]
+
+
+def test_a_state_of_another_spec_is_not_continued(plan: Plan, packed: Path) -> None:
+    fabric = make_fabric("32-true", accelerator="cpu")
+    with pytest.raises(OutOfTime):
+        train(small_run(plan, recipe={"lr": 0.01}), fabric, packed, Options(deadline=0.0))
+    run = small_run(plan)
+    assert (packed / run.folder / "state.safetensors").exists()
+    record = train(run, fabric, packed)
+    assert record.results["interruptions"] == 0
+    assert record.spec["recipe"]["lr"] == 0.001
+
+
+def test_a_damaged_checkpoint_is_named(plan: Plan, packed: Path) -> None:
+    run = small_run(plan)
+    state = packed / run.folder / "state.safetensors"
+    state.parent.mkdir(parents=True)
+    for content in (b"", b"\x80\x04garbage", b"\xff" * 64):
+        state.write_bytes(content)
+        with pytest.raises(HovitError, match=r"state\.safetensors: not a readable"):
+            train(run, make_fabric("32-true", accelerator="cpu"), packed)
+
+
+def test_a_loss_that_is_not_finite_names_its_step(plan: Plan, packed: Path) -> None:
+    run = small_run(plan, recipe={"optimizer": "sgd", "lr": 1e30})
+    with pytest.raises(HovitError, match=r"loss is (nan|inf) at epoch 1, step [23];"):
+        train(run, make_fabric("32-true", accelerator="cpu"), packed)
+    assert not (packed / run.folder / "record.json").exists()
+
+
+def test_bf16_trains(plan: Plan, packed: Path) -> None:
+    run = small_run(plan, epochs=1, precision="bf16-mixed")
+    record = train(run, make_fabric("bf16-mixed", accelerator="cpu"), packed)
+    assert np.isfinite(record.results["loss"])
+    assert {
+        t.dtype for t in load_weights(packed / run.folder / "weights.safetensors").values()
+    } <= {
+        torch.float32,
+        torch.int64,
+    }
+
+
+def test_training_learns(plan: Plan, packed: Path) -> None:
+    """A run on few images must fit them: the loss falls far below chance (ln 10 = 2.3)."""
+    run = small_run(plan, epochs=12, model_args={"depths": [1, 1, 1]})
+    record = train(run, make_fabric("32-true", accelerator="cpu"), packed)
+    assert record.results["history"][-1]["train_loss"] < 0.5
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_loss_curve_of_one(tmp_path: Path) -> None:
+    """Gloo on CPU, through torchrun; ViT, because BatchNorm sees only its own process's images."""
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    scale = tmp_path / "config/scales/smoke.yaml"
+    scale.write_text(
+        scale.read_text().replace(
+            "{train: 256, val: 64, test: 128}", "{train: 128, val: 33, test: 41}"
+        )
+    )
+    run = "vit_small_patch16_224.pets.deck"
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    hovit = ["-m", "hovit"]
+    train_run = [*hovit, "train", run, "--threads", "1", "--accelerator", "cpu"]
+    subprocess.run([sys.executable, *hovit, "data", "digits-64px"], cwd=tmp_path, check=True)
+    curves = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
+        subprocess.run([sys.executable, *launcher, *train_run], cwd=tmp_path, env=env, check=True)
+        folder = tmp_path / "results/runs/smoke" / run / "seed0"
+        curves.append(pd.read_csv(folder / "history.csv"))
+        predictions = pd.read_csv(folder / "predictions.csv.gz")
+        assert len(predictions) == 41
+        assert predictions["index"].is_unique
+        shutil.rmtree(folder)
+    np.testing.assert_allclose(curves[0]["train_loss"], curves[1]["train_loss"], rtol=2e-4)
+    np.testing.assert_allclose(curves[0]["val_loss"], curves[1]["val_loss"], rtol=5e-3)
+
+
+RECIPE = Recipe(
+    id="x", title="x", epochs=10, batch_size=8, optimizer="adamw", lr=0.1, weight_decay=0.5,
+    schedule="cosine", warmup_epochs=2,
+)  # fmt: skip
+
+
+def test_learning_rate() -> None:
+    assert learning_rate(RECIPE, 1) == pytest.approx(0.05)
+    assert learning_rate(RECIPE, 2) == pytest.approx(0.1)
+    assert learning_rate(RECIPE, 6) == pytest.approx(0.05)
+    assert learning_rate(RECIPE, 10) == pytest.approx(0.0)
+    constant = RECIPE.model_copy(update={"schedule": "constant", "warmup_epochs": 0})
+    assert {learning_rate(constant, e) for e in (0, 3.3, 9.9)} == {0.1}
+
+
+def test_weight_decay_spares_vectors() -> None:
+    model = timm.create_model("hovit", num_classes=3)
+    matrices, vectors = make_optimizer(model, RECIPE).param_groups
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.5, 0.0)
+    assert all(p.ndim > 1 for p in matrices["params"])
+    count = len(matrices["params"]) + len(vectors["params"])
+    assert count == len(list(model.parameters()))
+
+
+def test_loss_is_the_mean_of_the_heads() -> None:
+    a, b = torch.randn(4, 3), torch.randn(4, 3)
+    y = torch.tensor([0, 1, 2, 0])
+    one = [torch.nn.functional.cross_entropy(x, y) for x in (a, b)]
+    torch.testing.assert_close(training_loss((a, b), y, 0.0), (one[0] + one[1]) / 2)
+    torch.testing.assert_close(training_loss(a, y, 0.0), one[0])
+
+
+@pytest.fixture
+def resnet_file(tmp_path: Path) -> Path:
+    path = tmp_path / "resnet50.safetensors"
+    save_weights(path, timm.create_model("resnet50", num_classes=7))
+    return path
+
+
+def pretrained_run(plan: Plan, model: str) -> Run:
+    run = plan.run("l_hovit.pets.deck")
+    return run.model_copy(update={"model": model, "weights": Weights(sha256="0" * 64)})
+
+
+@pytest.mark.parametrize("name", ["resnet50", "l_hovit"])
+def test_pretrained_weights_from_a_file(plan: Plan, resnet_file: Path, name: str) -> None:
+    model = timm.create_model(name, num_classes=10)
+    head = {k: v.clone() for k, v in model.state_dict().items() if "fc." in k}
+    load_pretrained(model, pretrained_run(plan, name), Path(), resnet_file)
+    given = load_weights(resnet_file)
+    loaded = getattr(model, "resnet", model).state_dict()
+    for key, tensor in loaded.items():
+        expected = head.get(key) if key.startswith("fc.") else given[key]
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=0)
+
+
+def test_wrong_weights_are_named(plan: Plan, tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    save_weights(path, timm.create_model("resnet18", num_classes=7))
+    model = timm.create_model("resnet50", num_classes=10)
+    with pytest.raises(HovitError, match="not the weights of resnet50's ResNet50"):
+        load_pretrained(model, pretrained_run(plan, "resnet50"), Path(), path)
+    path.write_bytes(b"\x80\x04K\x01.")  # a pickle
+    with pytest.raises(HovitError, match="not a readable safetensors"):
+        load_pretrained(model, pretrained_run(plan, "resnet50"), Path(), path)
+
+
+def test_a_missing_pretraining_run_says_what_to_do(plan: Plan, tmp_path: Path) -> None:
+    run = plan.run("l_hovit.pets.deck")
+    with pytest.raises(HovitError, match=r"comes first \(`hovit train resnet50\.pretrain"):
+        load_pretrained(timm.create_model("resnet50"), run, tmp_path, None)
+
+
+def test_offline_timm_weights_have_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(HovitError, match=r"--weights FILE\.safetensors") as error:
+        download_timm("resnet50.a1_in1k")
+    assert "\n" not in str(error.value)
+    with pytest.raises(HovitError, match="no weights"):
+        download_timm("resnet50.no_such_tag")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("9m", 540), ("1.5h", 5400), ("30", 30), (" 2m ", 120)]
+)
+def test_budget(text: str, seconds: float) -> None:
+    assert parse_budget(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0m", "-3s", "9 minutes", "nan", "1e9"])
+def test_bad_budget(text: str) -> None:
+    with pytest.raises(HovitError, match="--budget"):
+        parse_budget(text)
