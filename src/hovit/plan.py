@@ -61,7 +61,7 @@ class Run(Strict):
                 spec[part].pop(key, None)
         return spec
 
-    @cached_property
+    @property
     def spec_hash(self) -> str:
         return digest(self.spec)
 

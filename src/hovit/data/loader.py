@@ -101,15 +101,19 @@ def eval_batches(
 
 
 def to_input(images: Tensor, size: int) -> Tensor:
-    """uint8 [B, H, W, 3] -> normalised float [B, 3, size, size], resized bilinearly."""
-    x = images.permute(0, 3, 1, 2).float()
+    """uint8 [B, H, W, 3] -> normalised float [B, 3, size, size], resized bilinearly.
+
+    Plane by plane, as that is quicker (on a CPU 3 times from 64 to 96 pixels, 4 from 64 to 224); but
+    given as channels_last, because on that the models are.
+    """
+    x = images.permute(0, 3, 1, 2).contiguous().float()
     if x.shape[-1] != size:
         x = F.interpolate(x, (size, size), mode="bilinear", antialias=x.shape[-1] > size)
     mean, std = (
         torch.tensor(values, device=x.device).view(1, 3, 1, 1) * 255
         for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     )
-    return (x - mean) / std
+    return x.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
 
 
 def crop_flip(x: Tensor, generator: torch.Generator) -> Tensor:

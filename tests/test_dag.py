@@ -1,0 +1,103 @@
+"""The real DAG, shrunken: two rows, a handful of digits, through Snakemake itself."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+STUDY = """
+id: tiny
+title: "Two rows"
+source: {seed: ours, place: "a test"}
+columns: [parameters, top1, latency]
+rows:
+  - {id: levit_deck, label: "LeViT", model: levit_deck, model_args: {depths: [1, 1, 1]}, ours: true}
+  - {id: hovit, label: "HoViT", model: hovit, baseline: levit_deck, reported: {top1: "27.47"}}
+"""
+ROW = """  - {id: drop, label: "Dropout", model: hovit, model_args: {drop_rate: 0.2}, ours: true}
+"""
+TARGET = "results/tables/tiny.md"
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the artifact with one small study, in a folder with a space in its name."""
+    root = tmp_path_factory.mktemp("a folder") / "hovit copy"
+    root.mkdir()
+    for name in ("Snakefile", "profiles", "config"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, root / name)
+    for kind in ("studies", "claims"):
+        shutil.rmtree(root / "config" / kind)
+        (root / "config" / kind).mkdir()
+    (root / "config/studies/tiny.yaml").write_text(STUDY)
+    (root / "config/scales/smoke.yaml").write_text(
+        (root / "config/scales/smoke.yaml")
+        .read_text()
+        .replace("{train: 256, val: 64, test: 128}", "{train: 64, val: 32, test: 32}")
+        .replace("  resnet50: {row: pretraining/resnet50}", "  resnet50: {timm: resnet50.a1_in1k}")
+        .replace("rounds: 10", "rounds: 3")
+    )
+    for name in ("sample", "mini", "proxy"):
+        (root / f"config/scales/{name}.yaml").unlink()
+    return root
+
+
+def snakemake(root: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", TARGET, *args]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=280)
+
+
+def planned(root: Path) -> str:
+    """What Snakemake would do, as its table of jobs."""
+    result = snakemake(root, "-n", "--quiet", "rules")
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.mark.slow
+def test_the_dag_runs_rests_and_does_only_what_a_change_needs(checkout: Path) -> None:
+    assert sum(name in planned(checkout) for name in ("data", "train", "measure", "table")) == 4
+    done = snakemake(checkout)
+    assert done.returncode == 0, done.stderr
+    table = checkout / TARGET
+    assert "27.47" in table.read_text()
+    assert table.with_suffix(".csv").exists()
+    assert "Nothing to be done" in snakemake(checkout).stderr
+
+    study = checkout / "config/studies/tiny.yaml"
+    os.utime(study)  # newer, but not different
+    assert "Nothing to be done" in snakemake(checkout).stderr
+
+    study.write_text(STUDY.replace('label: "HoViT"', 'label: "HoViT!"'))  # a label: only the table
+    jobs = planned(checkout)
+    assert "table" in jobs
+    assert "train" not in jobs
+    assert "measure" not in jobs
+
+    study.write_text(STUDY + ROW)  # a row: its run, the study's interleaved latency, the table
+    result = snakemake(checkout)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("rule train:") == 1
+    assert result.stderr.count("rule measure:") == 1
+    assert "Dropout" in table.read_text()
+
+    recipe = checkout / "config/recipes/deck.yaml"
+    recipe.write_text(recipe.read_text().replace("lr: 0.001", "lr: 0.002"))
+    jobs = planned(checkout)
+    assert "train" in jobs
+    assert "measure" not in jobs
+
+
+@pytest.mark.slow
+def test_a_failed_job_says_why_in_one_line(checkout: Path) -> None:
+    result = snakemake(checkout, "--config", "scale=paper", f"data_root={checkout}/nowhere")
+    assert result.returncode != 0
+    assert "oxford-iiit-pet: torchvision could not get it" in result.stdout + result.stderr
+    wrong = snakemake(checkout, "--config", "scale=nosuch")
+    assert wrong.returncode != 0
+    assert "no scale 'nosuch'" in wrong.stdout + wrong.stderr

@@ -1,0 +1,251 @@
+"""The report, from made-up records: tables, claims, figures, explain. Nothing is trained here."""
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import ROOT
+from pydantic import ValidationError
+
+from hovit.catalogue import Claim
+from hovit.errors import HovitError
+from hovit.files import digest, write_json
+from hovit.plan import Plan, Run, load_plan
+from hovit.records import Device, Record, make_provenance, read_record, write_record
+from hovit.report.claims import judge, judge_all, tally, write_claims
+from hovit.report.explain import explain
+from hovit.report.figures import FIGURES, draw
+from hovit.report.tables import write_index, write_table
+from hovit.report.values import Results
+
+CPU = Device(kind="cpu", name="Test CPU", threads=2)
+GPU = Device(kind="cuda", name="Test GPU", driver="1.2", threads=2)
+
+
+def train_record(run: Run, top1: float) -> Record:
+    history = [
+        {"epoch": e, "train_loss": 3.0 / e, "val_loss": 3.2 / e, "val_top1": top1 * e / 3}
+        for e in (1, 2, 3)
+    ]
+    results = {
+        "top1": top1, "loss": 1.25, "val_top1": top1, "best_epoch": 3, "epochs": 3,
+        "images_train": 5144, "images_val": 1102, "images_test": 1103, "history": history,
+    }  # fmt: skip
+    return Record(
+        kind="train", id=run.id, scale=run.scale, spec=run.spec, spec_hash=run.spec_hash,
+        results=results, provenance=make_provenance(CPU, 1.0, 1.0, "c" * 64),
+    )  # fmt: skip
+
+
+def measure_record(plan: Plan, study_id: str, device: Device = CPU) -> Record:
+    study = plan.study(study_id)
+    spec = plan.measure_spec(study)
+    rows = {}
+    for i, name in enumerate(spec["rows"]):
+        rows[name] = {"parameters": 1000 + i, "parameters_unused": 0, "parameters_used": 1000 + i,
+                      "macs": 2_000_000_000, "part_parameters": 7}  # fmt: skip
+        if spec["latency"]:
+            rows[name]["device"] = device.model_dump()
+            rows[name]["latency"] = {
+                str(b): {"median": 10.0 + i, "q1": 9.9 + i, "q3": 10.1 + i, "n": 30}
+                for b in (1, 32)
+            }
+    return Record(
+        kind="measure", id=study_id, scale=plan.scale.id, spec=spec, spec_hash=digest(spec),
+        results={"rows": rows}, provenance=make_provenance(device, 1.0, 1.0, "c" * 64),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return load_plan("mini", ROOT / "config")
+
+
+@pytest.fixture
+def root(tmp_path: Path, plan: Plan) -> Path:
+    """A whole run of the artifact at scale mini, of made-up numbers."""
+    for i, seeds in enumerate(plan.runs.values()):
+        for seed, run in seeds.items():
+            path = tmp_path / run.folder / "record.json"
+            write_record(path, train_record(run, 20.0 + i + seed))
+    for study in plan.catalogue.studies.values():
+        if plan.rows_run(study):
+            write_record(tmp_path / plan.measured(study), measure_record(plan, study.id))
+    return tmp_path
+
+
+def test_every_table_in_three_forms(plan: Plan, root: Path) -> None:
+    for study in plan.catalogue.studies.values():
+        write_table(plan, study, root)
+        stem = root / "results/tables" / study.id
+        text = stem.with_suffix(".md").read_text()
+        table = pd.read_csv(stem.with_suffix(".csv"), dtype=str)
+        assert list(table["row"]) == [row.id for row in study.rows]
+        assert len(re.findall(r"^\| ", text, re.M)) == len(study.rows) + 2
+        tex = stem.with_suffix(".tex").read_text()
+        assert tex.count(r"\begin") == tex.count(r"\end") == 2
+        body = tex.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
+        columns = re.search(r"\\begin\{tabular\}\{(l+r+)\}", tex)
+        assert columns is not None
+        assert {len(re.split(r"(?<!\\)&", line)) for line in body} == {len(columns[1])}
+        for metric in study.columns:  # each number of the seed stands there, to its last digit
+            for i, row in enumerate(study.rows):
+                if printed := row.reported.get(metric):
+                    assert table[f"{metric}_reported"][i] == printed
+        if study.kind == "models":
+            for fact in ("Scale", "Data", "Seeds", "ResNet50 of the Launcher from"):
+                assert f"**{fact}**" in text
+    write_index(plan, root)
+    index = (root / "results/tables/index.md").read_text()
+    assert all(f"`{study}`" in index for study in plan.catalogue.studies)
+
+
+def test_a_mean_has_its_spread_and_latency_its_ratio(plan: Plan, root: Path) -> None:
+    study = plan.study("hovit")
+    write_table(plan, study, root)
+    table = pd.read_csv(root / "results/tables/hovit.csv").set_index("row")
+    base = 20.0 + list(plan.runs).index("hovit.pets.deck")
+    assert table.loc["hovit", "top1"] == base + 0.5
+    assert table.loc["hovit", "top1_sd"] == pytest.approx(0.5**0.5)
+    assert table.loc["hovit", "top1_n"] == 2
+    text = (root / "results/tables/hovit.md").read_text()
+    assert f"{base + 0.5:.2f} ± 0.71" in text
+    assert "1.30" in text  # 13 ms over LeViT's 10 ms
+    assert "0.55" in text  # the deck's 5.82 over 10.50
+    assert "| 10.50 |" in text
+
+
+def test_reported_and_three_baselines_wherever_the_deck_compares(plan: Plan) -> None:
+    for study in plan.catalogue.studies.values():
+        ids = {row.id for row in study.rows}
+        if "levit_deck" in ids:
+            assert {"levit_deck", "levit_deck_fixed", "levit_256"} <= ids
+        for row in study.rows:
+            assert bool(row.reported) != row.ours, f"{study.id}/{row.id}"
+
+
+def test_latencies_of_two_devices_are_refused(plan: Plan, root: Path) -> None:
+    record = measure_record(plan, "hovit")
+    record.results["rows"]["l_hovit"]["device"] = GPU.model_dump()
+    write_record(root / plan.measured(plan.study("hovit")), record)
+    with pytest.raises(HovitError, match=r"Test CPU.*Test GPU"):
+        write_table(plan, plan.study("hovit"), root)
+    assert not (root / "results/tables/hovit.md").exists()
+
+
+def test_a_record_of_another_spec_is_named_and_not_used(plan: Plan, root: Path) -> None:
+    run = plan.run("hovit.pets.deck")
+    other = run.model_copy(update={"image_size": 97})
+    write_record(root / run.folder / "record.json", train_record(other, 99.0))
+    with pytest.raises(HovitError, match=r"hovit\.pets\.deck/seed0/record\.json: its spec is not"):
+        write_table(plan, plan.study("hovit"), root)
+
+
+def test_a_changed_spec_in_a_record_is_named(plan: Plan, root: Path) -> None:
+    path = root / plan.run("hovit.pets.deck").folder / "record.json"
+    content = json.loads(path.read_text())
+    content["spec"]["recipe"]["lr"] = 0.5
+    write_json(path, content)
+    with pytest.raises(HovitError, match="spec_hash does not match"):
+        read_record(path)
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(HovitError, match="not readable as JSON"):
+        read_record(path)
+
+
+def claim(**keys: object) -> Claim:
+    return Claim.model_validate({"id": "x", "says": "x", "place": "x"} | keys)
+
+
+def verdict(plan: Plan, root: Path, **keys: object) -> str:
+    return judge(Results(plan, root), claim(**keys), "hovit").verdict
+
+
+def test_verdicts(plan: Plan, root: Path) -> None:
+    value = {"kind": "value", "of": "hovit/levit_deck/parameters"}
+    assert verdict(plan, root, **value, reported="1000") == "reproduced"
+    assert verdict(plan, root, **value, reported="1001") == "contradicted"
+    assert verdict(plan, root, **value, reported="990–1010") == "reproduced"
+    ratio = {"of": "hovit/hovit/latency_1", "to": "hovit/levit_deck/latency_1"}
+    assert verdict(plan, root, kind="ratio", **ratio, reported="1.30") == "reproduced"
+    assert verdict(plan, root, kind="ratio", **ratio, reported="1.28") == "contradicted"
+    assert (
+        verdict(plan, root, kind="ratio", **ratio, reported="1.28", tolerance=0.03) == "reproduced"
+    )
+    assert verdict(plan, root, kind="reduction", **ratio, reported="-30.0") == "reproduced"
+    assert verdict(plan, root, kind="greater", **ratio) == "reproduced"
+    assert verdict(plan, root, kind="less", **ratio) == "contradicted"
+    same = {"of": "hovit/hovit/top1", "to": "hovit/hovit/top1"}
+    assert verdict(plan, root, kind="less", **same) == "within noise"
+
+
+def test_what_is_not_measured_says_why(plan: Plan, root: Path) -> None:
+    smoke = load_plan("smoke", ROOT / "config")
+    top1 = claim(kind="greater", of="hovit/hovit/top1", to="hovit/levit_deck/top1")
+    found = judge(Results(smoke, root), top1, "hovit")
+    assert (found.verdict, found.why) == ("not measured", "scale smoke does not judge top1")
+    (root / plan.run("hovit.pets.deck", 0).folder / "record.json").unlink()
+    (root / plan.run("hovit.pets.deck", 1).folder / "record.json").unlink()
+    found = judge(Results(plan, root), top1, "hovit")
+    assert (found.verdict, found.measured) == ("not measured", None)
+
+
+def test_noise_of_one_seed_is_that_of_its_test_images(plan: Plan, root: Path) -> None:
+    study = plan.study("hovit")
+    value = Results(plan, root).value(study, study.row("hovit"), "top1")
+    assert value is not None
+    assert value.noise >= 2 * 0.5  # two standard errors of the two seeds' mean
+    assert 1.0 < value.noise < 3.0  # 1,103 images know an accuracy no better
+
+
+def test_a_claim_that_makes_no_sense_is_refused() -> None:
+    with pytest.raises(ValidationError):
+        claim(kind="value", of="a/b/c")
+    with pytest.raises(ValidationError):
+        claim(kind="less", of="a/b/c", to="a/b/d", reported="3")
+    with pytest.raises(ValidationError):
+        claim(kind="ratio", of="a/b/c", reported="3")
+
+
+def test_claims_are_written_and_counted(plan: Plan, root: Path) -> None:
+    verdicts = judge_all(plan, root)
+    line = write_claims(plan, root)
+    assert line == tally(verdicts)
+    written = json.loads((root / "results/claims.json").read_text())
+    assert len(written["claims"]) == len(verdicts) > 35
+    assert sum(int(n) for n in re.findall(r"\d+", line)) == len(verdicts)
+
+
+def test_figures_are_drawn_and_the_same_records_give_the_same_bytes(plan: Plan, root: Path) -> None:
+    for name in FIGURES:
+        draw(plan, name, root)
+        files = [root / f"figures/{name}.{ext}" for ext in ("pdf", "png")]
+        first = [file.read_bytes() for file in files]
+        assert first[0][:5] == b"%PDF-"
+        assert len(first[1]) > 20_000
+        draw(plan, name, root)
+        assert [file.read_bytes() for file in files] == first
+    with pytest.raises(HovitError, match="there are training_curves"):
+        draw(plan, "nosuch", root)
+
+
+def test_explain_leads_to_the_record_and_back(
+    plan: Plan, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root)
+    text = explain(plan, "hovit", "hovit", "top1")
+    run = plan.run("hovit.pets.deck", 1)
+    for fact in ("27.47", str(run.folder / "record.json"), run.spec_hash, "commit", "n = 2",
+                 f"--force '{run.folder / 'record.json'}' --config scale=mini"):  # fmt: skip
+        assert fact in text
+    assert "10.50" in explain(plan, "hovit", "levit_deck", "latency_32")
+    assert "7,349 images" in explain(plan, "datasets", "pets_rule", "images_train")
+    for table, row, column, what in (
+        ("nosuch", "hovit", "top1", "no study"),
+        ("hovit", "nosuch", "top1", "has no row"),
+        ("hovit", "hovit", "nosuch", "no column"),
+    ):
+        with pytest.raises(HovitError, match=what):
+            explain(plan, table, row, column)
