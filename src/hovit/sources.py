@@ -1,12 +1,14 @@
 """Which of our own source files can change a result, and their common hash.
 
 A model's record depends on its architecture's file and on what that imports, on training and on
-data; not on the report, and not on other architectures. Comments, docstrings and layout do not
-count: the hash is over the syntax tree.
+data; not on the report, and not on other architectures. Comments, docstrings and blank lines do
+not count.
 """
 
 import ast
 import hashlib
+import io
+import tokenize
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,12 +16,18 @@ PACKAGE = Path(__file__).parent
 
 
 @lru_cache
-def code_hash(purpose: str, model: str) -> str:
-    """sha256, in hex, of the sources behind `model` in `training` or `measure`."""
-    start = {PACKAGE / f"{purpose}/{name}.py" for name in ENTRIES[purpose]}
+def code_hash(purpose: str, model: str, package: Path = PACKAGE) -> str:
+    """sha256, in hex, of the sources behind `model` in `training` or `measure`.
+
+    Args:
+        purpose: `training` or `measure`.
+        model: a registered name.
+        package: the folder of the package, this one's unless told.
+    """
+    start = {package / f"{purpose}/{name}.py" for name in ENTRIES[purpose]}
     total = hashlib.sha256()
-    for path in sorted(_closure(start | _architectures(model))):
-        total.update(path.relative_to(PACKAGE).as_posix().encode())
+    for path in sorted(_closure(start | _architectures(model, package), package)):
+        total.update(path.relative_to(package).as_posix().encode())
         total.update(_meaning(path).encode())
     return total.hexdigest()
 
@@ -32,11 +40,11 @@ INDIRECT = {
 }  # fmt: skip
 
 
-def _architectures(model: str) -> set[Path]:
+def _architectures(model: str, package: Path) -> set[Path]:
     """Files under models/ that register this name, or build it as part of another (`l_*`)."""
     names = {model, model.removeprefix("l_")}
     found = set()
-    for path in (PACKAGE / "models").glob("*.py"):
+    for path in (package / "models").glob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
         if names & defined or (model.startswith("l_") and path.stem == "launcher"):
@@ -44,7 +52,7 @@ def _architectures(model: str) -> set[Path]:
     return found
 
 
-def _closure(start: set[Path]) -> set[Path]:
+def _closure(start: set[Path], package: Path) -> set[Path]:
     """These files and all of ours that they import; the Launcher's siblings are not its parts."""
     found: set[Path] = set()
     todo = list(start)
@@ -54,12 +62,12 @@ def _closure(start: set[Path]) -> set[Path]:
             continue
         found.add(path)
         if path.stem != "launcher":
-            todo += _imports(path)
+            todo += _imports(path, package)
     return found
 
 
 @lru_cache
-def _imports(path: Path) -> list[Path]:
+def _imports(path: Path, package: Path) -> list[Path]:
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -67,17 +75,23 @@ def _imports(path: Path) -> list[Path]:
             target = base.joinpath(*(node.module or "").split("."))
             found += [target.with_suffix(".py")]
             found += [(target / alias.name).with_suffix(".py") for alias in node.names]
-    return [p for p in found if p.is_file() and PACKAGE in p.parents]
+    return [p for p in found if p.is_file() and package in p.parents]
 
 
 @lru_cache
 def _meaning(path: Path) -> str:
-    """The file's syntax tree without docstrings."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
+    """The file's lines without docstrings, comments and blank lines; alike in every Python."""
+    source = path.read_text(encoding="utf-8")
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(source)):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
             value = body[0].value
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                node.body = body[1:]  # type: ignore[attr-defined]
-    return ast.dump(tree)
+                first, last = value.lineno - 1, value.end_lineno or value.lineno
+                lines[first:last] = [""] * (last - first)
+    return "\n".join(line.rstrip() for line in lines if line.strip())

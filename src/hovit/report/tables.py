@@ -44,6 +44,8 @@ class Column:
 def format_value(value: Value, metric: str) -> str:
     """A value as a table shows it: mean, and ± spread where there are several seeds."""
     scale, decimals = (1e-9 if metric == "macs" else 1.0), HEADINGS[metric][1]
+    if metric == "gigabytes":
+        return f"{value.mean:.3g}"
     text = f"{value.mean * scale:,.{decimals}f}"
     return f"{text} ± {value.spread:.{decimals}f}" if metric != "latency" and value.spread else text
 

@@ -1,0 +1,403 @@
+"""Costs against hand counts, the latency protocol with a made-up clock, and a study's record."""
+
+import functools
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+import hovit.models  # noqa: F401 (registers)
+from hovit.catalogue import Latency
+from hovit.device import describe_device, pick_device
+from hovit.errors import HovitError, OutOfTime
+from hovit.files import digest, read_json, write_json
+from hovit.measure import study as study_module
+from hovit.measure.cost import cost, macs
+from hovit.measure.latency import forward_ms, measure_latency, summary
+from hovit.measure.study import measure_study
+from hovit.plan import Plan, load_plan
+from hovit.records import Device, read_record
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _one_core():
+    torch.set_num_threads(1)
+
+
+# Cost --------------------------------------------------------------------------------------------
+
+
+class Tiny(nn.Module):
+    def __init__(self, num_classes=1000, in_chans=3, width=8):
+        super().__init__()
+        self.conv = nn.Conv2d(in_chans, width, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.dead = nn.Linear(7, 11)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x)).mean((2, 3)))
+
+
+default_cfgs = generate_default_cfgs({"tiny_of_test_measure": {"input_size": (3, 32, 32)}})
+
+
+@register_model
+def tiny_of_test_measure(pretrained=False, **kwargs):
+    return build_model_with_cfg(Tiny, "tiny_of_test_measure", pretrained, **kwargs)
+
+
+def test_cost_of_a_tiny_model_by_hand():
+    assert cost("tiny_of_test_measure", {"width": 10}, 5, 32, part="norm") == {
+        "parameters": 280 + 20 + 88 + 55,
+        "parameters_unused": 88,
+        "parameters_used": 280 + 20 + 55,
+        "part_parameters": 20,
+        "macs": 16 * 16 * 27 * 10 + 10 * 5,
+    }
+
+
+def test_part_is_optional_and_must_exist():
+    assert "part_parameters" not in cost("tiny_of_test_measure", {}, 5, 32)
+    with pytest.raises(HovitError, match=r"tiny_of_test_measure has no part 'nosuch\.0'"):
+        cost("tiny_of_test_measure", {}, 5, 32, part="nosuch.0")
+
+
+def test_cost_of_levit_deck():
+    assert cost("levit_deck", {}, 37, 224, part="stages.0") == {
+        "parameters": 15_733_482,
+        "parameters_unused": 3_164_160,
+        "parameters_used": 12_569_322,
+        "part_parameters": 1_583_616,
+        "macs": 1_101_251_840,
+    }
+
+
+def test_cost_at_another_size_and_of_a_model_of_fixed_size():
+    small, large = (cost("levit_deck", {}, 37, size) for size in (64, 224))
+    assert small["macs"] < large["macs"]
+    assert small["parameters_unused"] == large["parameters_unused"]
+    launcher = cost("l_hovit", {}, 37, 224, part="backbone")
+    assert launcher["parameters"] == launcher["parameters_used"] == 47_723_133
+    assert launcher["part_parameters"] == 4_937_962
+
+
+def test_macs_of_levit_deck_are_the_decks():
+    """Ours without attention's matrix products are its layers'; as torchinfo counts, 33.33 G."""
+    model = timm.create_model("levit_deck", num_classes=37).eval()
+    layers = torchinfo = 0
+
+    def add(layer, _, out):
+        nonlocal layers, torchinfo
+        own = sum(p.numel() for p in layer.parameters(recurse=False))
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            channels = 1 if isinstance(layer, nn.Conv2d) else -1
+            positions = out.numel() // out.shape[channels]
+            layers += layer.weight.numel() * positions
+            torchinfo += own * positions  # with the bias
+        else:  # BN, by rows of its output: the deck flattened its tokens before
+            torchinfo += own * out.shape[0]
+
+    for layer in model.modules():
+        if not list(layer.children()):
+            layer.register_forward_hook(add)
+    ours = macs(model, 224)
+    matmuls = sum(
+        depth * 2 * tokens**2 * width
+        for depth, tokens, width in ((3, 14**2, 256), (3, 7**2, 384), (2, 3**2, 512))
+    )
+    assert ours - matmuls == layers
+    assert round(32 * torchinfo / 1e9, 2) == 33.33
+    assert (ours - matmuls) / torchinfo == pytest.approx(1, abs=0.005)  # BN and biases
+
+
+def test_macs_leave_no_trace():
+    model = Tiny(5).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    macs(model, 32)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+# Latency -----------------------------------------------------------------------------------------
+
+
+class Clock:
+    """A timer that remembers whom it timed, and gives every pass a number of its own."""
+
+    def __init__(self, models):
+        self.names = {id(model): name for name, model in models.items()}
+        self.passes = []
+
+    def __call__(self, model, x):
+        assert not model.training
+        assert x.shape == (x.shape[0], 3, 16, 16)
+        self.passes.append((self.names[id(model)], str(x.shape[0])))
+        return float(len(self.passes))
+
+
+def interleave(samples=None, rounds=4, warmup=2, **kwargs):
+    models = {name: nn.Identity() for name in "abc"}
+    clock = Clock(models)
+    result = measure_latency(models, CPU, image_size=16, batches=(1, 4), rounds=rounds,
+                             warmup=warmup, samples=samples, timer=clock, **kwargs)  # fmt: skip
+    jobs, skip = 3 * 2, 3 * 2 * warmup
+    timed = clock.passes[skip:]
+    return result, clock.passes[:skip], [timed[i : i + jobs] for i in range(0, len(timed), jobs)]
+
+
+JOBS = sorted((name, batch) for name in "abc" for batch in "14")
+
+
+def test_every_round_times_every_model_and_batch_once_in_another_order():
+    _, _, rounds = interleave(rounds=5)
+    assert [sorted(r) for r in rounds] == [JOBS] * 5
+    assert len({tuple(r) for r in rounds}) == 5
+
+
+def test_warmup_is_not_counted():
+    samples, warmup, rounds = interleave()
+    assert sorted(warmup) == sorted(JOBS * 2)
+    assert {len(samples[name][batch]) for name, batch in JOBS} == {4}
+    for r, order in enumerate(rounds):
+        for i, (name, batch) in enumerate(order):
+            assert samples[name][batch][r] == 12 + 6 * r + i + 1
+
+
+def test_samples_go_on():
+    _, _, uninterrupted = interleave()
+    old = {name: {b: [-1.0, -2.0] for b in "14"} for name in "abc"}
+    samples, _, rounds = interleave(samples=old)
+    assert rounds == uninterrupted[2:]
+    for name, batch in JOBS:
+        assert samples[name][batch][:2] == [-1.0, -2.0]
+        assert len(samples[name][batch]) == 4
+
+
+def test_after_round_sees_whole_rounds():
+    seen = []
+    interleave(
+        after_round=lambda s: seen.append({len(v) for by in s.values() for v in by.values()})
+    )
+    assert seen == [{1}, {2}, {3}, {4}]
+
+
+def test_summary():
+    assert summary([5.0, 1.0, 4.0, 2.0, 3.0]) == {"median": 3.0, "q1": 2.0, "q3": 4.0, "n": 5}
+    assert summary([1.0, 2.0]) == {"median": 1.5, "q1": 1.25, "q3": 1.75, "n": 2}
+
+
+def test_pick_device(monkeypatch):
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert pick_device("auto").type == ("cuda" if there else "cpu")
+        assert pick_device("cpu").type == "cpu"
+    for name in ("cuda", "nosuch"):
+        with pytest.raises(HovitError, match=name):
+            pick_device(name)
+
+
+def test_cpu_milliseconds(monkeypatch):
+    ticks = iter([1.0, 1.25])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+    assert forward_ms(nn.Identity(), torch.zeros(1)) == 250.0
+
+
+def test_cuda_milliseconds_are_between_events(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing=False):
+            assert enable_timing
+
+        def record(self):
+            log.append(("record", self))
+
+        def synchronize(self):
+            log.append(("synchronize", self))
+
+        def elapsed_time(self, end):
+            log.append(("elapsed", self, end))
+            return 12.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    on_a_card = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    ms = forward_ms(lambda _: log.append(("forward", torch.is_inference_mode_enabled())), on_a_card)
+    assert ms == 12.5
+    start, end = log[0][1], log[2][1]
+    assert start is not end
+    assert log == [
+        ("record", start),
+        ("forward", True),
+        ("record", end),
+        ("synchronize", end),
+        ("elapsed", start, end),
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_latency_on_a_card():
+    models = {"tiny": Tiny()}
+    samples = measure_latency(
+        models, torch.device("cuda"), image_size=64, batches=(1, 8), rounds=3, warmup=2
+    )
+    assert models["tiny"].head.weight.is_cuda
+    for batch in ("1", "8"):
+        assert len(samples["tiny"][batch]) == 3
+        assert min(samples["tiny"][batch]) > 0
+
+
+# A study -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_plan():
+    """`smoke` with three rounds at 64 px, and three rows of the study `depth`, two of them alike."""
+    plan = load_plan("smoke")
+    latency = Latency(batches=(1,), rounds=3, warmup=1, threads=1, image_size=64)
+    study = plan.study("depth")
+    rows = {row.id: row for row in study.rows}
+    blocks = rows["blocks_222"].model_copy(update={"part": "stages.2"})
+    again = blocks.model_copy(update={"id": "again", "part": None})
+    study = study.model_copy(update={"rows": (rows["levit_deck"], blocks, again)})
+    return Plan(plan.catalogue, plan.scale.model_copy(update={"latency": latency})), study
+
+
+@pytest.fixture
+def measure(tiny_plan, tmp_path, monkeypatch):
+    """measure_study with a clock that ticks 1, 2, 3, ...; warm-up of the two models takes 1 and 2.
+
+    Each call's clock begins at `begin`; with `dies_at`, the pass of that number is a crash.
+    """
+    plan, study = tiny_plan
+
+    def run(begin=0, dies_at=None, study=study, **kwargs):
+        passes = [0]
+
+        def clock(model, x):
+            passes[0] += 1
+            if passes[0] == dies_at:
+                raise KeyboardInterrupt
+            return float(begin + passes[0])
+
+        monkeypatch.setattr(
+            study_module, "measure_latency", functools.partial(measure_latency, timer=clock)
+        )
+        return measure_study(plan, study, CPU, root=tmp_path, **kwargs)
+
+    run.plan, run.study = plan, study
+    run.path = tmp_path / plan.measured(study)
+    run.partial = run.path.with_suffix(".partial.json")
+    return run
+
+
+def test_a_study_leaves_a_valid_record(measure):
+    measure()
+    record = read_record(measure.path)
+    assert (record.kind, record.id, record.scale) == ("measure", "depth", "smoke")
+    assert record.spec == measure.plan.measure_spec(measure.study)
+    assert record.spec_hash == digest(record.spec)
+    rows = record.results["rows"]
+    assert set(rows) == {"levit_deck", "blocks_222", "again"}
+    assert rows["levit_deck"]["parameters"] == 15_733_482
+    assert rows["blocks_222"]["part_parameters"] == 4_208_640 + 4_211_072
+    here = describe_device(CPU)
+    assert here.threads == 1
+    assert record.provenance.device == here
+    for row in rows.values():
+        assert Device(**row["device"]) == here
+        assert set(row["latency"]) == {"1"}
+        assert row["latency"]["1"] == summary(row["latency"]["1"]["ms"]) | {
+            "ms": row["latency"]["1"]["ms"]
+        }
+        assert row["latency"]["1"]["n"] == 3
+    assert rows["again"]["latency"] == rows["blocks_222"]["latency"]
+    both = rows["again"]["latency"]["1"]["ms"] + rows["levit_deck"]["latency"]["1"]["ms"]
+    assert sorted(both) == [3, 4, 5, 6, 7, 8]  # one model is timed once, after two warm-up passes
+    assert not measure.partial.exists()
+
+
+def test_the_real_clock_is_the_default(tiny_plan, tmp_path):
+    plan, study = tiny_plan
+    rows = measure_study(plan, study, CPU, root=tmp_path).results["rows"]
+    assert all(ms > 0 for row in rows.values() for ms in row["latency"]["1"]["ms"])
+
+
+def test_a_study_without_latency_times_nothing(measure):
+    study = measure.study.model_copy(update={"columns": ("parameters",)})
+    record = measure(study=study, dies_at=1)
+    assert not any({"latency", "device"} & set(row) for row in record.results["rows"].values())
+
+
+def samples_of(path):
+    return {m: by["1"] for m, by in read_json(path)["samples"].items()}
+
+
+def test_a_deadline_stops_between_rounds_and_the_same_call_goes_on(measure):
+    for rounds, begin in ((1, 0), (2, 100)):
+        with pytest.raises(OutOfTime):
+            measure(begin, deadline=0)
+        assert {len(ms) for ms in samples_of(measure.partial).values()} == {rounds}
+        assert not measure.path.exists()
+    first_two = samples_of(measure.partial)
+    assert sorted(ms for of in first_two.values() for ms in of) == [3, 4, 103, 104]
+    rows = measure(200).results["rows"]
+    for model, kept in first_two.items():
+        ms = rows[model]["latency"]["1"]["ms"]
+        assert ms[:2] == kept
+        assert len(ms) == 3
+        assert ms[2] in (203, 204)
+    assert not measure.partial.exists()
+
+
+def test_a_crash_loses_its_round_only(measure):
+    with pytest.raises(KeyboardInterrupt):
+        measure(dies_at=6)  # within the second round
+    kept = samples_of(measure.partial)
+    assert sorted(ms for of in kept.values() for ms in of) == [3, 4]
+    rows = measure(100).results["rows"]
+    for model, of in kept.items():
+        assert rows[model]["latency"]["1"]["ms"][:1] == of
+        assert len(rows[model]["latency"]["1"]["ms"]) == 3
+
+
+def edit_partial(measure, **changes):
+    with pytest.raises(OutOfTime):
+        measure(deadline=0)
+    write_json(measure.partial, read_json(measure.partial) | changes)
+
+
+def test_what_another_device_began_is_refused(measure):
+    other = Device(kind="cuda", name="NVIDIA Imaginary", driver="1.2", threads=7)
+    edit_partial(measure, device=other.model_dump())
+    before = measure.partial.read_bytes()
+    with pytest.raises(HovitError) as error:
+        measure()
+    line = str(error.value)
+    assert all(
+        s in line for s in (str(measure.partial), "NVIDIA Imaginary", str(describe_device(CPU)))
+    )
+    assert measure.partial.read_bytes() == before
+    assert not measure.path.exists()
+
+
+@pytest.mark.parametrize("key", ["spec_hash", "code"])
+def test_what_was_begun_for_another_spec_or_by_other_code_is_begun_anew(measure, key):
+    edit_partial(measure, **{key: "0" * 64})
+    rows = measure(100).results["rows"]
+    assert min(ms for row in rows.values() for ms in row["latency"]["1"]["ms"]) > 100
+
+
+def test_a_broken_partial_file_is_named(measure):
+    measure.partial.parent.mkdir(parents=True)
+    measure.partial.write_text(json.dumps({"samples": {}})[:-3])
+    with pytest.raises(HovitError, match=r"depth\.partial\.json: not readable as JSON"):
+        measure()
