@@ -12,8 +12,10 @@ Told of each: median and quartiles over the rounds. `real / synthetic` is of eac
 neighbour, so that a machine that slows down hits both; 1 means that input costs nothing. On a CPU,
 where nothing runs ahead, `input share` is also told: what part of the `real` rounds' own time went
 by in making input. Another process's load hits both parts of it, so on a busy machine that is the
-figure to trust: real / synthetic should come to 1 less it. Where worker processes read ahead (accelerator, pack too large for it), up to four batches are ready when
-a real round starts, so STEPS should be well above four.
+figure to trust: real / synthetic should come to 1 less it.
+
+Where worker processes read ahead (accelerator, pack too large for it), up to four batches are ready
+when a real round starts, so STEPS should be well above four.
 
     python bench/loader.py
     python bench/loader.py --scale mini --data-root ../shared/data --model levit_deck

@@ -260,7 +260,7 @@ def test_latency_on_a_card():
 
 @pytest.fixture(scope="module")
 def tiny_plan():
-    """`smoke` with three rounds at 64 px, and three rows of the study `depth`, two of them alike."""
+    """`smoke` with three rounds at 64 px; three rows of the study `depth`, two of them alike."""
     plan = load_plan("smoke")
     latency = Latency(batches=(1,), rounds=3, warmup=1, threads=1, image_size=64)
     study = plan.study("depth")

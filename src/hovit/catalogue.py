@@ -9,9 +9,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from .errors import HovitError
+from .errors import HovitError, one_line
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
 Text = Annotated[str, Field(min_length=1)]
@@ -34,13 +45,17 @@ Metric = Literal[
     "gigabytes",
 ]
 Role = Literal["pets", "cifar10", "cifar100", "imagenet", "pretrain"]
+Plain = StrictBool | StrictInt | FiniteFloat | StrictStr
+Argument = Plain | tuple[Plain, ...]  # what a model may be told
+# What the study, the scale or the row's other keys say to timm.create_model.
+TAKEN = {"pretrained", "pretrained_cfg", "checkpoint_path", "cache_dir", "num_classes", "img_size"}
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Strict(BaseModel):
-    """A frozen object that admits no unknown key."""
+    """A frozen object that admits no unknown key and no infinite number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Split(Strict):
@@ -49,7 +64,13 @@ class Split(Strict):
 
     train: Fraction
     val: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _shares(self) -> "Split":
+        if self.train + self.val > 1:
+            raise ValueError("train and val are more than all of the images")
+        return self
 
 
 class Dataset(Strict):
@@ -135,6 +156,13 @@ class Scale(Strict):
     # Which of the inexact metrics claims may judge here: smoke can judge none of them.
     judges: frozenset[Literal["top1", "val_top1", "loss", "latency"]]
 
+    @field_validator("seeds")
+    @classmethod
+    def _once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("a seed is given twice")
+        return seeds
+
 
 class Source(Strict):
     """Where in the seeds something stands."""
@@ -149,7 +177,7 @@ class Row(Strict):
     id: Annotated[str, Field(pattern=r"^[a-z0-9_]+(\.[a-z0-9_]+)*$")]
     label: Text
     model: Name | None = None
-    model_args: dict[str, Any] = {}
+    model_args: dict[str, Argument] = {}
     pretrained: Name | None = None  # ResNet50 inside (or being) the model starts from these
     recipe: Name | None = None  # None: the study's
     dataset: Role | None = None  # None: the study's; in a `data` study: of which the row tells
@@ -160,6 +188,13 @@ class Row(Strict):
     reported: dict[Metric, Printed] = {}
     ours: bool = False  # the seed has no such row
     note: str = ""
+
+    @field_validator("model_args")
+    @classmethod
+    def _own(cls, args: dict[str, Argument]) -> dict[str, Argument]:
+        if taken := sorted(TAKEN & set(args)):
+            raise ValueError(f"{taken[0]} is not the row's to say")
+        return args
 
 
 class Study(Strict):
@@ -251,12 +286,13 @@ class _UniqueKeys(yaml.SafeLoader):
     """YAML that refuses a key given twice; plain YAML keeps the last one silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key) for key, _ in node.value]
-        twice = {key for key in keys if keys.count(key) > 1}
-        if twice:
-            raise yaml.MarkedYAMLError(
-                problem=f"key {twice.pop()!r} is given twice", problem_mark=node.start_mark
-            )
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = str(self.construct_object(key_node))
+            if key in seen:
+                problem = f"key {key!r} is given twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -267,8 +303,8 @@ def _read_yaml(path: Path) -> Any:
         mark = error.problem_mark
         where = f":{mark.line + 1}" if mark else ""
         raise HovitError(f"{path}{where}: not valid YAML: {error.problem}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise HovitError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # PyYAML stumbles over odd documents in many ways
+        raise HovitError(f"{path}: cannot be read: {one_line(error)}") from None
 
 
 def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
@@ -287,8 +323,10 @@ def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
 
 def explain(error: ValidationError, where: object, model: type[BaseModel]) -> HovitError:
     """The first mistake of a ValidationError as one line: file, key path, what is allowed."""
-    first, *others = error.errors()
-    path = "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in first["loc"]).lstrip(".")
+    # An unknown key first: a misspelt one is missing, too, under its right name.
+    first, *others = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    keys = [k if isinstance(k, int) or k.isprintable() else repr(k) for k in first["loc"]]
+    path = "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in keys).lstrip(".")
     if first["type"] == "extra_forbidden":
         allowed = ", ".join(_fields_at(model, first["loc"][:-1]))
         what = f"unknown key; allowed: {allowed}"
@@ -350,7 +388,10 @@ def _check_references(catalogue: Catalogue, root: Path) -> None:
                 study_id, row_id = weights.row.split("/")
                 where = f"scales/{scale.id}.yaml: weights.{name}.row"
                 must(catalogue.studies, study_id, where)
-                must([row.id for row in catalogue.studies[study_id].rows], row_id, where)
+                rows = {row.id: row for row in catalogue.studies[study_id].rows}
+                must(rows, row_id, where)
+                if rows[row_id].pretrained:
+                    raise HovitError(f"{root}/{where}: {weights.row} itself starts from weights")
     for study in catalogue.studies.values():
         _check_rows(catalogue, root, study, must)
     seen: set[str] = set()

@@ -6,13 +6,23 @@ from pathlib import Path
 
 import torch
 
+from .errors import HovitError
 from .records import Device
 
 
 def pick_device(accelerator: str = "auto") -> torch.device:
-    """`cuda` where there is one, else `cpu`; or what was asked for."""
+    """`cuda` where there is one, else `cpu`; or what was asked for.
+
+    Raises:
+        HovitError: for another word, or `cuda` where there is none.
+    """
+    there = torch.cuda.is_available()
     if accelerator == "auto":
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+        accelerator = "cuda" if there else "cpu"
+    if accelerator not in ("cpu", "cuda") or (accelerator == "cuda" and not there):
+        raise HovitError(
+            f"--accelerator {accelerator}: {'cpu or cuda' if there else 'only cpu'} here"
+        )
     return torch.device(accelerator)
 
 

@@ -8,5 +8,11 @@ class HovitError(Exception):
     """
 
 
+def one_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its kind."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 class OutOfTime(Exception):
     """The deadline has come. What was done is on disk, and the same call goes on from there."""

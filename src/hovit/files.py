@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ def atomic(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise HovitError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # there is no folder, or it is a file
+            temporary.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -52,7 +53,9 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise HovitError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise HovitError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, too deep, too long a number
         raise HovitError(f"{path}: not readable as JSON ({error})") from None
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 from .. import plan
 from ..catalogue import Dataset
-from ..errors import HovitError
+from ..errors import HovitError, one_line
 from ..files import read_json, write_json
 from ..splits import split_sizes
 from .readers import Item, read_items
@@ -186,7 +186,7 @@ def decode_image(item: Item, side: int) -> np.ndarray:
         with item.load() as image:
             rgb = image.convert("RGB")
     except Exception as error:  # PIL raises whatever a broken file makes it stumble over
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = one_line(error)
         raise HovitError(f"{item.path}: cannot be decoded ({reason})") from None
     if rgb.size != (side, side):
         rgb = rgb.resize((side, side), Image.Resampling.BILINEAR)

@@ -49,6 +49,7 @@ def measure_study(
     torch.manual_seed(0)
     torch.set_num_threads(plan.scale.latency.threads)
     spec = plan.measure_spec(study)
+    code = study_code(plan, study)
     rows: dict[str, dict[str, Any]] = {
         name: dict(cost(row["model"], row["model_args"], study.num_classes, COST_SIZE, row["part"]))
         for name, row in spec["rows"].items()
@@ -56,7 +57,7 @@ def measure_study(
     where = describe_device(device)
     partial = root / plan.measured(study).with_suffix(".partial.json")
     if spec["latency"]:
-        samples = _latency(spec, device, where, partial, deadline)
+        samples = _latency(spec, device, where, partial, code, deadline)
         for name, by_batch in samples.items():
             rows[name]["device"] = where.model_dump()
             rows[name]["latency"] = {b: summary(v) | {"ms": v} for b, v in by_batch.items()}
@@ -71,7 +72,7 @@ def measure_study(
             where,
             time.monotonic() - begin,
             peak_memory_mb(device),
-            study_code(plan, study),
+            code,
         ),
     )
     write_record(root / plan.measured(study), record)
@@ -80,7 +81,12 @@ def measure_study(
 
 
 def _latency(
-    spec: dict[str, Any], device: torch.device, where: Device, partial: Path, deadline: float
+    spec: dict[str, Any],
+    device: torch.device,
+    where: Device,
+    partial: Path,
+    code: str,
+    deadline: float,
 ) -> Samples:
     """Interleaved latency of the rows; rows that are one and the same model are timed once."""
     settings = spec["latency"]
@@ -96,7 +102,7 @@ def _latency(
         )
         for names in same.values()
     }
-    begun = {"spec_hash": digest(spec), "device": where.model_dump()}
+    begun = {"spec_hash": digest(spec), "code": code, "device": where.model_dump()}
 
     def after_round(so_far: Samples) -> None:
         write_json(partial, begun | {"samples": so_far})
@@ -120,7 +126,7 @@ def _resume(partial: Path, begun: dict[str, Any]) -> Samples | None:
     if not partial.exists():
         return None
     saved = read_json(partial)
-    if saved.get("spec_hash") != begun["spec_hash"]:
+    if any(saved.get(key) != begun[key] for key in ("spec_hash", "code")):
         return None
     if saved["device"] != begun["device"]:
         there, here = Device(**saved["device"]), Device(**begun["device"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 
-from ..errors import HovitError
+from ..errors import HovitError, one_line
 from ..plan import Run, Weights
 from .checkpoint import load_weights
 
@@ -80,7 +80,7 @@ def download_timm(name: str) -> Path:
     try:
         return Path(hf_hub_download(config.hf_hub_id, "model.safetensors"))
     except (OSError, ValueError, LocalEntryNotFoundError, HfHubHTTPError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = one_line(error)
         raise HovitError(
             f"pretrained weights {name}: not cached, and the download failed ({reason[:120]}); "
             "give them with --weights FILE.safetensors (snakemake: --config weights=FILE)"
