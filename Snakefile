@@ -2,7 +2,7 @@
 
 snakemake --cores all results/tables                       everything, at scale smoke
 snakemake --cores all results/tables/hovit.md              one table
-snakemake --cores all --config scale=mini data_root=../shared/data results/tables
+snakemake --cores all results/tables --config scale=mini data_root=../shared/data
 """
 
 import os

@@ -118,13 +118,15 @@ def test_json_without_nan_and_infinity(tmp_path, value):
 
 
 @IN_TMP
-@given(value=JSON)
+@given(value=st.dictionaries(st.text(), JSON))
 def test_json_comes_back_as_it_was(tmp_path, value):
     write_json(tmp_path / "a.json", value)
     assert read_json(tmp_path / "a.json") == value
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"{'a': 1}", b"\xff\xfe\x00", b"[1,]", b"[1] [2]"])
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"{'a': 1}", b"\xff\xfe\x00", b"[1,]", b"[1] [2]", b"[1]", b"3"]
+)
 def test_garbage_is_not_json(tmp_path, data):
     (tmp_path / "a.json").write_bytes(data)
     with pytest.raises(HovitError, match=r"a\.json: not readable as JSON") as caught:

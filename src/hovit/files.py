@@ -43,20 +43,23 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON.
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
 
     Raises:
-        HovitError: if the file is missing or is no JSON.
+        HovitError: if the file is missing, no JSON, or not an object.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise HovitError(f"{path}: no such file") from None
     except OSError as error:
         raise HovitError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, too deep, too long a number
         raise HovitError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise HovitError(f"{path}: not readable as JSON (no object in it)")
+    return value
 
 
 def digest(value: Any) -> str:
