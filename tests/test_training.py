@@ -76,7 +76,7 @@ def test_killed_at_random_moments_it_ends_the_same_to_the_bit(plan: Plan, packed
     dice = random.Random(0)
     while True:
         process = start()
-        process.join(dice.uniform(0.1, 0.5) * length if kills < 8 else None)
+        process.join(dice.uniform(0.05, 0.3) * length if kills < 8 else None)
         if process.exitcode is not None:
             break
         os.kill(process.pid, signal.SIGKILL)

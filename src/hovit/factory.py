@@ -5,7 +5,7 @@ from typing import Any
 
 import timm
 
-from .errors import HovitError
+from .errors import HovitError, one_line
 
 
 def create_model(name: str, num_classes: int, image_size: int, **args: Any) -> Any:
@@ -22,6 +22,8 @@ def create_model(name: str, num_classes: int, image_size: int, **args: Any) -> A
     Raises:
         HovitError: for an unknown name, or arguments that the model does not take.
     """
+    if "." in name:
+        raise HovitError(f"model {name!r}: a tag names weights; say `pretrained` instead")
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
         raise HovitError(
@@ -31,5 +33,6 @@ def create_model(name: str, num_classes: int, image_size: int, **args: Any) -> A
         args["img_size"] = image_size
     try:
         return timm.create_model(name, num_classes=num_classes, **args)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise HovitError(f"model {name} at {image_size} px with {args}: {error}") from None
+    except Exception as error:  # models make of wrong arguments what they will
+        what = f"model {name} at {image_size} px with {args}"
+        raise HovitError(f"{what}: {one_line(error)}") from None

@@ -54,7 +54,7 @@ class Provenance(Strict):
     python: str
     system: str
     device: Device
-    seconds: float  # wall time, over all interruptions
+    seconds: float  # wall time; of a run over all its sittings, of a measurement of the last
     peak_memory_mb: float
     dataset: dict[str, Any] | None = None  # pack.json
 

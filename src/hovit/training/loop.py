@@ -34,7 +34,7 @@ from ..data.loader import (
     to_input,
 )
 from ..data.pack import Packed, open_pack
-from ..device import describe_device, peak_memory_mb
+from ..device import describe_device, peak_memory_mb, pick_device
 from ..errors import HovitError, OutOfTime
 from ..factory import create_model
 from ..files import atomic, write_text
@@ -361,8 +361,12 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 def make_fabric(precision: str, devices: int = 1, accelerator: str = "auto") -> Fabric:
     """Fabric for one machine, launched; under torchrun it takes rank and world from there.
 
+    Raises:
+        HovitError: for an accelerator that is not here.
+
     Models with weights that nothing reads (the deck's dead kv) need DDP to look for them.
     """
+    accelerator = pick_device(accelerator).type
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         devices = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     strategy = "ddp_find_unused_parameters_true" if devices > 1 else "auto"
