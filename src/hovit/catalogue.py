@@ -143,6 +143,7 @@ class Scale(Strict):
 
     id: Name
     title: Text
+    rank: Annotated[int, Field(ge=0)]  # the larger, the more its evidence counts
     datasets: dict[Role, Name]
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
     image_size: Annotated[int, Field(ge=64)] | None = None  # None: the recipe's

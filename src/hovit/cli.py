@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .catalogue import KINDS
+from .catalogue import KINDS, load_catalogue
 from .errors import HovitError
 from .files import write_json
 from .plan import Run, all_packs, load_plan
@@ -265,8 +265,40 @@ def claims(scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
     print(write_claims(load_plan(scale, weights_file=weights)))
 
 
+evidence = typer.Typer(help="Records made elsewhere: take them in, check them again.")
+app.add_typer(evidence, name="evidence")
+
+
+@evidence.command("add")
+def evidence_add(
+    sources: Annotated[list[Path], typer.Argument(help="results/runs of another machine.")],
+) -> None:
+    """Verify finished records and copy them to results/evidence/DEVICE/."""
+    from .evidence import add
+
+    taken = add(load_catalogue(), sources)
+    for path in taken:
+        print(path)
+    print(f"{len(taken)} records taken")
+
+
+@evidence.command("verify")
+def evidence_verify() -> None:
+    """Check every record under results/evidence again; exit code 1 if one does not hold."""
+    from .evidence import verify
+
+    count, problems = verify(load_catalogue())
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        raise HovitError(f"{len(problems)} of {count} records of evidence do not verify")
+    print(f"{count} records of evidence verify")
+
+
 @app.command()
 def schema() -> None:
-    """Write the JSON Schemas of config/'s files, for editors."""
-    for kind, model in KINDS.items():
+    """Write the JSON Schemas of config/'s files and of records."""
+    from .records import Record
+
+    for kind, model in (KINDS | {"record": Record}).items():
         write_json(Path(f"config/schema/{kind}.schema.json"), model.model_json_schema())

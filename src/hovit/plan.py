@@ -13,6 +13,7 @@ from .catalogue import Catalogue, Dataset, Limit, Recipe, Row, Scale, Strict, St
 from .errors import HovitError
 from .files import digest, file_digest
 
+RUNS = Path("results/runs")
 COST_SIZE = 224  # pixels at which parameters and multiply-adds are counted: the deck's
 
 
@@ -50,7 +51,7 @@ class Run(Strict):
     @property
     def folder(self) -> Path:
         """Where it leaves its files, from the top of the artifact."""
-        return Path("results/runs") / self.scale / self.id / f"seed{self.seed}"
+        return RUNS / self.scale / self.id / f"seed{self.seed}"
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -284,7 +285,7 @@ class Plan:
 
     def measured(self, study: Study) -> Path:
         """The record of a study's parameters, multiply-adds and latency."""
-        return Path("results/runs") / self.scale.id / "measure" / f"{study.id}.json"
+        return RUNS / self.scale.id / "measure" / f"{study.id}.json"
 
 
 def load_plan(

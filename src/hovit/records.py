@@ -1,7 +1,8 @@
 """Records: what a run or a measurement leaves, and all that the report reads.
 
 A record is small JSON, written atomically: what was to be done (`spec`, `spec_hash`), what came of
-it (`results`), and under which circumstances (`provenance`). The schema has a version.
+it (`results`), and under which circumstances (`provenance`). The schema has a version, and
+`config/schema/record.schema.json` describes it.
 """
 
 import platform
@@ -70,18 +71,23 @@ class Record(Strict):
     spec_hash: str
     results: dict[str, Any]
     provenance: Provenance
+    sha256: str = ""  # of all the rest, set when it is written
+
+    def seal(self) -> str:
+        """sha256, in hex, of everything but the seal itself."""
+        return digest(self.model_dump(mode="json", exclude={"sha256"}))
 
 
 def write_record(path: Path, record: Record) -> None:
-    """Write a record atomically."""
-    write_json(path, record.model_dump(mode="json"))
+    """Seal a record and write it atomically."""
+    write_json(path, record.model_dump(mode="json") | {"sha256": record.seal()})
 
 
 def read_record(path: Path) -> Record:
     """Read a record.
 
     Raises:
-        HovitError: if it is missing, not of this schema, or its hash does not match its spec.
+        HovitError: if it is missing, not of this schema, or a hash does not match its contents.
     """
     try:
         record = Record.model_validate(read_json(path))
@@ -89,6 +95,8 @@ def read_record(path: Path) -> Record:
         raise explain(error, path, Record) from None
     if digest(record.spec) != record.spec_hash:
         raise HovitError(f"{path}: spec_hash does not match the spec: the record was changed")
+    if record.seal() != record.sha256:
+        raise HovitError(f"{path}: sha256 does not match the contents: the record was changed")
     return record
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..catalogue import Claim
 from ..files import write_json, write_text
 from ..plan import Plan
-from .values import INEXACT, Results, Value
+from .values import INEXACT, Results, Value, find_evidence
 
 VERDICTS = ("reproduced", "contradicted", "within noise", "not measured")
 
@@ -20,6 +20,7 @@ class Verdict:
         verdict: one of VERDICTS.
         measured: the number held against the seed's, or None.
         why: in words, with the numbers.
+        source: this run, or which evidence.
         records: behind it.
     """
 
@@ -31,17 +32,27 @@ class Verdict:
     verdict: str
     measured: float | None
     why: str
+    source: str
     records: tuple[str, ...]
 
 
-def judge(results: Results, claim: Claim, seed: str) -> Verdict:
-    """Hold one claim against the records."""
+def judge(sources: list[Results], claim: Claim, seed: str) -> Verdict:
+    """Hold one claim against the records: this run's, or else the first evidence that can tell."""
+    verdicts = [_judge_by(results, claim, seed) for results in sources]
+    return next((v for v in verdicts if v.verdict != "not measured"), verdicts[0])
+
+
+def _judge_by(results: Results, claim: Claim, seed: str) -> Verdict:
+    scale = results.plan.scale.id
+    source = f"evidence, scale {scale}" if results.is_evidence else f"this run, scale {scale}"
 
     def verdict(name: str, measured: float | None, why: str, *values: Value) -> Verdict:
         records = sorted({str(path) for value in values for path in value.paths})
         why = f"{why}. {claim.note}" if claim.note else why
-        return Verdict(claim.id, seed, claim.says, claim.place, claim.reported, name, measured, why,
-                       tuple(records))  # fmt: skip
+        return Verdict(
+            claim.id, seed, claim.says, claim.place, claim.reported, name, measured, why, source,
+            tuple(records),
+        )  # fmt: skip
 
     values = []
     for ref in (claim.of, claim.to):
@@ -110,9 +121,9 @@ def _range(printed: str) -> tuple[float, float]:
 
 def judge_all(plan: Plan, root: Path = Path()) -> list[Verdict]:
     """Every claim of the catalogue, judged at this scale."""
-    results = Results(plan, root)
+    sources = [Results(plan, root), *find_evidence(plan, root)]
     return [
-        judge(results, claim, file.seed)
+        judge(sources, claim, file.seed)
         for file in plan.catalogue.claims.values()
         for claim in file.claims
     ]
@@ -139,12 +150,13 @@ def write_claims(plan: Plan, root: Path = Path()) -> str:
         "",
         "Latency is judged by ratios and ranks only: the device is another than the seed's.",
         "",
-        "| verdict | claim | place | reported | measured | why |",
-        "| :-- | :-- | :-- | --: | --: | :-- |",
+        "| verdict | claim | place | reported | measured | why | by |",
+        "| :-- | :-- | :-- | --: | --: | :-- | :-- |",
     ]
     for v in verdicts:
         measured = "" if v.measured is None else _say(v.measured)
-        cells = (f"**{v.verdict}**", v.says, v.place, v.reported or "", measured, v.why)
+        cells = (f"**{v.verdict}**", v.says, v.place, v.reported or "", measured, v.why,
+                 v.source)  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     write_text(root / "results/claims.md", "\n".join([*lines, ""]))
     return tally(verdicts)

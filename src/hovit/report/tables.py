@@ -8,7 +8,7 @@ import pandas as pd
 from ..catalogue import Row, Study
 from ..files import write_text
 from ..plan import Plan
-from .values import Results, Value, plural
+from .values import INEXACT, Results, Value, evidence_for, find_evidence, plural
 
 TABLES = Path("results/tables")
 NOTHING = "—"
@@ -57,8 +57,13 @@ def format_printed(printed: str) -> str:
     return f"{int(printed):,}"
 
 
-def columns_of(results: Results, study: Study) -> list[Column]:
-    """The table's columns after the first, left to right; what nobody has is left out."""
+def columns_of(study: Study, sources: list[Results]) -> list[Column]:
+    """The table's columns after the first, left to right; what nobody has is left out.
+
+    Args:
+        study: the table.
+        sources: this run, and before it the evidence if there is any.
+    """
     columns = []
     for metric in study.columns:
         heading = HEADINGS[metric][0]
@@ -67,33 +72,36 @@ def columns_of(results: Results, study: Study) -> list[Column]:
             Column(heading, "reported", tuple(format_printed(p) if p else NOTHING for p in printed))
         )
         if metric == "latency":
-            columns += _latency_columns(results, study)
+            columns += _latency_columns(study, sources)
             continue
-        values = [results.value(study, row, metric) for row in study.rows]
-        columns.append(
-            Column(
-                heading,
-                "this run",
-                tuple(format_value(v, metric) if v else NOTHING for v in values),
-            )
-        )
+        # What is exact is the same everywhere: this run's count stands for all.
+        for results in sources if metric in INEXACT else sources[-1:]:
+            values = [results.value(study, row, metric) for row in study.rows]
+            cells = tuple(format_value(v, metric) if v else NOTHING for v in values)
+            columns.append(Column(heading, results.states(), cells))
     return [column for column in columns if set(column.cells) != {NOTHING}]
 
 
-def _latency_columns(results: Results, study: Study) -> list[Column]:
-    results.latency_device(study)  # refuses two devices
+def _latency_columns(study: Study, sources: list[Results]) -> list[Column]:
     columns = []
-    for metric in results.batches:
-        batch = metric.removeprefix("latency_")
-        values = [results.value(study, row, metric) for row in study.rows]
-        cells = tuple(format_value(v, "latency") if v else NOTHING for v in values)
-        columns.append(Column(HEADINGS["latency"][0], f"batch {batch}", cells))
-    for metric in ("reported_latency", *results.batches):
-        source = metric.replace("reported_latency", "reported").replace("latency_", "batch ")
-        ratios = [baseline_ratio(results, study, row, metric) for row in study.rows]
-        cells = tuple(f"{ratio:.2f}" if ratio else NOTHING for ratio in ratios)
+    for results in sources:
+        results.latency_device(study)  # refuses two devices
+        for metric in results.batches:
+            values = [results.value(study, row, metric) for row in study.rows]
+            cells = tuple(format_value(v, "latency") if v else NOTHING for v in values)
+            columns.append(Column(HEADINGS["latency"][0], _batch_of(results, metric), cells))
+    ratios = [(sources[-1], "reported_latency", "reported")]
+    ratios += [(r, metric, _batch_of(r, metric)) for r in sources for metric in r.batches]
+    for results, metric, source in ratios:
+        found = [baseline_ratio(results, study, row, metric) for row in study.rows]
+        cells = tuple(f"{ratio:.2f}" if ratio else NOTHING for ratio in found)
         columns.append(Column(HEADINGS["ratio"][0], source, cells))
     return columns
+
+
+def _batch_of(results: Results, metric: str) -> str:
+    batch = f"batch {metric.removeprefix('latency_')}"
+    return f"{results.states()}, {batch}" if results.is_evidence else batch
 
 
 def baseline_ratio(results: Results, study: Study, row: Row, metric: str) -> float | None:
@@ -156,20 +164,33 @@ def describe(results: Results, study: Study) -> dict[str, str]:
 def write_table(plan: Plan, study: Study, root: Path = Path()) -> None:
     """Write `results/tables/STUDY.csv`, `.md` and `.tex`.
 
+    A record that cannot be used is named in the table and left out.
+
     Raises:
-        HovitError: if a record is broken or of another spec, or latencies come from two devices.
+        HovitError: if latencies come from two devices.
     """
     results = Results(plan, root)
-    columns = columns_of(results, study)
+    evidence = evidence_for(study, find_evidence(plan, root))
+    columns = columns_of(study, [evidence, results] if evidence else [results])
     about = describe(results, study)
+    if evidence:
+        facts = describe(evidence, study)
+        about["Evidence"] = "; ".join(f"{key.lower()}: {text}" for key, text in facts.items())
+        about["Evidence lies in"] = f"`{evidence.base / evidence.plan.scale.id}`"
+    problems = results.problems + (evidence.problems if evidence else [])
+    if problems:
+        about["Not used"] = "; ".join(dict.fromkeys(problems))
     stem = root / TABLES / study.id
-    write_text(stem.with_suffix(".csv"), to_csv(results, study, about))
+    write_text(stem.with_suffix(".csv"), to_csv(results, evidence, study, about))
     write_text(stem.with_suffix(".md"), to_markdown(study, columns, about))
     write_text(stem.with_suffix(".tex"), to_latex(study, columns, about))
 
 
-def to_csv(results: Results, study: Study, about: dict[str, str]) -> str:
-    """One line a row, plain numbers: reported, value, spread and n of every metric."""
+def to_csv(results: Results, evidence: Results | None, study: Study, about: dict[str, str]) -> str:
+    """One line a row, plain numbers: reported, value, spread and n of every metric.
+
+    Evidence has the same columns again, with `evidence_` before their names.
+    """
     lines = []
     for row in study.rows:
         runs = results.plan.runs_of(study, row)
@@ -183,16 +204,25 @@ def to_csv(results: Results, study: Study, about: dict[str, str]) -> str:
         }
         for metric in study.columns:
             line[f"{metric}_reported"] = row.reported.get(metric, "")
-            for name in results.batches if metric == "latency" else [metric]:
-                value = results.value(study, row, name)
-                line[name] = value.mean if value else None
-                if value and value.n > 1:
-                    line[f"{name}_{'iqr' if metric == 'latency' else 'sd'}"] = value.spread
-                    line[f"{name}_n"] = value.n
-        for name in ("Scale", "Data", "Trained on", "Seeds", "Latency", "Commit"):
+            for source in (evidence, results):
+                if source and (source is results or metric in INEXACT):
+                    line |= _numbers(source, study, row, metric)
+        for name in ("Scale", "Data", "Trained on", "Seeds", "Latency", "Commit", "Evidence"):
             line[name.lower().replace(" ", "_")] = about.get(name, "")
         lines.append(line)
     return pd.DataFrame(lines).to_csv(index=False)
+
+
+def _numbers(results: Results, study: Study, row: Row, metric: str) -> dict[str, object]:
+    before = "evidence_" if results.is_evidence else ""
+    numbers: dict[str, object] = {}
+    for name in results.batches if metric == "latency" else [metric]:
+        value = results.value(study, row, name)
+        numbers[before + name] = value.mean if value else None
+        if value and value.n > 1:
+            spread = "iqr" if metric == "latency" else "sd"
+            numbers |= {f"{before}{name}_{spread}": value.spread, f"{before}{name}_n": value.n}
+    return numbers
 
 
 def to_markdown(study: Study, columns: list[Column], about: dict[str, str]) -> str:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from ..catalogue import Row, Study
 from ..errors import HovitError
+from ..evidence import EVIDENCE
 from ..files import digest, read_json
-from ..plan import Plan, Run
+from ..plan import RUNS, Plan, Run
 from ..records import Device, Record, read_record
+from ..sources import code_hash
 from ..splits import split_sizes
 
 INEXACT = {"top1", "loss", "val_top1", "latency"}
@@ -49,34 +51,55 @@ class Results:
     Args:
         plan: the catalogue at a scale.
         root: top of the artifact.
+        base: where the scale's records lie: this run's own, or one device's evidence.
+        problems: what was found wrong with records; none of them is used.
     """
 
     plan: Plan
     root: Path = Path()
-    _read: dict[Path, Record] = field(default_factory=dict, repr=False)
+    base: Path = RUNS
+    problems: list[str] = field(default_factory=list, compare=False)
+    _read: dict[Path, Record | None] = field(default_factory=dict, compare=False, repr=False)
 
-    def record(self, path: Path, spec_hash: str) -> Record | None:
-        """The record at `path`, None if there is none.
+    @property
+    def is_evidence(self) -> bool:
+        return self.base != RUNS
 
-        Raises:
-            HovitError: if it is not valid, or is of another spec than the catalogue's.
+    def place(self, path: Path) -> Path:
+        """Where a file of the plan (`results/runs/...`) lies among these results."""
+        return self.base / path.relative_to(RUNS)
+
+    def record(self, path: Path, spec_hash: str, code: str = "") -> Record | None:
+        """The record of the plan's `path`; None if there is none that can be used.
+
+        One that is broken, of another spec than the catalogue's, or (in this run) made by other
+        code than is here, is named in `problems`.
         """
-        if path not in self._read:
-            if not (self.root / path).exists():
-                return None
-            record = read_record(self.root / path)
+        place = self.place(path)
+        if place not in self._read:
+            self._read[place] = self._checked(place, spec_hash, code)
+        return self._read[place]
+
+    def _checked(self, place: Path, spec_hash: str, code: str) -> Record | None:
+        if not (self.root / place).exists():
+            return None
+        try:
+            record = read_record(self.root / place)
             if record.spec_hash != spec_hash:
-                raise HovitError(
-                    f"{path}: its spec is not the catalogue's any more; delete it, or make it again"
-                )
-            self._read[path] = record
-        return self._read[path]
+                raise HovitError(f"{place}: its spec is not the catalogue's any more")
+            if code and not self.is_evidence and record.provenance.code != code:
+                raise HovitError(f"{place}: made by other code than is here now")
+        except HovitError as error:
+            self.problems.append(f"{error}; not used")
+            return None
+        return record
 
     def trained(self, study: Study, row: Row) -> list[tuple[Run, Record]]:
         """The row's runs that have a record."""
         found = []
         for run in self.plan.runs_of(study, row):
-            record = self.record(run.folder / "record.json", run.spec_hash)
+            code = code_hash("training", run.model)
+            record = self.record(run.folder / "record.json", run.spec_hash, code)
             if record:
                 found.append((run, record))
         return found
@@ -85,7 +108,9 @@ class Results:
         """The study's measurements."""
         if not self.plan.rows_run(study):
             return None
-        return self.record(self.plan.measured(study), digest(self.plan.measure_spec(study)))
+        code = digest([code_hash("measure", model) for model in self.plan.models(study)])
+        spec = digest(self.plan.measure_spec(study))
+        return self.record(self.plan.measured(study), spec, code)
 
     def value(self, study: Study, row: Row, metric: str) -> Value | None:
         """A metric of a row: as measured, or with `reported_` before it, as the seed prints it.
@@ -113,7 +138,7 @@ class Results:
             images = runs[0][1].results["images_val" if metric == "val_top1" else "images_test"]
             share = mean / 100
             noise = max(noise, 200 * math.sqrt(share * (1 - share) / (images * n)))
-        paths = tuple(run.folder / "record.json" for run, _ in runs)
+        paths = tuple(self.place(run.folder / "record.json") for run, _ in runs)
         return Value(mean, spread, n, noise, paths)
 
     def _measured_value(self, study: Study, row: Row, metric: str) -> Value | None:
@@ -121,7 +146,7 @@ class Results:
         if record is None or row.id not in record.results["rows"]:
             return None
         found = record.results["rows"][row.id]
-        paths = (self.plan.measured(study),)
+        paths = (self.place(self.plan.measured(study)),)
         if metric.startswith("latency_"):
             batch = found.get("latency", {}).get(metric.removeprefix("latency_"))
             if batch is None:
@@ -159,7 +184,7 @@ class Results:
             device = Device(**row["device"])
             if first and first[1] != device:
                 raise HovitError(
-                    f"{self.plan.measured(study)}: latency of {first[0]} is from {first[1]} and of "
+                    f"{self.place(self.plan.measured(study))}: latency of {first[0]} is from {first[1]} and of "
                     f"{name} from {device}: one table's latencies come from one device"
                 )
             first = first or (name, device)
@@ -183,3 +208,29 @@ class Results:
     def batches(self) -> list[str]:
         """The latency metrics of this scale, one a batch size."""
         return [f"latency_{batch}" for batch in self.plan.scale.latency.batches]
+
+    def states(self) -> str:
+        """These results in a few words, as a column's heading names them."""
+        return f"evidence, {self.plan.scale.id}" if self.is_evidence else "this run"
+
+
+def find_evidence(plan: Plan, root: Path = Path()) -> list[Results]:
+    """The evidence that there is, the largest scale first: one Results a scale and device."""
+    found = []
+    for folder in sorted((root / EVIDENCE).glob("*/*")):
+        scale = plan.catalogue.scales.get(folder.name)
+        if scale and folder.is_dir():
+            base = folder.parent.relative_to(root)
+            found.append(Results(Plan(plan.catalogue, scale), root, base))
+    return sorted(found, key=lambda r: r.plan.scale.rank, reverse=True)
+
+
+def evidence_for(study: Study, evidence: list[Results]) -> Results | None:
+    """The evidence that a study's table shows: the most rows, then the largest scale."""
+
+    def rows(results: Results) -> int:
+        measured = results.measured(study)
+        return sum(bool(results.trained(study, row)) for row in study.rows) + bool(measured)
+
+    best = max(evidence, key=rows, default=None)
+    return best if best and rows(best) else None

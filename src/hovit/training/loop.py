@@ -37,8 +37,9 @@ from ..data.pack import Packed, open_pack
 from ..device import describe_device, peak_memory_mb, pick_device
 from ..errors import HovitError, OutOfTime
 from ..factory import create_model
-from ..files import atomic, write_text
+from ..files import write_text
 from ..plan import Run
+from ..predictions import metrics, predictions_digest, write_predictions
 from ..records import Record, make_provenance, write_record
 from ..sources import code_hash
 from .checkpoint import load_state, load_weights, save_state, save_weights
@@ -277,6 +278,7 @@ class _Job:
             "images_per_second": round(images / seconds, 2),
             "interruptions": self.state.interruptions,
             "history": self.state.history,
+            "predictions_sha256": predictions_digest(predictions),
         }
         record = Record(
             kind="train",
@@ -294,8 +296,7 @@ class _Job:
             ),
         )
         if self.fabric.is_global_zero:
-            with atomic(self.folder / "predictions.csv.gz") as path:
-                predictions.to_csv(path, index=False, compression={"method": "gzip", "mtime": 0})
+            write_predictions(self.folder / "predictions.csv.gz", predictions)
             history = pd.DataFrame(self.state.history)
             write_text(self.folder / "history.csv", history.to_csv(index=False))
             weights = self.folder / "weights.safetensors"
@@ -308,14 +309,6 @@ class _Job:
                 leftover.unlink()
         self.fabric.barrier()
         return record
-
-
-def metrics(predictions: pd.DataFrame) -> tuple[float, float]:
-    """(mean loss, top-1 in percent) of a table of predictions."""
-    return (
-        float(predictions["loss"].mean()),
-        100.0 * float((predictions["label"] == predictions["predicted"]).mean()),
-    )
 
 
 def limited(packed: Packed, run: Run) -> dict[str, np.ndarray]:

@@ -1,0 +1,182 @@
+"""Evidence: records that were made elsewhere, committed under `results/evidence/DEVICE/`.
+
+Each is the program's own file, byte for byte. It counts only as long as it verifies: its seal, its
+spec against the catalogue, its code against the repository's history, and its metrics against the
+predictions that lie beside it.
+"""
+
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+
+from .catalogue import Catalogue
+from .errors import HovitError
+from .files import atomic, digest
+from .plan import Plan
+from .predictions import metrics, predictions_digest, read_predictions
+from .records import Device, Record, read_record
+from .sources import code_hash
+
+EVIDENCE = Path("results/evidence")
+
+
+def slug(device: Device) -> str:
+    """A device's name as a folder's: `amd-epyc`, `nvidia-h100`."""
+    return re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")
+
+
+def add(catalogue: Catalogue, sources: list[Path], root: Path = Path()) -> list[Path]:
+    """Take finished records from another machine's `results/runs`, after verifying each.
+
+    Args:
+        catalogue: against which specs are checked.
+        sources: `results/runs` folders, or folders inside one.
+        root: top of the artifact.
+
+    Returns:
+        the records taken, by their place here. Those already here are not taken again.
+
+    Raises:
+        HovitError: for the first record that does not verify; nothing is taken then.
+    """
+    found = [path for source in sources for path in records_in(source)]
+    if not found:
+        raise HovitError(f"{sources[0]}: no records in it (record.json, or measure/*.json)")
+    for path in found:
+        check(catalogue, path, root)
+    taken = []
+    for path in found:
+        record = read_record(path)
+        place = root / EVIDENCE / slug(record.provenance.device) / location(record)
+        if place.exists():
+            if place.read_bytes() != path.read_bytes():
+                raise HovitError(f"{place}: another record of this run is there; remove it first")
+            continue
+        if record.kind == "train":
+            _copy(path.parent / "predictions.csv.gz", place.parent / "predictions.csv.gz")
+        _copy(path, place)
+        taken.append(place)
+    return taken
+
+
+def records_in(folder: Path) -> list[Path]:
+    """The records under a folder."""
+    measured = [p for p in folder.rglob("measure/*.json") if not p.name.endswith(".partial.json")]
+    return sorted([*folder.rglob("record.json"), *measured])
+
+
+def location(record: Record) -> Path:
+    """A record's place below the runs, or below a device's evidence."""
+    if record.kind == "measure":
+        return Path(record.scale) / "measure" / f"{record.id}.json"
+    return Path(record.scale) / record.id / f"seed{record.spec['seed']}" / "record.json"
+
+
+def _copy(source: Path, target: Path) -> None:
+    with atomic(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def verify(catalogue: Catalogue, root: Path = Path()) -> tuple[int, list[str]]:
+    """Check all evidence again: (how many records, what is wrong)."""
+    paths = records_in(root / EVIDENCE)
+    problems = []
+    for path in paths:
+        try:
+            record = check(catalogue, path, root)
+            place = root / EVIDENCE / slug(record.provenance.device) / location(record)
+            if place != path:
+                raise HovitError(f"{path}: belongs to {place}")
+        except HovitError as error:
+            problems.append(str(error))
+    return len(paths), problems
+
+
+def check(catalogue: Catalogue, path: Path, root: Path = Path()) -> Record:
+    """Verify one record: seal, spec, code, predictions.
+
+    Raises:
+        HovitError: naming the record and what is wrong with it.
+    """
+    record = read_record(path)
+    if record.scale not in catalogue.scales:
+        raise HovitError(f"{path}: scale {record.scale!r} is not in the catalogue")
+    plan = Plan(catalogue, catalogue.scales[record.scale])
+    if record.spec_hash != _expected(plan, record):
+        raise HovitError(f"{path}: its spec is not the catalogue's any more")
+    _check_code(path, record, root)
+    if record.kind == "train":
+        _check_predictions(path, record)
+    return record
+
+
+def _expected(plan: Plan, record: Record) -> str:
+    if record.kind == "measure":
+        return digest(plan.measure_spec(plan.study(record.id)))
+    return plan.run(record.id, record.spec.get("seed")).spec_hash
+
+
+def _check_predictions(path: Path, record: Record) -> None:
+    file = path.parent / "predictions.csv.gz"
+    table = read_predictions(file)
+    if predictions_digest(table) != record.results.get("predictions_sha256"):
+        raise HovitError(f"{file}: not the predictions that {path.name} was made from")
+    loss, top1 = metrics(table)
+    if (loss, top1) != (record.results["loss"], record.results["top1"]):
+        raise HovitError(f"{path}: loss or top1 is not what the predictions give")
+
+
+def _check_code(path: Path, record: Record, root: Path) -> None:
+    """The record's code must stand in the history: at its own commit, or, where it knew none, at
+    any."""
+    made = record.provenance
+    known = made.commit if made.commit != "unknown" and not made.dirty else None
+    for commit in [known] if known else _history(root):
+        if record_code(record, _package_at(root, commit)) == made.code:
+            return
+    where = f"at commit {known[:10]}" if known else "in any commit"
+    raise HovitError(f"{path}: made by other code than stands {where}")
+
+
+def record_code(record: Record, package: Path) -> str:
+    """The hash that this record's code must have, by the sources in `package`."""
+    if record.kind == "train":
+        return code_hash("training", record.spec["model"], package)
+    models = sorted({row["model"] for row in record.spec["rows"].values()})
+    return digest([code_hash("measure", model, package) for model in models])
+
+
+def _git(root: Path, *args: str) -> bytes:
+    try:
+        return subprocess.run(
+            ["git", "-C", str(root), *args], capture_output=True, check=True, timeout=60
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        raise HovitError(
+            f"{root or '.'}: git {args[0]} failed; evidence needs the history"
+        ) from None
+
+
+@lru_cache
+def _history(root: Path) -> list[str]:
+    return _git(root, "rev-list", "HEAD", "--", "src/hovit").decode().split()
+
+
+_unpacked: dict[str, tempfile.TemporaryDirectory[str]] = {}
+
+
+def _package_at(root: Path, commit: str) -> Path:
+    """The package's sources at a commit, unpacked until this process ends."""
+    if commit not in _unpacked:
+        if not re.fullmatch(r"[0-9a-f]{7,64}", commit):
+            raise HovitError(f"{commit!r} is not a commit")
+        content = _git(root, "archive", commit, "src/hovit")
+        _unpacked[commit] = tempfile.TemporaryDirectory()
+        with tarfile.open(fileobj=BytesIO(content)) as archive:
+            archive.extractall(_unpacked[commit].name, filter="data")
+    return Path(_unpacked[commit].name) / "src/hovit"

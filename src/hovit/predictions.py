@@ -1,0 +1,45 @@
+"""Test predictions: what a record's metrics can be computed from again."""
+
+import hashlib
+from pathlib import Path
+
+import pandas as pd
+
+from .errors import HovitError, one_line
+from .files import atomic
+
+COLUMNS = ["index", "label", "predicted", "loss"]
+
+
+def metrics(predictions: pd.DataFrame) -> tuple[float, float]:
+    """(mean loss, top-1 in percent) of a table of predictions, one row an image."""
+    return (
+        float(predictions["loss"].mean()),
+        100.0 * float((predictions["label"] == predictions["predicted"]).mean()),
+    )
+
+
+def predictions_digest(predictions: pd.DataFrame) -> str:
+    """sha256, in hex, of the predictions as CSV."""
+    return hashlib.sha256(predictions.to_csv(index=False).encode()).hexdigest()
+
+
+def write_predictions(path: Path, predictions: pd.DataFrame) -> None:
+    """Write predictions as compressed CSV, atomically; the same table gives the same bytes."""
+    with atomic(path) as temporary:
+        predictions.to_csv(temporary, index=False, compression={"method": "gzip", "mtime": 0})
+
+
+def read_predictions(path: Path) -> pd.DataFrame:
+    """Read predictions.
+
+    Raises:
+        HovitError: if the file is missing, damaged, or not a table of predictions.
+    """
+    try:
+        table = pd.read_csv(path, compression="gzip", float_precision="round_trip")
+    except Exception as error:  # gzip, zlib, CSV and encodings each have their own
+        raise HovitError(f"{path}: not readable as predictions ({one_line(error)})") from None
+    if list(table.columns) != COLUMNS or not len(table):
+        raise HovitError(f"{path}: not predictions: columns must be {', '.join(COLUMNS)}")
+    return table
