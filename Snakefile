@@ -10,6 +10,7 @@ import shlex
 import sys
 
 from hovit.errors import HovitError
+from hovit.evidence import evidence_digest
 from hovit.files import digest
 from hovit.plan import load_plan
 from hovit.report.figures import FIGURES
@@ -36,6 +37,7 @@ PACKS = {
     run.pack.id: run.pack for seeds in PLAN.runs.values() for run in seeds.values()
 }
 STUDIES = PLAN.catalogue.studies
+EVIDENCE = evidence_digest()
 
 
 # The image that envs/Containerfile builds; used only with `--sdm apptainer`.
@@ -156,6 +158,7 @@ rule table:
         "logs/table/{study}.log",
     params:
         scale=SCALE,
+        evidence=EVIDENCE,
     shell:
         "python -m hovit table {wildcards.study} --scale {params.scale} > {log} 2>&1"
 
@@ -188,6 +191,7 @@ rule claims:
         "logs/claims.log",
     params:
         scale=SCALE,
+        evidence=EVIDENCE,
     shell:
         "python -m hovit claims --scale {params.scale} > {log} 2>&1"
 

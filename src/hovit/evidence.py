@@ -16,13 +16,19 @@ from pathlib import Path
 
 from .catalogue import Catalogue
 from .errors import HovitError
-from .files import atomic, digest
+from .files import atomic, digest, file_digest
 from .plan import Plan
 from .predictions import metrics, predictions_digest, read_predictions
 from .records import Device, Record, read_record
 from .sources import code_hash
 
 EVIDENCE = Path("results/evidence")
+
+
+def evidence_digest(root: Path = Path()) -> str:
+    """sha256, in hex, over all evidence: what a report is made from beside the runs."""
+    paths = records_in(root / EVIDENCE)
+    return digest({path.relative_to(root).as_posix(): file_digest(path) for path in paths})
 
 
 def slug(device: Device) -> str:

@@ -37,9 +37,12 @@ def read_predictions(path: Path) -> pd.DataFrame:
         HovitError: if the file is missing, damaged, or not a table of predictions.
     """
     try:
-        table = pd.read_csv(path, compression="gzip", float_precision="round_trip")
+        table = pd.read_csv(path, compression="gzip", dtype=str)
+        if list(table.columns) != COLUMNS or not len(table):
+            raise HovitError(f"{path}: not predictions: columns must be {', '.join(COLUMNS)}")
+        # By way of text, so that every version of pandas reads every digit.
+        return table.astype(dict.fromkeys(COLUMNS[:3], "int64") | {"loss": "float64"})
+    except HovitError:
+        raise
     except Exception as error:  # gzip, zlib, CSV and encodings each have their own
         raise HovitError(f"{path}: not readable as predictions ({one_line(error)})") from None
-    if list(table.columns) != COLUMNS or not len(table):
-        raise HovitError(f"{path}: not predictions: columns must be {', '.join(COLUMNS)}")
-    return table

@@ -5,7 +5,7 @@ from ..errors import HovitError
 from ..files import digest
 from ..plan import Plan
 from ..records import read_record
-from .values import COUNTED, TRAINED, Results
+from .values import COUNTED, TRAINED, Results, evidence_for, find_evidence
 
 
 def explain(plan: Plan, table: str, row_id: str, column: str) -> str:
@@ -43,6 +43,11 @@ def explain(plan: Plan, table: str, row_id: str, column: str) -> str:
         spec = digest(plan.measure_spec(study))
         lines += _record(results, str(target), spec)
         lines.append("  (interleaved over the table's rows, so all of them are measured again)")
+    best = evidence_for(study, find_evidence(plan))
+    value = best.value(study, row, column) if best and column not in COUNTED else None
+    if best and value:
+        lines.append(f"  evidence  {_number(value.mean, value.spread, value.n)}, {best.states()}")
+        lines += [f"  record    {path}" for path in value.paths]
     return "\n".join(lines)
 
 

@@ -184,8 +184,9 @@ class Results:
             device = Device(**row["device"])
             if first and first[1] != device:
                 raise HovitError(
-                    f"{self.place(self.plan.measured(study))}: latency of {first[0]} is from {first[1]} and of "
-                    f"{name} from {device}: one table's latencies come from one device"
+                    f"{self.place(self.plan.measured(study))}: latency of {first[0]} is from "
+                    f"{first[1]} and of {name} from {device}: one table's latencies come from one "
+                    "device"
                 )
             first = first or (name, device)
         return first[1] if first else None

@@ -1,0 +1,84 @@
+"""Records of made-up numbers, valid in every other way."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from hovit.files import digest
+from hovit.plan import Plan, Run
+from hovit.predictions import metrics, predictions_digest, write_predictions
+from hovit.records import Device, Provenance, Record, make_provenance, write_record
+from hovit.sources import code_hash
+
+CPU = Device(kind="cpu", name="Test CPU", threads=2)
+GPU = Device(kind="cuda", name="Test GPU", driver="1.2", threads=2)
+
+
+def provenance(device: Device, code: str) -> Provenance:
+    """Of a clean commit, whatever the working tree is like."""
+    return make_provenance(device, 1.0, 1.0, code).model_copy(update={"dirty": False})
+
+
+def made_up_predictions(top1: float, images: int = 200) -> pd.DataFrame:
+    """So many predictions, about this per cent of them right."""
+    right = round(images * top1 / 100)
+    return pd.DataFrame(
+        {
+            "index": range(images),
+            "label": [i % 7 for i in range(images)],
+            "predicted": [i % 7 if i < right else 9 for i in range(images)],
+            "loss": [0.1 + i / 3 for i in range(images)],
+        }
+    )
+
+
+def train_record(run: Run, top1: float) -> Record:
+    history = [
+        {"epoch": e, "train_loss": 3.0 / e, "val_loss": 3.2 / e, "val_top1": top1 * e / 3}
+        for e in (1, 2, 3)
+    ]
+    predictions = made_up_predictions(top1)
+    results = {
+        "top1": metrics(predictions)[1], "loss": metrics(predictions)[0], "val_top1": top1,
+        "best_epoch": 3, "epochs": 3,
+        "images_train": 5144, "images_val": 1102, "images_test": 1103, "history": history,
+        "predictions_sha256": predictions_digest(predictions),
+    }  # fmt: skip
+    return Record(
+        kind="train", id=run.id, scale=run.scale, spec=run.spec, spec_hash=run.spec_hash,
+        results=results, provenance=provenance(CPU, code_hash("training", run.model)),
+    )  # fmt: skip
+
+
+def measure_record(plan: Plan, study_id: str, device: Device = CPU) -> Record:
+    study = plan.study(study_id)
+    spec = plan.measure_spec(study)
+    code = digest([code_hash("measure", model) for model in plan.models(study)])
+    rows = {}
+    for i, name in enumerate(spec["rows"]):
+        rows[name] = {"parameters": 1000 + i, "parameters_unused": 0, "parameters_used": 1000 + i,
+                      "macs": 2_000_000_000, "part_parameters": 7}  # fmt: skip
+        if spec["latency"]:
+            rows[name]["device"] = device.model_dump()
+            rows[name]["latency"] = {
+                str(b): {"median": 10.0 + i, "q1": 9.9 + i, "q3": 10.1 + i, "n": 30}
+                for b in (1, 32)
+            }
+    return Record(
+        kind="measure", id=study_id, scale=plan.scale.id, spec=spec, spec_hash=digest(spec),
+        results={"rows": rows}, provenance=provenance(device, code),
+    )  # fmt: skip
+
+
+def write_all(plan: Plan, root: Path, base: str = "results/runs") -> None:
+    """A whole run of the artifact: run number i at seed s is right in (20 + i + s) per cent."""
+    top = root / base
+    for i, seeds in enumerate(plan.runs.values()):
+        for seed, run in seeds.items():
+            folder = top / run.folder.relative_to("results/runs")
+            write_record(folder / "record.json", train_record(run, 20.0 + i + seed))
+            write_predictions(folder / "predictions.csv.gz", made_up_predictions(20.0 + i + seed))
+    for study in plan.catalogue.studies.values():
+        if plan.rows_run(study):
+            path = top / plan.measured(study).relative_to("results/runs")
+            write_record(path, measure_record(plan, study.id))

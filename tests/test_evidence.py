@@ -1,0 +1,233 @@
+"""Evidence: taken only if it verifies, checked again at will, shown beside this run."""
+
+import gzip
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from made_up import GPU, made_up_predictions, measure_record, write_all
+
+from hovit.catalogue import Catalogue, load_catalogue
+from hovit.errors import HovitError
+from hovit.evidence import EVIDENCE, add, records_in, verify
+from hovit.files import write_json
+from hovit.plan import Plan, load_plan
+from hovit.predictions import predictions_digest, write_predictions
+from hovit.records import read_record, write_record
+from hovit.report.claims import judge_all
+from hovit.report.tables import write_table
+
+RUN = "mini/hovit.pets.deck/seed0/record.json"
+
+
+@pytest.fixture(scope="module")
+def catalogue() -> Catalogue:
+    return load_catalogue(ROOT / "config")
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository whose only commit holds the sources as they are now."""
+    root = tmp_path_factory.mktemp("repository")
+    for name in ("src", "config"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for command in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "all"]):
+        subprocess.run(["git", *command], cwd=root, check=True)
+    return root
+
+
+@pytest.fixture
+def here(history: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clone of it, with another machine's finished records of scale mini beside."""
+    root = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(history), str(root)], check=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=root, check=True, capture_output=True, text=True
+    ).stdout.strip()
+    monkeypatch.setattr("hovit.records.git_state", lambda: (commit, False))
+    write_all(load_plan("mini", root / "config"), root, "elsewhere")
+    return root
+
+
+@pytest.fixture
+def plan(here: Path) -> Plan:
+    return load_plan("smoke", here / "config")
+
+
+def test_what_verifies_is_taken_byte_for_byte_and_once(catalogue: Catalogue, here: Path) -> None:
+    taken = add(catalogue, [here / "elsewhere"], here)
+    assert len(taken) == len(records_in(here / "elsewhere")) > 60
+    assert (here / EVIDENCE / "test-cpu" / RUN).read_bytes() == (
+        here / "elsewhere" / RUN
+    ).read_bytes()
+    assert add(catalogue, [here / "elsewhere"], here) == []
+    assert verify(catalogue, here) == (len(taken), [])
+
+
+def mutate(path: Path, **results: object) -> None:
+    record = read_record(path)
+    write_record(path, record.model_copy(update={"results": record.results | results}))
+
+
+def swap_two_labels(folder: Path) -> None:
+    table = made_up_predictions(0)
+    table.loc[[0, 1], "label"] = table.loc[[1, 0], "label"].to_numpy()
+    write_predictions(folder / "predictions.csv.gz", table)
+
+
+def flip_a_digit(path: Path) -> None:
+    path.write_text(path.read_text().replace('"best_epoch": 3', '"best_epoch": 2'))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def other_code(path: Path) -> None:
+    record = read_record(path)
+    made = record.provenance.model_copy(update={"code": "0" * 64})
+    write_record(path, record.model_copy(update={"provenance": made}))
+
+
+def other_spec(path: Path) -> None:
+    content = json.loads(path.read_text())
+    content["spec"]["recipe"]["lr"] = 0.5
+    write_json(path, content)
+
+
+def not_predictions(folder: Path) -> None:
+    (folder / "predictions.csv.gz").write_bytes(gzip.compress(b"a,b\n1,2\n"))
+
+
+MUTATIONS = {
+    "a digit of a record": (flip_a_digit, "sha256 does not match"),
+    "a better accuracy, sealed again": (lambda p: mutate(p, top1=99.0), "is not what the pred"),
+    "two labels of the test set": (lambda p: swap_two_labels(p.parent), "not the predictions"),
+    "the end of the record": (cut, "not readable as JSON"),
+    "the end of the predictions": (
+        lambda p: cut(p.parent / "predictions.csv.gz"), "not readable as predictions"),
+    "no predictions": (lambda p: (p.parent / "predictions.csv.gz").unlink(), "not readable as pr"),
+    "other columns": (lambda p: not_predictions(p.parent), "not predictions: columns"),
+    "other code": (other_code, "made by other code than stands at commit"),
+    "another spec": (other_spec, "spec_hash does not match"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_every_mutation_turns_it_red(catalogue: Catalogue, here: Path, mutation: str) -> None:
+    change, says = MUTATIONS[mutation]
+    change(here / "elsewhere" / RUN)
+    with pytest.raises(HovitError, match=says):
+        add(catalogue, [here / "elsewhere"], here)
+    assert not (here / EVIDENCE).exists()  # nothing of the lot is taken
+
+    shutil.copytree(here / "elsewhere", here / EVIDENCE / "test-cpu")
+    count, problems = verify(catalogue, here)
+    assert len(problems) == 1
+    assert says in problems[0]
+    assert "hovit.pets.deck/seed0" in problems[0]
+    assert count > 60
+
+
+def test_evidence_in_another_devices_folder_is_red(catalogue: Catalogue, here: Path) -> None:
+    add(catalogue, [here / "elsewhere"], here)
+    (here / EVIDENCE / "test-cpu").rename(here / EVIDENCE / "better-cpu")
+    count, problems = verify(catalogue, here)
+    assert len(problems) == count
+    assert "belongs to" in problems[0]
+
+
+def test_another_record_of_the_same_run_is_not_overwritten(
+    catalogue: Catalogue, here: Path
+) -> None:
+    add(catalogue, [here / "elsewhere"], here)
+    path = here / "elsewhere" / RUN
+    table = made_up_predictions(50)
+    write_predictions(path.parent / "predictions.csv.gz", table)
+    mutate(path, top1=50.0, predictions_sha256=predictions_digest(table))
+    with pytest.raises(HovitError, match="another record of this run is there"):
+        add(catalogue, [here / "elsewhere"], here)
+
+
+def test_a_commit_that_is_not_known_is_looked_for(catalogue: Catalogue, here: Path) -> None:
+    path = here / "elsewhere" / RUN
+    record = read_record(path)
+    made = record.provenance.model_copy(update={"commit": "unknown", "dirty": True})
+    write_record(path, record.model_copy(update={"provenance": made}))
+    assert add(catalogue, [here / "elsewhere"], here)
+    other_code(path)
+    with pytest.raises(HovitError, match="made by other code than stands in any commit"):
+        add(catalogue, [here / "elsewhere"], here)
+
+
+def test_nothing_to_add_is_said(catalogue: Catalogue, tmp_path: Path) -> None:
+    with pytest.raises(HovitError, match="no records in it"):
+        add(catalogue, [tmp_path], tmp_path)
+
+
+def test_tables_show_it_beside_this_run(catalogue: Catalogue, here: Path, plan: Plan) -> None:
+    add(catalogue, [here / "elsewhere"], here)
+    write_all(plan, here)
+    write_table(plan, plan.study("hovit"), here)
+    text = (here / "results/tables/hovit.md").read_text()
+    header = next(line for line in text.splitlines() if line.startswith("| "))
+    for column in ("Top-1, %<br>reported", "Top-1, %<br>evidence, mini", "Top-1, %<br>this run"):
+        assert column in header
+    assert header.count("Parameters") == 2  # exact: evidence would only repeat it
+    assert "Tiny-ImageNet-37" in re.search(r"\*\*Evidence\*\*: (.*)", text)[1]  # type: ignore[index]
+
+
+def test_claims_use_it_where_this_run_cannot_tell(
+    catalogue: Catalogue, here: Path, plan: Plan
+) -> None:
+    write_all(plan, here)
+    before = {v.id: v for v in judge_all(plan, here)}
+    assert before["hovit-accuracy"].verdict == "not measured"
+    add(catalogue, [here / "elsewhere"], here)
+    after = {v.id: v for v in judge_all(plan, here)}
+    assert after["hovit-accuracy"].verdict != "not measured"
+    assert after["hovit-accuracy"].source == "evidence, scale mini"
+    assert all("evidence/test-cpu" in path for path in after["hovit-accuracy"].records)
+    assert after["parameters-hovit"].source == "this run, scale smoke"
+
+
+def test_a_dropped_run_turns_its_claims(catalogue: Catalogue, here: Path, plan: Plan) -> None:
+    add(catalogue, [here / "elsewhere"], here)
+    for seed in (0, 1):
+        shutil.rmtree(here / EVIDENCE / f"test-cpu/mini/hovit.pets.deck/seed{seed}")
+    verdicts = {v.id: v.verdict for v in judge_all(plan, here)}
+    assert verdicts["hovit-accuracy"] == "not measured"
+
+
+def test_tables_from_evidence_alone_in_seconds_without_torch(
+    catalogue: Catalogue, here: Path
+) -> None:
+    add(catalogue, [here / "elsewhere"], here)
+    code = (
+        "import sys; from hovit.plan import load_plan\n"
+        "from hovit.report.tables import write_table\n"
+        "from hovit.report.claims import write_claims\n"
+        "plan = load_plan('smoke')\n"
+        "for study in plan.catalogue.studies.values(): write_table(plan, study)\n"
+        "write_claims(plan); assert 'torch' not in sys.modules"
+    )
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", code], cwd=here, check=True)
+    assert time.monotonic() - began < 60  # about two seconds; a hang guard, not a speed test
+    assert "evidence, mini" in (here / "results/tables/launcher.md").read_text()
+
+
+def test_measurements_of_two_devices_stay_apart(catalogue: Catalogue, here: Path) -> None:
+    plan = load_plan("mini", here / "config")
+    add(catalogue, [here / "elsewhere"], here)
+    write_record(here / "gpu/mini/measure/hovit.json", measure_record(plan, "hovit", GPU))
+    (taken,) = add(catalogue, [here / "gpu"], here)
+    assert taken == here / EVIDENCE / "test-gpu/mini/measure/hovit.json"
+    assert verify(catalogue, here)[1] == []
