@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ..catalogue import Dataset
-from ..errors import HovitError
+from ..errors import HovitError, one_line
 from ..files import digest, file_digest
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
@@ -82,15 +82,11 @@ def _download(build: Callable[[], list[Item]], dataset: Dataset, data_root: Path
         return build()
     except (OSError, RuntimeError) as error:
         if dataset.files:
-            raise HovitError(f"{dataset.id}: {data_root}: {_reason(error)}") from None
+            raise HovitError(f"{dataset.id}: {data_root}: {one_line(error)}") from None
         raise HovitError(
-            f"{dataset.id}: torchvision could not get it into {data_root} ({_reason(error)}); "
+            f"{dataset.id}: torchvision could not get it into {data_root} ({one_line(error)}); "
             "without a network, put its archives or folders there by hand"
         ) from None
-
-
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _oxford_iiit_pet(dataset: Dataset, data_root: Path) -> list[Item]:
@@ -191,7 +187,9 @@ def open_zip(path: Path) -> zipfile.ZipFile:
     try:
         archive = zipfile.ZipFile(path)
     except Exception as error:  # a broken zip makes zipfile stumble in many ways
-        raise HovitError(f"{path}: not a readable zip ({_reason(error)}); fetch it again") from None
+        raise HovitError(
+            f"{path}: not a readable zip ({one_line(error)}); fetch it again"
+        ) from None
     for info in archive.infolist():
         member = PurePosixPath(info.filename.replace("\\", "/"))
         if member.is_absolute() or ".." in member.parts:
@@ -245,7 +243,7 @@ def extract(paths: Sequence[Path], folder: Path) -> Path:
                     archive.extractall(part)
                 except Exception as error:  # as above
                     raise HovitError(
-                        f"{path}: cannot be unpacked into {folder} ({_reason(error)})"
+                        f"{path}: cannot be unpacked into {folder} ({one_line(error)})"
                     ) from None
         part.rename(folder)
     except OSError as error:
