@@ -47,7 +47,8 @@ container: "hovit.sif"
 wildcard_constraints:
     run="[^/]+",
     seed="[0-9]+",
-    study="[a-z0-9_]+",
+    study="|".join(STUDIES),
+    figure="|".join(FIGURES),
 
 
 rule all_tables:
