@@ -38,6 +38,12 @@ PACKS = {
 }
 STUDIES = PLAN.catalogue.studies
 EVIDENCE = evidence_digest()
+# What a report says of images and recipes.
+CONFIG = [
+    f"config/scales/{SCALE}.yaml",
+    *expand("config/datasets/{name}.yaml", name=PLAN.catalogue.datasets),
+    *expand("config/recipes/{name}.yaml", name=PLAN.catalogue.recipes),
+]
 
 
 # The image that envs/Containerfile builds; used only with `--sdm apptainer`.
@@ -97,6 +103,7 @@ rule data:
     threads: 2
     params:
         spec=lambda w: PACKS[w.pack].spec_hash,
+        code=code_hash("data"),
     shell:
         "python -m hovit data {wildcards.pack} > {log} 2>&1"
 
@@ -151,7 +158,7 @@ rule measure:
 rule table:
     input:
         lambda w: records([STUDIES[w.study]]),
-        f"config/scales/{SCALE}.yaml",
+        CONFIG,
         study="config/studies/{study}.yaml",
     output:
         multiext("results/tables/{study}", ".csv", ".md", ".tex"),
@@ -159,6 +166,7 @@ rule table:
         "logs/table/{study}.log",
     params:
         scale=SCALE,
+        code=code_hash("report"),
         evidence=EVIDENCE,
     shell:
         "python -m hovit table {wildcards.study} --scale {params.scale} > {log} 2>&1"
@@ -168,13 +176,14 @@ rule figure:
     input:
         lambda w: records([STUDIES[name] for name in FIGURES[w.figure].studies]),
         lambda w: expand("config/studies/{study}.yaml", study=FIGURES[w.figure].studies),
-        f"config/scales/{SCALE}.yaml",
+        CONFIG,
     output:
         multiext("figures/{figure}", ".pdf", ".png"),
     log:
         "logs/figure/{figure}.log",
     params:
         scale=SCALE,
+        code=code_hash("report"),
     shell:
         "python -m hovit figure {wildcards.figure} --scale {params.scale} > {log} 2>&1"
 
@@ -184,7 +193,7 @@ rule claims:
         lambda w: records(PLAN.claimed),
         expand("config/studies/{study}.yaml", study=[s.id for s in PLAN.claimed]),
         expand("config/claims/{claims}.yaml", claims=PLAN.catalogue.claims),
-        f"config/scales/{SCALE}.yaml",
+        CONFIG,
     output:
         "results/claims.json",
         "results/claims.md",
@@ -192,6 +201,7 @@ rule claims:
         "logs/claims.log",
     params:
         scale=SCALE,
+        code=code_hash("report"),
         evidence=EVIDENCE,
     shell:
         "python -m hovit claims --scale {params.scale} > {log} 2>&1"
@@ -206,5 +216,6 @@ rule index:
         "logs/index.log",
     params:
         scale=SCALE,
+        code=code_hash("report"),
     shell:
         "python -m hovit index --scale {params.scale} > {log} 2>&1"

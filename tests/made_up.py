@@ -61,7 +61,13 @@ def measure_record(plan: Plan, study_id: str, device: Device = CPU) -> Record:
         if spec["latency"]:
             rows[name]["device"] = device.model_dump()
             rows[name]["latency"] = {
-                str(b): {"median": 10.0 + i, "q1": 9.9 + i, "q3": 10.1 + i, "n": 30}
+                str(b): {
+                    "median": 10.0 + i,
+                    "q1": 9.9 + i,
+                    "q3": 10.1 + i,
+                    "n": 30,
+                    "ms": [10.0 + i + (r % 3 - 1) / 10 for r in range(30)],
+                }
                 for b in (1, 32)
             }
     return Record(

@@ -71,6 +71,10 @@ def test_what_verifies_is_taken_byte_for_byte_and_once(catalogue: Catalogue, her
     assert verify(catalogue, here) == (len(taken), [])
 
 
+def test_what_is_committed_verifies(catalogue: Catalogue) -> None:
+    assert verify(catalogue, ROOT)[1] == []
+
+
 def mutate(path: Path, **results: object) -> None:
     record = read_record(path)
     write_record(path, record.model_copy(update={"results": record.results | results}))
@@ -193,9 +197,11 @@ def test_claims_use_it_where_this_run_cannot_tell(
     add(catalogue, [here / "elsewhere"], here)
     after = {v.id: v for v in judge_all(plan, here)}
     assert after["hovit-accuracy"].verdict != "not measured"
-    assert after["hovit-accuracy"].source == "evidence, scale mini"
+    assert after["hovit-accuracy"].source == (
+        "evidence: mini, Tiny-ImageNet-37, Test CPU, 2 threads"
+    )
     assert all("evidence/test-cpu" in path for path in after["hovit-accuracy"].records)
-    assert after["parameters-hovit"].source == "this run, scale smoke"
+    assert after["parameters-hovit"].source.startswith("this run: smoke, digits")
 
 
 def test_a_dropped_run_turns_its_claims(catalogue: Catalogue, here: Path, plan: Plan) -> None:

@@ -450,10 +450,10 @@ def test_stem_ends_without_an_activation():
 
 
 def test_checkerboard_pattern():
-    assert checkerboard((2, 3)).tolist() == [True, False, True, False, True, False]
-    assert checkerboard((3, 2)).tolist() == [True, False, False, True, True, False]
-    assert checkerboard((2, 2)).tolist() == [True, False, False, True]
-    assert checkerboard((7, 7)).sum() == 25
+    assert checkerboard((2, 3))[0].tolist() == [True, False, True, False, True, False]
+    assert checkerboard((3, 2))[0].tolist() == [True, False, False, True, True, False]
+    assert checkerboard((2, 2))[0].tolist() == [True, False, False, True]
+    assert checkerboard((7, 7))[0].sum() == 25
 
 
 @pytest.mark.parametrize("board", ["mask", "drop"])

@@ -174,8 +174,35 @@ def test_verdicts(plan: Plan, root: Path) -> None:
     assert verdict(plan, root, kind="reduction", **ratio, reported="-30.0") == "reproduced"
     assert verdict(plan, root, kind="greater", **ratio) == "reproduced"
     assert verdict(plan, root, kind="less", **ratio) == "contradicted"
+    kept = {"kind": "keeps", "of": "hovit/levit_deck/parameters", "to": "hovit/hovit/parameters"}
+    assert verdict(plan, root, **kept) == "contradicted"  # 1,000 against 1,003
+    assert verdict(plan, root, **kept, tolerance=3) == "reproduced"
+    assert verdict(plan, root, **kept | {"to": "hovit/levit_deck/parameters"}) == "reproduced"
     same = {"of": "hovit/hovit/top1", "to": "hovit/hovit/top1"}
     assert verdict(plan, root, kind="less", **same) == "within noise"
+
+
+def test_stand_ins_do_not_judge_an_absolute_accuracy(plan: Plan, root: Path) -> None:
+    found = {v.id: v for v in judge_all(plan, root)}["timm-poor-from-scratch"]
+    assert found.verdict == "not measured"
+    assert found.why.startswith("Tiny-ImageNet-37 stands in for Oxford-IIIT Pet")
+
+
+def test_rounds_are_compared_in_pairs(plan: Plan, root: Path) -> None:
+    """Drift that hits both rows alike is no noise: 20 % of it hides no difference of 5 %."""
+    path = root / plan.measured(plan.study("hovit"))
+    record = read_record(path)
+    rows = record.results["rows"]
+    for name, factor in (("levit_deck", 1.0), ("hovit", 0.95)):
+        ms = [factor * (10 + (r % 5) / 2) for r in range(30)]
+        rows[name]["latency"]["1"] = {
+            "median": sorted(ms)[15], "q1": sorted(ms)[7], "q3": sorted(ms)[22], "n": 30, "ms": ms,
+        }  # fmt: skip
+    write_record(path, record)
+    pair = {"of": "hovit/hovit/latency_1", "to": "hovit/levit_deck/latency_1"}
+    assert verdict(plan, root, kind="less", **pair) == "reproduced"
+    assert verdict(plan, root, kind="reduction", **pair, reported="5.0") == "reproduced"
+    assert verdict(plan, root, kind="reduction", **pair, reported="15.0") == "contradicted"
 
 
 def test_what_is_not_measured_says_why(plan: Plan, root: Path) -> None:
@@ -189,10 +216,12 @@ def test_what_is_not_measured_says_why(plan: Plan, root: Path) -> None:
     assert (found.verdict, found.measured) == ("not measured", None)
 
 
-def test_noise_of_one_seed_is_that_of_its_test_images(plan: Plan, root: Path) -> None:
+def test_noise_is_that_of_the_seeds_and_of_their_images(plan: Plan, root: Path) -> None:
     value = value_of(plan, root, "hovit")
-    assert value.noise >= 2 * 0.5  # two standard errors of the two seeds' mean
-    assert 1.0 < value.noise < 3.0  # 1,103 images know an accuracy no better
+    seeds = 12.71 * value.spread / 2**0.5  # Student's t for two seeds
+    share = value.mean / 100
+    images = 196 * (share * (1 - share) / 1103) ** 0.5  # the same 1,103 images for every seed
+    assert value.noise == pytest.approx((seeds**2 + images**2) ** 0.5)
 
 
 def test_a_claim_that_makes_no_sense_is_refused() -> None:

@@ -79,6 +79,7 @@ class Dataset(Strict):
     id: Name
     title: Text
     about: Text
+    stands_for: Text | None = None  # the seed's own images, where these are others
     reader: Literal["digits", "oxford_iiit_pet", "cifar10", "cifar100", "image_folder"]
     num_classes: Annotated[int, Field(ge=2)]
     files: tuple[Text, ...] = ()  # under the data root: folders or zips, joined
@@ -233,14 +234,15 @@ class Claim(Strict):
     """One sentence of a seed as a check over records.
 
     kind `value`: of = reported; `ratio`: of / to = reported; `reduction`: 100 (1 - of / to) percent
-    = reported; `less` and `greater`: of against to. A reported number is met within `tolerance`;
-    unless told, within one unit of its last decimal, and whole numbers exactly.
+    = reported; `less` and `greater`: of against to; `keeps`: of is at least to, less `tolerance`.
+    A reported number is met within `tolerance`; unless told, within one unit of its last decimal,
+    and whole numbers exactly.
     """
 
     id: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
     says: Text
     place: Text
-    kind: Literal["value", "ratio", "reduction", "less", "greater"]
+    kind: Literal["value", "ratio", "reduction", "less", "greater", "keeps"]
     of: Ref
     to: Ref | None = None
     reported: Printed | None = None
@@ -251,7 +253,7 @@ class Claim(Strict):
     def _whole(self) -> "Claim":
         if (self.kind == "value") != (self.to is None):
             raise ValueError("`to` belongs to every kind but `value`")
-        if (self.kind in ("less", "greater")) != (self.reported is None):
+        if (self.kind in ("less", "greater", "keeps")) != (self.reported is None):
             raise ValueError("`reported` belongs to value, ratio and reduction")
         return self
 
@@ -406,8 +408,9 @@ def _check_references(catalogue: Catalogue, root: Path) -> None:
                 if ref is not None:
                     study_id, row_id, metric = ref.split("/")
                     must(catalogue.studies, study_id, f"{where}.{key}")
-                    must([r.id for r in catalogue.studies[study_id].rows], row_id, f"{where}.{key}")
-                    must(CLAIM_METRICS, metric, f"{where}.{key}")
+                    study = catalogue.studies[study_id]
+                    must([row.id for row in study.rows], row_id, f"{where}.{key}")
+                    must(_claimable(study, study.row(row_id)), metric, f"{where}.{key}")
 
 
 def _check_rows(catalogue: Catalogue, root: Path, study: Study, must: Must) -> None:
@@ -432,10 +435,11 @@ def _check_rows(catalogue: Catalogue, root: Path, study: Study, must: Must) -> N
             must(ids, row.baseline, f"{file}: rows[{i}].baseline")
 
 
-# What a claim may point at: metrics, the latency by batch, and what a seed printed itself.
-CLAIM_METRICS = (
-    *get_args(Metric),
-    "latency_1",
-    "latency_32",
-    *(f"reported_{metric}" for metric in get_args(Metric)),
-)
+def _claimable(study: Study, row: Row) -> list[str]:
+    """What a claim may point at: a row's metrics, its latency by batch, what its seed printed."""
+    metrics: list[str] = [m for m in study.columns if m != "latency"]
+    if "latency" in study.columns:
+        metrics += ["latency_1", "latency_32"]
+    if study.kind == "models":
+        metrics += ["parameters", "parameters_used", "parameters_unused"]
+    return [*dict.fromkeys(metrics), *(f"reported_{metric}" for metric in row.reported)]

@@ -203,6 +203,8 @@ def sweep(
     from .training.loop import Options
 
     seconds = parse_budget(budget)
+    if seconds < 30:
+        raise HovitError(f"--budget {budget}: at least 30s, of which 10 are for stopping cleanly")
     plan = load_plan(scale, weights_file=weights)
     # The last checkpoint and the way out take time too.
     deadline = began + seconds - max(10.0, 0.05 * seconds)
@@ -226,8 +228,11 @@ def sweep(
         options=options,
         log=lambda line: print(line, flush=True),
     )
-    if todo:
+    failed = [job for job in todo if job.endswith("(failed)")]
+    if todo and not failed:
         print(f"budget spent; {len(todo)} to do ({todo[0]} first): the same command goes on")
+    elif failed:
+        raise HovitError(f"{len(failed)} failed: {', '.join(failed)}; {len(todo)} in all to do")
     else:
         print("all done")
 

@@ -89,6 +89,8 @@ def probe(device: torch.device) -> float:
     net = create_model(name, 37, 224).to(device).train()
     x = torch.randn(batch, 3, 224, 224, device=device)
     net(x).sum().backward()  # warm-up
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     begin = time.perf_counter()
     net(x).sum().backward()
     if device.type == "cuda":

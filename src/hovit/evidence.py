@@ -1,8 +1,9 @@
 """Evidence: records that were made elsewhere, committed under `results/evidence/DEVICE/`.
 
-Each is the program's own file, byte for byte. It counts only as long as it verifies: its seal, its
-spec against the catalogue, its code against the repository's history, and its metrics against the
-predictions that lie beside it.
+Each is the program's own file, byte for byte. `add` takes one only if it verifies, and `verify`
+checks all again: seal, spec against the catalogue, code against the repository's history (so a
+whole clone is needed), metrics against the predictions beside it. Tables and claims check seal and
+spec each time; a test runs `verify` on what is committed.
 """
 
 import re

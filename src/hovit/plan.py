@@ -58,7 +58,7 @@ class Run(Strict):
         """All that decides the result; titles and the scale's name do not."""
         spec = self.model_dump(mode="json", exclude={"id", "scale", "role"})
         for part in ("dataset", "recipe"):
-            for key in ("id", "title", "about"):
+            for key in ("id", "title", "about", "stands_for"):
                 spec[part].pop(key, None)
         return spec
 
@@ -88,7 +88,7 @@ class Pack:
 
     @property
     def spec_hash(self) -> str:
-        spec = self.dataset.model_dump(mode="json", exclude={"id", "title", "about"})
+        spec = self.dataset.model_dump(mode="json", exclude={"id", "title", "about", "stands_for"})
         return digest(spec | {"image_size": self.image_size})
 
 
@@ -271,6 +271,7 @@ class Plan:
         """All that decides what is measured for a study."""
         latency = self.scale.latency.model_dump(mode="json")
         latency["image_size"] = latency["image_size"] or self.scale.image_size or COST_SIZE
+        latency["precision"] = "fp32, TF32 off"
         return {
             "study": study.id,
             "num_classes": study.num_classes,

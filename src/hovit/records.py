@@ -33,7 +33,7 @@ class Device(Strict):
         threads: CPU threads that torch used.
     """
 
-    kind: Literal["cpu", "cuda", "mps"]
+    kind: Literal["cpu", "cuda"]
     name: str
     driver: str = ""
     threads: int

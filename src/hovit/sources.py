@@ -16,12 +16,12 @@ PACKAGE = Path(__file__).parent
 
 
 @lru_cache
-def code_hash(purpose: str, model: str, package: Path = PACKAGE) -> str:
-    """sha256, in hex, of the sources behind `model` in `training` or `measure`.
+def code_hash(purpose: str, model: str = "", package: Path = PACKAGE) -> str:
+    """sha256, in hex, of the sources behind data, a model's training or measuring, or the report.
 
     Args:
-        purpose: `training` or `measure`.
-        model: a registered name.
+        purpose: `data`, `training`, `measure` or `report`.
+        model: a registered name, for training and measuring.
         package: the folder of the package, this one's unless told.
     """
     start = {package / f"{purpose}/{name}.py" for name in ENTRIES[purpose]}
@@ -32,7 +32,12 @@ def code_hash(purpose: str, model: str, package: Path = PACKAGE) -> str:
     return total.hexdigest()
 
 
-ENTRIES = {"training": ("loop",), "measure": ("cost", "latency")}
+ENTRIES = {
+    "data": ("pack", "readers"),
+    "training": ("loop",),
+    "measure": ("cost", "latency", "study"),
+    "report": ("tables", "figures", "claims"),
+}
 # What these decide stands in a record by itself: the spec, the images' fingerprint, the device.
 INDIRECT = {
     "catalogue.py", "plan.py", "records.py", "sources.py", "errors.py", "files.py",
@@ -58,7 +63,7 @@ def _closure(start: set[Path], package: Path) -> set[Path]:
     todo = list(start)
     while todo:
         path = todo.pop()
-        if path in found or path.name in INDIRECT:
+        if path in found or (path.name in INDIRECT and path not in start):
             continue
         found.add(path)
         if path.stem != "launcher":

@@ -83,6 +83,7 @@ def sweep(
             device = pick_device(accelerator)
             measure = partial(measure_study, plan, study, device, root, deadline)
             jobs.append((f"measure {study.id}", measure))
+    failed: list[str] = []
     for i, (name, job) in enumerate(jobs):
         try:
             if time.monotonic() >= deadline:
@@ -90,5 +91,8 @@ def sweep(
             log(f"[{i + 1}/{len(jobs)}] {name}")
             job()
         except OutOfTime:
-            return [name for name, _ in jobs[i:]]
-    return []
+            return failed + [name for name, _ in jobs[i:]]
+        except HovitError as error:  # the others need not wait for it
+            log(f"      failed: {error}")
+            failed.append(f"{name} (failed)")
+    return failed

@@ -5,6 +5,7 @@ have to restore.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,7 @@ def make_loader(
         collate_fn=_as_is,
         num_workers=2 if on_host else 0,
         pin_memory=on_host,
+        multiprocessing_context="fork" if on_host else None,  # others would copy the whole map
     )
 
 
@@ -109,11 +111,17 @@ def to_input(images: Tensor, size: int) -> Tensor:
     x = images.permute(0, 3, 1, 2).contiguous().float()
     if x.shape[-1] != size:
         x = F.interpolate(x, (size, size), mode="bilinear", antialias=x.shape[-1] > size)
-    mean, std = (
-        torch.tensor(values, device=x.device).view(1, 3, 1, 1) * 255
-        for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    )
+    mean, std = _statistics(x.device)
     return x.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+
+
+@lru_cache
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """ImageNet's mean and standard deviation of 8-bit values, put on the device once."""
+    with torch.inference_mode(False):
+        values = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD]).view(2, 1, 3, 1, 1)
+        mean, std = (255 * values).to(device)
+    return mean, std
 
 
 def crop_flip(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -47,6 +47,8 @@ def measure_study(
     """
     begin = time.monotonic()
     torch.manual_seed(0)
+    # Else convolutions alone would run in TF32, and HoViT's ideas put them in place of linears.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.set_num_threads(plan.scale.latency.threads)
     spec = plan.measure_spec(study)
     code = study_code(plan, study)
@@ -130,8 +132,9 @@ def _resume(partial: Path, begun: dict[str, Any]) -> Samples | None:
         return None
     if saved["device"] != begun["device"]:
         there, here = Device(**saved["device"]), Device(**begun["device"])
+        driver = f", driver {there.driver} there and {here.driver} here" * (there.name == here.name)
         raise HovitError(
-            f"{partial}: begun on {there}, but this is {here}; one table's latencies come from one "
-            "device: go on there, or delete the file"
+            f"{partial}: begun on {there}, but this is {here}{driver}; one table's latencies come "
+            "from one device: go on there, or delete the file"
         )
     return saved["samples"]

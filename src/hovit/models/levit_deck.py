@@ -12,6 +12,7 @@ describe it; `levit_deck_fixed` is what it meant (ours).
 No layer knows the input's size, so any image of at least 64 x 64 pixels will do.
 """
 
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -64,10 +65,16 @@ class Mlp(nn.Sequential):
         )
 
 
-def checkerboard(size: Size, device: torch.device | None = None) -> Tensor:
-    """[H*W] booleans: true where row + column is even."""
-    rows, cols = (torch.arange(n, device=device) for n in size)
-    return ((rows[:, None] + cols) % 2 == 0).flatten()
+@lru_cache(maxsize=64)
+def checkerboard(size: Size, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """The board of a grid: ([H*W] booleans, true where row + column is even; their indices).
+
+    Made once a size and device, on the CPU, so that no pass waits for a device.
+    """
+    with torch.inference_mode(False):
+        rows, cols = (torch.arange(n, device="cpu") for n in size)
+        mask = ((rows[:, None] + cols) % 2 == 0).flatten()
+        return mask.to(device), mask.nonzero()[:, 0].to(device)
 
 
 class Block(nn.Module):
@@ -88,9 +95,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, size: Size) -> Tensor:  # [B, H*W, C] -> [B, H*W, C]
         if self.board == "mask":
-            x = x + self.attn(x * checkerboard(size, x.device)[:, None])
+            mask, _ = checkerboard(size, x.device)
+            x = x + self.attn(x * mask[:, None])
         elif self.board == "drop":
-            kept = checkerboard(size, x.device).nonzero()[:, 0]  # 25 of 49 tokens at 7 x 7
+            _, kept = checkerboard(size, x.device)  # 25 of 49 tokens at 7 x 7
             x = x.index_add(1, kept, self.attn(x[:, kept]).to(x.dtype))
         else:
             x = x + self.attn(x)

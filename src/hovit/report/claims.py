@@ -1,13 +1,14 @@
 """The seeds' claims, judged by the records. A verdict is computed, never typed."""
 
 import math
+import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..catalogue import Claim
 from ..files import write_json, write_text
 from ..plan import Plan
-from .values import INEXACT, Results, Value, find_evidence
+from .values import INEXACT, TRAINED, Results, Value, find_evidence
 
 VERDICTS = ("reproduced", "contradicted", "within noise", "not measured")
 
@@ -43,8 +44,7 @@ def judge(sources: list[Results], claim: Claim, seed: str) -> Verdict:
 
 
 def _judge_by(results: Results, claim: Claim, seed: str) -> Verdict:
-    scale = results.plan.scale.id
-    source = f"evidence, scale {scale}" if results.is_evidence else f"this run, scale {scale}"
+    source = results.where(results.plan.study(claim.of.split("/")[0]))
 
     def verdict(name: str, measured: float | None, why: str, *values: Value) -> Verdict:
         records = sorted({str(path) for value in values for path in value.paths})
@@ -58,49 +58,75 @@ def _judge_by(results: Results, claim: Claim, seed: str) -> Verdict:
     for ref in (claim.of, claim.to):
         if ref is None:
             continue
-        value, missing = _value(results, ref)
+        value, missing = _value(results, ref, claim.kind == "value")
         if value is None:
             return verdict("not measured", None, missing)
         values.append(value)
-    if claim.kind in ("less", "greater"):
-        return verdict(*_compare(claim.kind, *values), *values)
-    number = _number(claim.kind, values)
-    low, high = _range(str(claim.reported))
+    if claim.to is None:
+        number, noise = values[0].mean, values[0].noise
+    else:
+        number, noise = _against(claim.kind, *values)
+    if claim.reported is None:
+        name, why = _direction(claim, number, noise, *values)
+        return verdict(name, number, why, *values)
+    low, high = _range(claim.reported)
     off = max(low - number, number - high, 0.0)
-    noise = values[0].noise if claim.kind == "value" else 0.0
-    tolerance = claim.tolerance if claim.tolerance is not None else _last_digit(str(claim.reported))
+    tolerance = claim.tolerance if claim.tolerance is not None else _last_digit(claim.reported)
     holds = off <= tolerance + 1e-9
-    name = "reproduced" if holds else "within noise" if off <= noise else "contradicted"
+    name = "reproduced" if holds else "within noise" if off <= tolerance + noise else "contradicted"
     allowed = f" ± {tolerance:g}" if tolerance else ""
     return verdict(name, number, f"{_say(number)} against {claim.reported}{allowed}", *values)
 
 
-def _value(results: Results, ref: str) -> tuple[Value | None, str]:
-    """(value, why there is none)."""
+def _against(kind: str, a: Value, b: Value) -> tuple[float, float]:
+    """(a held against b as the claim's kind does it, the noise of that)."""
+    if kind in ("less", "greater", "keeps"):
+        if a.samples and len(a.samples) == len(b.samples):  # rounds in pairs: drift cancels
+            return a.mean - b.mean, _ratio_noise(a, b) * b.mean
+        return a.mean - b.mean, math.hypot(a.noise, b.noise)
+    ratio, noise = a.mean / b.mean, _ratio_noise(a, b)
+    return (ratio, noise) if kind == "ratio" else (100 * (1 - ratio), 100 * noise)
+
+
+def _ratio_noise(a: Value, b: Value) -> float:
+    """Half the inter-quartile range of the rounds' ratios; without rounds, by both noises."""
+    if a.samples and len(a.samples) == len(b.samples):
+        ratios = [x / y for x, y in zip(a.samples, b.samples, strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4)
+        return (high - low) / 2
+    return abs(a.mean / b.mean) * math.hypot(a.noise / (a.mean or 1), b.noise / b.mean)
+
+
+def _direction(
+    claim: Claim, difference: float, noise: float, a: Value, b: Value
+) -> tuple[str, str]:
+    """(verdict, why) of a claim about which is larger."""
+    if claim.kind == "keeps":
+        lost = -difference - (claim.tolerance or 0.0)
+        name = "reproduced" if lost <= 0 else "within noise" if lost <= noise else "contradicted"
+    elif abs(difference) <= noise:
+        name = "within noise"
+    else:
+        holds = difference < 0 if claim.kind == "less" else difference > 0
+        name = "reproduced" if holds else "contradicted"
+    why = f"{_say(a.mean)} against {_say(b.mean)}, n = {a.n} and {b.n}"
+    return name, why + (f"; differences up to {noise:.3g} are noise" if noise else "")
+
+
+def _value(results: Results, ref: str, absolute: bool) -> tuple[Value | None, str]:
+    """(value, why there is none); an absolute accuracy needs the seed's own images."""
     study_id, row_id, metric = ref.split("/")
     study = results.plan.study(study_id)
     scale = results.plan.scale
     judged = "latency" if metric.startswith("latency_") else metric
     if judged in INEXACT - scale.judges:
         return None, f"scale {scale.id} does not judge {judged}"
-    value = results.value(study, study.row(row_id), metric)
-    return value, f"no record of {ref} at scale {scale.id}"
-
-
-def _compare(kind: str, a: Value, b: Value) -> tuple[str, float, str]:
-    difference = a.mean - b.mean
-    noise = math.hypot(a.noise, b.noise)
-    holds = difference < 0 if kind == "less" else difference > 0
-    name = "within noise" if abs(difference) <= noise else "reproduced" if holds else "contradicted"
-    why = f"{_say(a.mean)} against {_say(b.mean)}, n = {a.n} and {b.n}"
-    return name, difference, why + (f"; differences up to {noise:.3g} are noise" if noise else "")
-
-
-def _number(kind: str, values: list[Value]) -> float:
-    if kind == "value":
-        return values[0].mean
-    ratio = values[0].mean / values[1].mean
-    return ratio if kind == "ratio" else 100 * (1 - ratio)
+    row = study.row(row_id)
+    runs = results.plan.runs_of(study, row)
+    if absolute and metric in TRAINED and runs and runs[0].dataset.stands_for:
+        images = runs[0].dataset
+        return None, f"{images.title} stands in for {images.stands_for}"
+    return results.value(study, row, metric), f"no record of {ref} at scale {scale.id}"
 
 
 def _say(number: float) -> str:
@@ -110,7 +136,7 @@ def _say(number: float) -> str:
 
 def _last_digit(printed: str) -> float:
     """One unit of the last decimal of a printed number; 0 for a whole one."""
-    decimals = len(printed.partition(".")[2])
+    decimals = len(printed.partition("–")[0].partition(".")[2])
     return 10.0**-decimals if decimals else 0.0
 
 
@@ -148,7 +174,9 @@ def write_claims(plan: Plan, root: Path = Path()) -> str:
         "",
         f"Scale `{plan.scale.id}`: {plan.scale.title}. {tally(verdicts)}.",
         "",
-        "Latency is judged by ratios and ranks only: the device is another than the seed's.",
+        "Latency is judged by ratios and ranks only: the device is another than the seed's. A "
+        "difference is noise where it is smaller than a 95 % interval over seeds and test images "
+        "(accuracy), or than half the inter-quartile range of the rounds' ratios (latency).",
         "",
         "| verdict | claim | place | reported | measured | why | by |",
         "| :-- | :-- | :-- | --: | --: | :-- | :-- |",

@@ -81,9 +81,12 @@ def _counted(plan: Plan, row: Row) -> list[str]:
 
 def _record(results: Results, path: str, spec_hash: str) -> list[str]:
     lines = [f"  record    {path}", f"  spec      {spec_hash}"]
-    full = results.root / path
-    if full.exists():
-        record = read_record(full)
+    full, remake = results.root / path, _snakemake(results.plan, path)
+    try:
+        record = read_record(full) if full.exists() else None
+    except HovitError as error:
+        return [*lines, f"            cannot be used: {error}", f"  re-make   {remake}"]
+    if record:
         made = record.provenance
         if record.spec_hash != spec_hash:
             lines.append(f"            (the record is of another spec: {record.spec_hash})")
@@ -93,9 +96,11 @@ def _record(results: Results, path: str, spec_hash: str) -> list[str]:
         ]
     else:
         lines.append("            (not there yet)")
-    return [*lines, f"  re-make   {_snakemake(results.plan, path)}"]
+    return [*lines, f"  re-make   {remake}"]
 
 
 def _snakemake(plan: Plan, path: str) -> str:
-    scale = f" --config scale={plan.scale.id}" if plan.scale.id != "smoke" else ""
-    return f"snakemake --cores all --force '{path}'{scale}"
+    config = [f"scale={plan.scale.id}"] if plan.scale.id != "smoke" else []
+    config += [f"weights='{plan.weights_file}'"] if plan.weights_file else []
+    settings = f" --config {' '.join(config)}" if config else ""
+    return f"snakemake --cores all --force '{path}'{settings}"

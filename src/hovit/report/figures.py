@@ -54,7 +54,8 @@ def _state(canvas: "Canvas", results: Results, study: Study, latency: bool = Tru
     """Say under the figure what was run: scale, data, seeds and device."""
     plan = results.plan
     runs = [run for row in plan.rows_run(study) for run in plan.runs_of(study, row)]
-    device = results.latency_device(study) if latency else None
+    devices = {str(results.latency_device(plan.study(name))) for name in IDEAS} - {"None"}
+    device = " and ".join(sorted(devices)) if latency else ""
     parts = [f"scale {plan.scale.id}"]
     if runs:
         parts += [f"{runs[0].dataset.title}, {runs[0].image_size} px"]
@@ -85,7 +86,8 @@ def training_curves(results: Results) -> "Canvas":
         for column, (key, title) in enumerate(columns):
             ax = axes[line][column]
             for row in rows:
-                _curve(ax, results, study, row, key)
+                names = [_family(r) for r in study.rows]
+                _curve(ax, results, study, row, key, style.look(names.index(_family(row))))
             if line:
                 ax.set_xlabel("Epoch")
                 ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -97,7 +99,15 @@ def training_curves(results: Results) -> "Canvas":
     return canvas
 
 
-def _curve(ax: "Axes", results: Results, study: Study, row: Row, key: str) -> None:
+def _family(row: Row) -> str:
+    """The row's label without the Launcher's prefix: one look stands for both."""
+    label = re.sub("^L_ ?", "", row.label)
+    return label[0].upper() + label[1:]
+
+
+def _curve(
+    ax: "Axes", results: Results, study: Study, row: Row, key: str, look: dict[str, Any]
+) -> None:
     """Mean over seeds, and their range as a band."""
     import numpy as np
 
@@ -107,7 +117,8 @@ def _curve(ax: "Axes", results: Results, study: Study, row: Row, key: str) -> No
     values = np.array([[epoch[key] for epoch in history] for history in histories])
     epochs = np.arange(1, values.shape[1] + 1)
     many = values.shape[1] > 12
-    (line,) = ax.plot(epochs, values.mean(0), label=row.label, markevery=len(epochs) if many else 1)
+    every = len(epochs) if many else 1
+    (line,) = ax.plot(epochs, values.mean(0), label=row.label, markevery=every, **look)
     if len(values) > 1:
         ax.fill_between(
             epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0
@@ -192,23 +203,19 @@ def accuracy_latency(results: Results) -> "Canvas":
         for study, row in _idea_rows(results.plan):
             if str(row.model).startswith("l_") != launched:
                 continue
-            label = re.sub("^L_ ?", "", row.label)
-            label = label[0].upper() + label[1:]
+            label = _family(row)
             found = (
                 _point(results, study, row, "reported_latency", "reported_top1"),
                 _point(results, study, row, last, "top1"),
             )
             if found == (None, None):
                 continue
-            n = len(looks)
-            colour, marker = style.COLOURS[n % 7], style.MANY_MARKERS[n % len(style.MANY_MARKERS)]
-            look = looks.setdefault(label, {"color": colour, "marker": marker})
+            look = looks.setdefault(label, style.look(len(looks)) | {"linestyle": ""})
             for point, fill in zip(found, ("white", look["color"]), strict=True):
                 if point:
                     x, value = point
-                    ax.errorbar(
-                        x, value.mean, _spread(value) or None, linestyle="", mfc=fill, **look
-                    )
+                    spread = _spread(value) or None
+                    ax.errorbar(x, value.mean, spread, mfc=fill, **look)
             if all(found):
                 ends = [point for point in found if point]
                 ax.plot([x for x, _ in ends], [v.mean for _, v in ends], color=look["color"],
@@ -217,7 +224,7 @@ def accuracy_latency(results: Results) -> "Canvas":
         ax.set_xlabel(f"Latency, × {base}")
         ax.set_title("With the Launcher" if launched else "From scratch")
     axes[0].set_ylabel("Test top-1, %")
-    keys = [plt.Line2D([], [], linestyle="", label=label, **look) for label, look in looks.items()]
+    keys = [plt.Line2D([], [], label=label, **look) for label, look in looks.items()]
     keys += [
         plt.Line2D([], [], color="#555555", marker="o", linestyle="", mfc=fill, label=label)
         for fill, label in (

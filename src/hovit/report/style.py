@@ -13,6 +13,16 @@ MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 MANY_MARKERS = [*MARKERS, "p", "<", ">", "h", "*", "d", "H"]
 STYLES = ["-", "--", "-.", ":", (0, (3, 1, 1, 1)), (0, (5, 1)), (0, (1, 1))]
 
+
+def look(n: int) -> dict[str, Any]:
+    """Colour, marker and line of the n-th thing that a figure tells apart."""
+    return {
+        "color": COLOURS[n % len(COLOURS)],
+        "marker": MANY_MARKERS[n % len(MANY_MARKERS)],
+        "linestyle": STYLES[n % len(STYLES)],
+    }
+
+
 OURS, REPORTED = "#0072B2", "#D55E00"
 WIDTH = 7.0  # inches: the text width of a page
 SMALL = 7.0  # points

@@ -118,15 +118,21 @@ def describe(results: Results, study: Study) -> dict[str, str]:
     plan = results.plan
     scale = plan.scale
     lines = {"Scale": f"`{scale.id}`: {scale.title}"}
+    if study.kind == "data":
+        for row in study.rows:
+            if row.dataset in scale.datasets:
+                dataset = plan.catalogue.datasets[scale.datasets[row.dataset]]
+                lines[row.label] = f"{dataset.title} — {dataset.about}"
+        return lines
     rows = plan.rows_run(study)
     runs = [run for row in rows for run in plan.runs_of(study, row)]
     if not runs:
-        if study.kind == "models":
-            lines["Data"] = "this scale has none for this study, so nothing was run"
+        lines["Data"] = "this scale has none for this study, so nothing was run"
         return lines
     trained = [record for row in rows for _, record in results.trained(study, row)]
     dataset = runs[0].dataset
-    lines["Data"] = f"{dataset.title} — {dataset.about}"
+    stands = f"; stands in for {dataset.stands_for}" if dataset.stands_for else ""
+    lines["Data"] = f"{dataset.title} — {dataset.about}{stands}"
     if trained:
         counts = trained[0].results
         lines["Images"] = (
@@ -134,7 +140,10 @@ def describe(results: Results, study: Study) -> dict[str, str]:
             f"(train / validation / test) at {runs[0].image_size} px"
         )
         devices = sorted({str(record.provenance.device) for record in trained})
-        lines["Trained on"] = "; ".join(devices)
+        versions = sorted({r.provenance.versions.get("torch", "?") for r in trained})
+        lines["Trained on"] = (
+            f"{'; '.join(devices)}; {runs[0].precision}, torch {', '.join(versions)}"
+        )
         commits = sorted(
             {
                 r.provenance.commit[:10] + (" + changes" if r.provenance.dirty else "")
@@ -143,9 +152,7 @@ def describe(results: Results, study: Study) -> dict[str, str]:
         )
         lines["Commit"] = ", ".join(commits)
     lines["Recipe"] = f"{runs[0].recipe.title}; here {plural(runs[0].recipe.epochs, 'epoch')}"
-    seeds = sorted({run.seed for run in runs})
-    spread = ", mean ± standard deviation" if len(seeds) > 1 else ""
-    lines["Seeds"] = f"{', '.join(map(str, seeds))} (n = {len(seeds)}{spread})"
+    lines["Seeds"] = _seeds(results, study)
     started = sorted({results.weights_from(study, row) for row in rows} - {""})
     lines["ResNet50 of the Launcher from"] = "; ".join(started) or "no row has one"
     device = results.latency_device(study)
@@ -154,11 +161,26 @@ def describe(results: Results, study: Study) -> dict[str, str]:
         assert measured is not None
         setting = measured.spec["latency"]
         lines["Latency"] = (
-            f"{device}; {setting['image_size']} px, fp32, eager, interleaved, median of "
-            f"{setting['rounds']} rounds (spread in the CSV); × is the ratio to the row's baseline"
+            f"{device}; {setting['image_size']} px, {setting['precision']}, eager, interleaved, "
+            f"median of {setting['rounds']} rounds (spread in the CSV); × is the ratio to the "
+            "row's baseline"
         )
     lines["Counted at"] = f"224 px and {study.num_classes} classes, whatever the scale"
     return lines
+
+
+def _seeds(results: Results, study: Study) -> str:
+    """The seeds that there are records of, and which rows have fewer."""
+    found = [(row, [run.seed for run, _ in results.trained(study, row)]) for row in study.rows]
+    seeds = sorted({seed for _, some in found for seed in some})
+    spread = ", mean ± standard deviation" if len(seeds) > 1 else ""
+    short = [
+        f"{row.label} n = {len(some)}"
+        for row, some in found
+        if len(some) < len(seeds) and results.plan.runs_of(study, row)
+    ]
+    text = f"{', '.join(map(str, seeds))} (n = {len(seeds)}{spread})"
+    return f"{text}; but {', '.join(short)}" if short else text
 
 
 def write_table(plan: Plan, study: Study, root: Path = Path()) -> None:
@@ -218,7 +240,8 @@ def _numbers(results: Results, study: Study, row: Row, metric: str) -> dict[str,
     numbers: dict[str, object] = {}
     for name in results.batches if metric == "latency" else [metric]:
         value = results.value(study, row, name)
-        numbers[before + name] = value.mean if value else None
+        whole = value is not None and metric not in INEXACT | {"gigabytes"}
+        numbers[before + name] = value and (int(value.mean) if whole else value.mean)
         if value and value.n > 1:
             spread = "iqr" if metric == "latency" else "sd"
             numbers |= {f"{before}{name}_{spread}": value.spread, f"{before}{name}_n": value.n}
@@ -275,6 +298,8 @@ def to_latex(study: Study, columns: list[Column], about: dict[str, str]) -> str:
         for i, row in enumerate(study.rows)
     ]
     facts = " ".join(f"{key}: {text.replace('`', '')}." for key, text in about.items())
+    if any(row.ours for row in study.rows):
+        facts += " † ours: the seed has no such row."
     return "\n".join(
         [
             "% Generated by `hovit table`; needs \\usepackage{booktabs,graphicx}.",

@@ -14,6 +14,7 @@ from ..records import Device, Record, read_record
 from ..sources import code_hash
 from ..splits import split_sizes
 
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # t at 95 %, by n
 INEXACT = {"top1", "loss", "val_top1", "latency"}
 TRAINED = {"top1", "loss", "val_top1"}
 COUNTED = {"images", "images_train", "images_val", "images_test", "gigabytes"}
@@ -32,8 +33,10 @@ class Value:
         mean: over seeds; for latency the median over rounds.
         spread: standard deviation over seeds (0 for one), or the inter-quartile range.
         n: seeds, or rounds; 1 for what is exact.
-        noise: the least difference that means something: two standard errors, from the spread over
-            seeds or, for an accuracy of one seed, from the number of test images.
+        noise: how far it may be off. For what is trained: the half width of a 95 % interval over
+            seeds (Student's t) and, for an accuracy, of one over its test images; for latency half
+            the inter-quartile range; 0 for what is exact.
+        samples: latency's rounds, in the order that the rows of one record share.
         paths: the records behind it.
     """
 
@@ -41,6 +44,7 @@ class Value:
     spread: float = 0.0
     n: int = 1
     noise: float = 0.0
+    samples: tuple[float, ...] = ()
     paths: tuple[Path, ...] = ()
 
 
@@ -133,13 +137,13 @@ class Results:
         values = [float(record.results[metric]) for _, record in runs]
         mean, n = sum(values) / len(values), len(values)
         spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else 0.0
-        noise = 2 * spread / math.sqrt(n)
-        if metric != "loss":  # no accuracy is known better than its images allow
+        noise = STUDENT.get(n, 2.0) * spread / math.sqrt(n)
+        if metric != "loss":  # all seeds share their images, so more seeds do not sharpen this
             images = runs[0][1].results["images_val" if metric == "val_top1" else "images_test"]
             share = mean / 100
-            noise = max(noise, 200 * math.sqrt(share * (1 - share) / (images * n)))
+            noise = math.hypot(noise, 196 * math.sqrt(share * (1 - share) / images))
         paths = tuple(self.place(run.folder / "record.json") for run, _ in runs)
-        return Value(mean, spread, n, noise, paths)
+        return Value(mean, spread, n, noise, paths=paths)
 
     def _measured_value(self, study: Study, row: Row, metric: str) -> Value | None:
         record = self.measured(study)
@@ -152,7 +156,7 @@ class Results:
             if batch is None:
                 return None
             iqr = batch["q3"] - batch["q1"]
-            return Value(batch["median"], iqr, batch["n"], iqr / 2, paths)
+            return Value(batch["median"], iqr, batch["n"], iqr / 2, tuple(batch["ms"]), paths)
         return Value(float(found[metric]), paths=paths) if metric in found else None
 
     def _counted_value(self, row: Row, metric: str) -> Value | None:
@@ -166,7 +170,9 @@ class Results:
         if path is None or not (self.root / path).exists():
             return None
         meta = read_json(self.root / path)
-        counts = {f"images_{split}": n for split, n in meta["images"].items()}
+        limit = self.plan.scale.limit
+        used = {split: min(n, getattr(limit, split) or n) for split, n in meta["images"].items()}
+        counts = {f"images_{split}": n for split, n in used.items()}
         counts |= {"images": sum(meta["images"].values()), "gigabytes": meta["bytes"] / 1e9}
         return Value(float(counts[metric]), paths=(path,))
 
@@ -199,10 +205,15 @@ class Results:
         upstream = self.plan.upstream(runs[0])
         if upstream is None:
             return str(runs[0].weights)
-        record = self.record(upstream.folder / "record.json", upstream.spec_hash)
+        code = code_hash("training", upstream.model)
+        record = self.record(upstream.folder / "record.json", upstream.spec_hash, code)
         how = f"{upstream.dataset.title}, {plural(upstream.recipe.epochs, 'epoch')}"
         if record:
             how += f", test top-1 {record.results['top1']:.1f} %"
+            weights = record.results.get("weights_sha256")
+            started = {r.results.get("started_from_sha256") for _, r in self.trained(study, row)}
+            if started - {weights}:
+                how += "; trained again since"
         return f"run {upstream.id} ({how})"
 
     @cached_property
@@ -213,6 +224,16 @@ class Results:
     def states(self) -> str:
         """These results in a few words, as a column's heading names them."""
         return f"evidence, {self.plan.scale.id}" if self.is_evidence else "this run"
+
+    def where(self, study: Study) -> str:
+        """Scale, images and device of a study's results, in one line."""
+        rows = self.plan.rows_run(study)
+        found = [self.plan.runs_of(study, row)[0].dataset.title for row in rows]
+        devices = {str(r.provenance.device) for row in rows for _, r in self.trained(study, row)}
+        if measured := self.measured(study):
+            devices.add(str(measured.provenance.device))
+        name = "evidence" if self.is_evidence else "this run"
+        return ", ".join([f"{name}: {self.plan.scale.id}", *dict.fromkeys(found), *sorted(devices)])
 
 
 def find_evidence(plan: Plan, root: Path = Path()) -> list[Results]:
@@ -227,11 +248,11 @@ def find_evidence(plan: Plan, root: Path = Path()) -> list[Results]:
 
 
 def evidence_for(study: Study, evidence: list[Results]) -> Results | None:
-    """The evidence that a study's table shows: the most rows, then the largest scale."""
+    """The evidence that a study's table shows: of the largest scale, and of that the fullest."""
 
     def rows(results: Results) -> int:
         measured = results.measured(study)
         return sum(bool(results.trained(study, row)) for row in study.rows) + bool(measured)
 
-    best = max(evidence, key=rows, default=None)
-    return best if best and rows(best) else None
+    there = [results for results in evidence if rows(results)]
+    return max(there, key=lambda r: (r.plan.scale.rank, rows(r)), default=None)

@@ -23,7 +23,7 @@ class State:
     """Where a run stands: all that it needs to go on, beside model and optimizer.
 
     Args:
-        spec_hash: of the run; a state of another spec is not continued.
+        made_by: spec hash, code hash and images' fingerprint; a state of others is not continued.
         epoch: epochs finished, validation included.
         step: batches done of the epoch under way.
         losses: training loss of each of these batches.
@@ -32,7 +32,7 @@ class State:
         interruptions: how often it was continued.
     """
 
-    spec_hash: str
+    made_by: list[str]
     epoch: int = 0
     step: int = 0
     losses: list[float] = field(default_factory=list)
@@ -85,15 +85,15 @@ def save_state(
 
 
 def load_state(
-    path: Path, spec_hash: str, model: nn.Module, optimizer: Optimizer, scaler: Any = None
+    path: Path, made_by: list[str], model: nn.Module, optimizer: Optimizer, scaler: Any = None
 ) -> State:
-    """Continue from `path`, or start anew where there is nothing of this spec.
+    """Continue from `path`, or start anew where there is nothing of this spec, code and images.
 
     Raises:
         HovitError: if the file is there but is not readable.
     """
     if not path.exists():
-        return State(spec_hash)
+        return State(made_by)
     tensors, metadata = _load(path)
     try:
         header = json.loads(metadata["hovit"])
@@ -101,8 +101,8 @@ def load_state(
         state = State(**header)
     except (KeyError, TypeError, json.JSONDecodeError):
         raise HovitError(f"{path}: not a checkpoint of a run; delete it to start anew") from None
-    if state.spec_hash != spec_hash:
-        return State(spec_hash)
+    if state.made_by != made_by:
+        return State(made_by)
     model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
     saved: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

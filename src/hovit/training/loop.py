@@ -6,6 +6,7 @@ last checkpoint ends, on a CPU with the same number of threads, with the same me
 
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 try:
@@ -37,7 +39,7 @@ from ..data.pack import Packed, open_pack
 from ..device import describe_device, peak_memory_mb, pick_device
 from ..errors import HovitError, OutOfTime
 from ..factory import create_model
-from ..files import write_text
+from ..files import atomic, file_digest, write_text
 from ..plan import Run
 from ..predictions import metrics, predictions_digest, write_predictions
 from ..records import Record, make_provenance, write_record
@@ -55,7 +57,7 @@ class Options:
 
     Args:
         deadline: `time.monotonic()` after which to save and stop.
-        save_seconds: between checkpoints inside an epoch (each epoch's end is saved anyway).
+        save_seconds: between checkpoints (the last epoch's end is saved anyway).
         weights_file: what `--weights` named.
         on_step: told (epoch, step, steps) after each batch.
         on_epoch: told of each finished epoch.
@@ -98,23 +100,27 @@ class _Job:
         self.folder = root / run.folder
         self.packed = open_pack(run.pack, root / run.pack.folder)
         self.images = PackedImages(self.packed, fabric.device)
+        self.code = code_hash("training", run.model)
+        if fabric.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(fabric.device)
         self.indices = limited(self.packed, run)
         self.started = self.saved = time.monotonic()
 
         torch.manual_seed(run.seed)
         model = create_model(run.model, run.dataset.num_classes, run.image_size, **run.model_args)
+        self.started_from = ""
         if run.weights:
-            load_pretrained(model, run, root, options.weights_file)
+            self.started_from = load_pretrained(model, run, root, options.weights_file)
         if hasattr(model, "set_distilled_training"):
             model.set_distilled_training(True)  # both heads are trained
         if fabric.world_size > 1 and fabric.device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model = convert_sync_batchnorm(model)
         self.module = model
         self.model, self.optimizer = fabric.setup(model, make_optimizer(model, self.recipe))
         self.scaler = getattr(fabric.strategy.precision, "scaler", None)
         self.state = load_state(
             self.folder / "state.safetensors",
-            run.spec_hash,
+            [run.spec_hash, self.code, self.packed.meta["fingerprint"], self.started_from],
             self.module,
             self.optimizer,
             self.scaler,
@@ -153,11 +159,14 @@ class _Job:
             self.optimizer.step()
             self.optimizer.zero_grad()
             recent.append(loss.detach())
-            if len(recent) >= CHECK_EVERY or step + 1 == len(batches) or self.is_due():
+            look = len(recent) >= CHECK_EVERY or step + 1 == len(batches)
+            # With several processes all must agree that it is time; they ask each other seldom.
+            due = self.is_due() if look or self.fabric.world_size == 1 else False
+            if look or due:
                 self.keep(recent)
                 recent = []
-                if self.is_due():
-                    self.save()
+            if due:
+                self.save()
             self.options.on_step(epoch, step + 1, len(batches))
 
     def keep(self, recent: list[Tensor]) -> None:
@@ -193,6 +202,10 @@ class _Job:
                 self.optimizer,
                 self.scaler,
             )
+            best = self.state.best
+            for path in self.folder.glob("best-*.safetensors"):
+                if best and path != self.best_weights(best["epoch"]):
+                    path.unlink()
         self.fabric.barrier()
         self.saved = time.monotonic()
         if self.saved > self.options.deadline:
@@ -209,22 +222,25 @@ class _Job:
         }
         best = self.state.best
         if best is None or top1 > best["val_top1"]:
-            self.save_best()
+            self.save_best(entry["epoch"])
         self.state.history.append(entry)
         self.state.epoch += 1
         self.state.step, self.state.losses = 0, []
         self.options.on_epoch(entry)
-        self.save()
+        if self.state.epoch == self.recipe.epochs or self.is_due():
+            self.save()
 
-    def save_best(self) -> None:
-        """The weights that the test will use.
+    def best_weights(self, epoch: float) -> Path:
+        """Where the weights of an epoch that was the best so far lie.
 
         They become `weights.safetensors` only at the end: Snakemake deletes a killed job's outputs.
         """
+        return self.folder / f"best-{epoch:.0f}.safetensors"
+
+    def save_best(self, epoch: float) -> None:
+        """Keep this epoch's weights; older ones stay until a checkpoint no longer needs them."""
         if self.fabric.is_global_zero:
-            save_weights(
-                self.folder / "best.safetensors", self.module, spec_hash=self.run.spec_hash
-            )
+            save_weights(self.best_weights(epoch), self.module, spec_hash=self.run.spec_hash)
         self.fabric.barrier()
 
     def evaluate(self, split: str) -> tuple[float, float, pd.DataFrame]:
@@ -256,16 +272,21 @@ class _Job:
                 "loss": losses,
             }
         )
-        return *metrics(table), table
+        loss, top1 = metrics(table)
+        if not math.isfinite(loss):
+            raise HovitError(
+                f"run {self.run.id} seed {self.run.seed}: {split} loss is {loss} after "
+                f"{len(self.state.history)} whole epochs; lower lr, or use 32-true"
+            )
+        return loss, top1, table
 
     def finish(self) -> Record:
         """Test the best weights once, and write the record."""
-        self.module.load_state_dict(load_weights(self.folder / "best.safetensors"))
-        loss, top1, predictions = self.evaluate("test")
         best = self.state.best
         assert best is not None
+        self.module.load_state_dict(load_weights(self.best_weights(best["epoch"])))
+        loss, top1, predictions = self.evaluate("test")
         seconds = self.state.seconds + time.monotonic() - self.started
-        images = len(self.state.history) * len(self.indices["train"])
         results = {
             "top1": top1,
             "loss": loss,
@@ -275,8 +296,10 @@ class _Job:
             "images_train": len(self.indices["train"]),
             "images_val": len(self.indices["val"]),
             "images_test": len(self.indices["test"]),
-            "images_per_second": round(images / seconds, 2),
             "interruptions": self.state.interruptions,
+            "processes": self.fabric.world_size,
+            "started_from_sha256": self.started_from,
+            "weights_sha256": file_digest(self.best_weights(best["epoch"])),
             "history": self.state.history,
             "predictions_sha256": predictions_digest(predictions),
         }
@@ -291,7 +314,7 @@ class _Job:
                 describe_device(self.fabric.device),
                 seconds,
                 peak_memory_mb(self.fabric.device),
-                code_hash("training", self.run.model),
+                self.code,
                 self.packed.meta,
             ),
         )
@@ -299,14 +322,13 @@ class _Job:
             write_predictions(self.folder / "predictions.csv.gz", predictions)
             history = pd.DataFrame(self.state.history)
             write_text(self.folder / "history.csv", history.to_csv(index=False))
-            weights = self.folder / "weights.safetensors"
-            weights.unlink(missing_ok=True)
-            os.link(self.folder / "best.safetensors", weights)
+            with atomic(self.folder / "weights.safetensors") as path:
+                shutil.copyfile(self.best_weights(best["epoch"]), path)
             write_record(self.folder / "record.json", record)
-            for name in ("state", "best"):
-                (self.folder / f"{name}.safetensors").unlink()
-            for leftover in self.folder.glob(".*"):  # of a process killed while it wrote
-                leftover.unlink()
+            # What is left to go on from, and of a process killed while it wrote.
+            for pattern in ("state.safetensors", "best-*.safetensors", ".*"):
+                for leftover in self.folder.glob(pattern):
+                    leftover.unlink()
         self.fabric.barrier()
         return record
 
@@ -351,7 +373,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return kinds[recipe.optimizer](groups, lr=recipe.lr)
 
 
-def make_fabric(precision: str, devices: int = 1, accelerator: str = "auto") -> Fabric:
+def make_fabric(precision: str, accelerator: str = "auto") -> Fabric:
     """Fabric for one machine, launched; under torchrun it takes rank and world from there.
 
     Raises:
@@ -360,8 +382,8 @@ def make_fabric(precision: str, devices: int = 1, accelerator: str = "auto") -> 
     Models with weights that nothing reads (the deck's dead kv) need DDP to look for them.
     """
     accelerator = pick_device(accelerator).type
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        devices = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    world = os.environ.get("WORLD_SIZE", "1")
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     strategy = "ddp_find_unused_parameters_true" if devices > 1 else "auto"
     fabric = Fabric(
         accelerator=accelerator,

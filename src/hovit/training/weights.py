@@ -9,11 +9,12 @@ from typing import Any
 import timm
 
 from ..errors import HovitError, one_line
+from ..files import file_digest
 from ..plan import Run, Weights
 from .checkpoint import load_weights
 
 
-def load_pretrained(model: Any, run: Run, root: Path, weights_file: Path | None) -> None:
+def load_pretrained(model: Any, run: Run, root: Path, weights_file: Path | None) -> str:
     """Load ResNet50's weights, all but its classifier, into the model (or its `resnet` part).
 
     Args:
@@ -21,6 +22,9 @@ def load_pretrained(model: Any, run: Run, root: Path, weights_file: Path | None)
         run: says where from.
         root: top of the artifact, under which other runs' weights lie.
         weights_file: what `--weights` named, if it did.
+
+    Returns:
+        the sha256 of the file that they came from.
 
     Raises:
         HovitError: if there are none to be had, or they are not this model's.
@@ -44,6 +48,7 @@ def load_pretrained(model: Any, run: Run, root: Path, weights_file: Path | None)
             f"({len(wrong)} tensors differ)"
         )
     part.load_state_dict(given, strict=False)
+    return file_digest(path)
 
 
 def _locate(run: Run, weights: Weights, root: Path, weights_file: Path | None) -> Path:
