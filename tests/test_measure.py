@@ -15,7 +15,7 @@ import hovit.models  # noqa: F401 (registers)
 from hovit.catalogue import Latency
 from hovit.device import describe_device, pick_device
 from hovit.errors import HovitError, OutOfTime
-from hovit.files import digest, read_json, write_json
+from hovit.files import digest, read_json, read_sealed, write_sealed
 from hovit.measure import study as study_module
 from hovit.measure.cost import cost, macs
 from hovit.measure.latency import forward_ms, measure_latency, summary
@@ -372,7 +372,7 @@ def test_a_crash_loses_its_round_only(measure):
 def edit_partial(measure, **changes):
     with pytest.raises(OutOfTime):
         measure(deadline=0)
-    write_json(measure.partial, read_json(measure.partial) | changes)
+    write_sealed(measure.partial, read_sealed(measure.partial) | changes)
 
 
 def test_what_another_device_began_is_refused(measure):

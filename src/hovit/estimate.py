@@ -10,6 +10,7 @@ import torch
 
 from .catalogue import Study
 from .device import describe_device, pick_device
+from .errors import HovitError
 from .factory import create_model
 from .files import read_json
 from .measure.cost import macs
@@ -79,7 +80,10 @@ def _images(run: Run) -> int | None:
     path = run.pack.folder / "pack.json"
     if not path.exists():
         return None
-    images = read_json(path)["images"]["train"]
+    try:
+        images = int(read_json(path)["images"]["train"])
+    except (KeyError, TypeError, ValueError):
+        raise HovitError(f"{path}: not a pack's; delete it") from None
     return min(images, run.limit.train or images)
 
 

@@ -1,14 +1,18 @@
 """Writing files so that a reader, or a killed writer, never meets half of one."""
 
+import fcntl
+import glob
 import hashlib
 import json
+import math
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import HovitError
+from .errors import HovitError, one_line
 
 
 @contextmanager
@@ -21,6 +25,7 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(path)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -30,6 +35,56 @@ def atomic(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # there is no folder, or it is a file
             temporary.unlink()
+
+
+def clear_leftovers(path: Path) -> None:
+    """Remove what processes that were killed while they wrote `path` left beside it."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.*"):
+        pid, suffix = leftover.name.split(".")[-2:]
+        if suffix not in ("tmp", "part") or not pid.isdecimal():
+            continue
+        if int(pid) == os.getpid() or not _is_alive(int(pid)):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:  # somebody else's
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for the same out of a folder, for as long as this one lives.
+
+    Raises:
+        HovitError: if another process is in it, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise HovitError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise HovitError(
+            f"{folder}: another process is at work in it; wait for it, or end it"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -47,18 +102,45 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        HovitError: if the file is missing, no JSON, or not an object.
+        HovitError: if the file is missing, no JSON (NaN and infinity are none), or not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except FileNotFoundError:
         raise HovitError(f"{path}: no such file") from None
     except OSError as error:
         raise HovitError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, too deep, too long a number
-        raise HovitError(f"{path}: not readable as JSON ({error})") from None
+        raise HovitError(f"{path}: not readable as JSON ({one_line(error)})") from None
     if not isinstance(value, dict):
         raise HovitError(f"{path}: not readable as JSON (no object in it)")
+    return value
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number")
+    return number
+
+
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """Write `value` as JSON, atomically, with its own digest beside it as `sha256`."""
+    write_json(path, value | {"sha256": digest(value)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read what `write_sealed` wrote, without the seal.
+
+    Raises:
+        HovitError: as `read_json`, and if not everything is as it was written.
+    """
+    value = read_json(path)
+    if value.pop("sha256", None) != digest(value):
+        raise HovitError(
+            f"{path}: sha256 does not match the contents: the file was changed; delete it"
+        )
     return value
 
 

@@ -1,5 +1,6 @@
 """Test predictions: what a record's metrics can be computed from again."""
 
+import gzip
 import hashlib
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def predictions_digest(predictions: pd.DataFrame) -> str:
 def write_predictions(path: Path, predictions: pd.DataFrame) -> None:
     """Write predictions as compressed CSV, atomically; the same table gives the same bytes."""
     with atomic(path) as temporary:
-        predictions.to_csv(temporary, index=False, compression={"method": "gzip", "mtime": 0})
+        content = predictions.to_csv(index=False).encode()
+        temporary.write_bytes(gzip.compress(content, mtime=0))  # keeps no file name either
 
 
 def read_predictions(path: Path) -> pd.DataFrame:

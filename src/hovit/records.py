@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from .catalogue import Strict, explain
-from .errors import HovitError
+from .errors import HovitError, one_line
 from .files import digest, read_json, write_json
 
 SCHEMA_VERSION = 1
@@ -93,9 +93,13 @@ def read_record(path: Path) -> Record:
         record = Record.model_validate(read_json(path))
     except ValidationError as error:
         raise explain(error, path, Record) from None
-    if digest(record.spec) != record.spec_hash:
+    try:
+        spec_hash, seal = digest(record.spec), record.seal()
+    except (ValueError, RecursionError) as error:  # too deep
+        raise HovitError(f"{path}: not a record ({one_line(error)})") from None
+    if spec_hash != record.spec_hash:
         raise HovitError(f"{path}: spec_hash does not match the spec: the record was changed")
-    if record.seal() != record.sha256:
+    if seal != record.sha256:
         raise HovitError(f"{path}: sha256 does not match the contents: the record was changed")
     return record
 

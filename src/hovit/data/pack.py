@@ -23,7 +23,7 @@ from PIL import Image
 from .. import plan
 from ..catalogue import Dataset
 from ..errors import HovitError, one_line
-from ..files import read_json, write_json
+from ..files import clear_leftovers, read_json, write_json
 from ..splits import split_sizes
 from .readers import Item, read_items
 
@@ -62,11 +62,14 @@ def prepare(pack: plan.Pack, data_root: Path, folder: Path | None = None) -> dic
     if (folder / "pack.json").exists():
         meta = read_json(folder / "pack.json")
         if meta.get("spec_hash") == pack.spec_hash and (folder / "images.npy").exists():
+            if meta != _describe(pack, folder) | {"fingerprint": meta.get("fingerprint")}:
+                raise HovitError(f"{folder}: pack.json does not match the files; delete it")
             return meta
     items, own_test = _draw(pack.dataset, read_items(pack.dataset, data_root))
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
-        part.mkdir(parents=True, exist_ok=True)  # a killed process may have had the same id
+        clear_leftovers(folder)
+        part.mkdir(parents=True)
         meta = _write(pack, items, own_test, part)
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
@@ -132,8 +135,7 @@ def _write(
     everything = [*items, *own_test]
     splits = np.repeat(SPLITS, [sizes[0], sizes[1], sizes[2] + len(own_test)])
     numbers = _label_numbers(dataset, everything)
-    side = min(pack.image_size, dataset.native_size or pack.image_size)
-    _decode(everything, side, folder / "images.npy")
+    _decode(everything, _side(pack), folder / "images.npy")
     manifest = pd.DataFrame(
         {
             "split": splits,
@@ -143,23 +145,44 @@ def _write(
         }
     )
     manifest.to_csv(folder / "manifest.csv", index_label="index")
-    counts = Counter(splits.tolist())
-    meta = {
-        "id": pack.id,
-        "dataset": dataset.id,
-        "spec_hash": pack.spec_hash,
-        "num_classes": dataset.num_classes,
-        "pixels": side,
-        "images": {split: counts[split] for split in SPLITS},
-        "bytes": (folder / "images.npy").stat().st_size,
-        "fingerprint": fingerprint(folder),
-    }
+    meta = _describe(pack, folder) | {"fingerprint": fingerprint(folder)}
     write_json(folder / "pack.json", meta)
     return meta
 
 
+def _side(pack: plan.Pack) -> int:
+    """Pixels a side: never more than the source has."""
+    return min(pack.image_size, pack.dataset.native_size or pack.image_size)
+
+
+def _describe(pack: plan.Pack, folder: Path) -> dict[str, Any]:
+    """pack.json but for the fingerprint, from the other two files."""
+    try:
+        counts = Counter(_read_manifest(folder)["split"])
+        size = (folder / "images.npy").stat().st_size
+    except (OSError, ValueError, KeyError) as error:
+        raise HovitError(f"{folder}: cannot be read ({one_line(error)}); delete it") from None
+    return {
+        "id": pack.id,
+        "dataset": pack.dataset.id,
+        "spec_hash": pack.spec_hash,
+        "num_classes": pack.dataset.num_classes,
+        "pixels": _side(pack),
+        "images": {split: counts[split] for split in SPLITS},
+        "bytes": size,
+    }
+
+
+def _read_manifest(folder: Path) -> pd.DataFrame:
+    return pd.read_csv(folder / "manifest.csv", dtype={"class": str}, low_memory=False)
+
+
 def _decode(items: list[Item], side: int, path: Path) -> None:
     images = np.lib.format.open_memmap(path, "w+", np.uint8, (len(items), side, side, 3))
+    # Where the disk is full, writing to mapped memory would kill the process; this is an OSError.
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
     def decode(i: int) -> None:
         images[i] = decode_image(items[i], side)
@@ -198,7 +221,7 @@ def fingerprint(folder: Path) -> str:
 
     Two machines with the same images, labels and splits get the same fingerprint.
     """
-    manifest = pd.read_csv(folder / "manifest.csv", dtype={"class": str})
+    manifest = _read_manifest(folder)
     total = hashlib.sha256(manifest[["split", "label"]].to_csv(index=False).encode())
     with open(folder / "images.npy", "rb") as file:
         total.update(hashlib.file_digest(file, "sha256").digest())
@@ -220,13 +243,16 @@ def open_pack(pack: plan.Pack, folder: Path | None = None) -> Packed:
             f"{folder}: made by another config/datasets/{pack.dataset.id}.yaml; delete it"
         )
     try:
-        if fingerprint(folder) != meta["fingerprint"]:
+        if meta != _describe(pack, folder) | {"fingerprint": fingerprint(folder)}:
             raise HovitError(
-                f"{folder}: images or manifest differ from their fingerprint; delete it"
+                f"{folder}: images, manifest or pack.json differ from the fingerprint; delete it"
             )
-        manifest = pd.read_csv(folder / "manifest.csv", dtype={"class": str})
-        images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+        manifest = _read_manifest(folder)
+        images = np.lib.format.open_memmap(folder / "images.npy", mode="r")  # unpickles nothing
+        shape = (len(manifest), _side(pack), _side(pack), 3)
+        if (images.shape, images.dtype) != (shape, np.uint8):
+            raise ValueError(f"images.npy is not uint8 {list(shape)}")
     except (OSError, ValueError, KeyError) as error:
-        raise HovitError(f"{folder}: cannot be read ({error}); delete it") from None
+        raise HovitError(f"{folder}: cannot be read ({one_line(error)}); delete it") from None
     splits = {name: np.flatnonzero(manifest["split"] == name) for name in SPLITS}
     return Packed(images, manifest["label"].to_numpy(np.int64), splits, meta)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..catalogue import Dataset
 from ..errors import HovitError, one_line
-from ..files import digest, file_digest
+from ..files import clear_leftovers, digest, file_digest
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
 EXTRACTED = Path("data/extracted")
@@ -236,6 +236,7 @@ def extract(paths: Sequence[Path], folder: Path) -> Path:
     if folder.is_dir():
         return folder
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    clear_leftovers(folder)
     try:
         for path in paths:
             with open_zip(path) as archive:

@@ -12,7 +12,7 @@ from ..catalogue import Study
 from ..device import describe_device, peak_memory_mb
 from ..errors import HovitError, OutOfTime
 from ..factory import create_model
-from ..files import digest, read_json, write_json
+from ..files import digest, read_sealed, write_sealed
 from ..plan import COST_SIZE, Plan
 from ..records import Device, Record, make_provenance, write_record
 from ..sources import code_hash
@@ -43,7 +43,7 @@ def measure_study(
 
     Raises:
         OutOfTime: at the deadline; the same call goes on.
-        HovitError: if an interrupted measurement was begun on another device.
+        HovitError: if an interrupted measurement was begun on another device, or its file changed.
     """
     begin = time.monotonic()
     torch.manual_seed(0)
@@ -107,7 +107,7 @@ def _latency(
     begun = {"spec_hash": digest(spec), "code": code, "device": where.model_dump()}
 
     def after_round(so_far: Samples) -> None:
-        write_json(partial, begun | {"samples": so_far})
+        write_sealed(partial, begun | {"samples": so_far})
         if time.monotonic() > deadline:
             raise OutOfTime
 
@@ -127,7 +127,7 @@ def _latency(
 def _resume(partial: Path, begun: dict[str, Any]) -> Samples | None:
     if not partial.exists():
         return None
-    saved = read_json(partial)
+    saved = read_sealed(partial)
     if any(saved.get(key) != begun[key] for key in ("spec_hash", "code")):
         return None
     if saved["device"] != begun["device"]:

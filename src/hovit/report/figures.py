@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +46,10 @@ def draw(plan: Plan, name: str, root: Path = Path()) -> None:
     with plt.rc_context(style.RC):
         canvas = FIGURES[name].draw(Results(plan, root))
         for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
+            content = BytesIO()  # on a full disk, matplotlib stumbles over itself
+            canvas.savefig(content, format=suffix[1:], metadata=metadata)
             with atomic(root / FOLDER / f"{name}{suffix}") as path:
-                canvas.savefig(path, format=suffix[1:], metadata=metadata)
+                path.write_bytes(content.getvalue())
         plt.close(canvas)
 
 

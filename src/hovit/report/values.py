@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import pandas as pd
+
 from ..catalogue import Row, Study
-from ..errors import HovitError
+from ..errors import HovitError, one_line
 from ..evidence import EVIDENCE
 from ..files import digest, read_json
 from ..plan import RUNS, Plan, Run
@@ -169,11 +171,11 @@ class Results:
         path = packs[0].folder / "pack.json" if packs else None
         if path is None or not (self.root / path).exists():
             return None
-        meta = read_json(self.root / path)
+        images, size = _counts(self.root / path.parent)
         limit = self.plan.scale.limit
-        used = {split: min(n, getattr(limit, split) or n) for split, n in meta["images"].items()}
-        counts = {f"images_{split}": n for split, n in used.items()}
-        counts |= {"images": sum(meta["images"].values()), "gigabytes": meta["bytes"] / 1e9}
+        used = {split: min(n, getattr(limit, split) or n) for split, n in images.items()}
+        counts: dict[str, float] = {f"images_{split}": n for split, n in used.items()}
+        counts |= {"images": sum(images.values()), "gigabytes": size / 1e9}
         return Value(float(counts[metric]), paths=(path,))
 
     def latency_device(self, study: Study) -> Device | None:
@@ -234,6 +236,20 @@ class Results:
             devices.add(str(measured.provenance.device))
         name = "evidence" if self.is_evidence else "this run"
         return ", ".join([f"{name}: {self.plan.scale.id}", *dict.fromkeys(found), *sorted(devices)])
+
+
+def _counts(folder: Path) -> tuple[dict[str, int], int]:
+    """A pack's images of each split, and its bytes: as pack.json says, if the files agree."""
+    meta = read_json(folder / "pack.json")
+    try:
+        splits = pd.read_csv(folder / "manifest.csv", usecols=["split"], dtype=str)["split"]
+        images = {name: int((splits == name).sum()) for name in ("train", "val", "test")}
+        size = (folder / "images.npy").stat().st_size
+    except (OSError, ValueError) as error:
+        raise HovitError(f"{folder}: cannot be read ({one_line(error)}); delete it") from None
+    if (meta.get("images"), meta.get("bytes")) != (images, size):
+        raise HovitError(f"{folder}: pack.json does not match the files; delete it")
+    return images, size
 
 
 def find_evidence(plan: Plan, root: Path = Path()) -> list[Results]:

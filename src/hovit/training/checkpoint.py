@@ -1,8 +1,10 @@
 """A run's state on disk: one safetensors file, so nothing in it is ever executed.
 
-Tensors are the model's and the optimizer's; everything else is JSON in the file's header.
+Tensors are the model's and the optimizer's; everything else is JSON in the file's header, and with
+it a seal: the sha256 of all the rest. safetensors itself does not see a changed byte of a tensor.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import HovitError
-from ..files import atomic
+from ..errors import HovitError, one_line
+from ..files import atomic, digest
 
 
 @dataclass
@@ -49,25 +51,53 @@ class State:
 def save_weights(path: Path, model: nn.Module, **metadata: Any) -> None:
     """Save a model's parameters and buffers, atomically."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    with atomic(path) as temporary:
-        save_file(tensors, temporary, {"hovit": json.dumps(metadata)})
+    _save(path, tensors, metadata)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file.
 
     Raises:
-        HovitError: if it is missing, truncated or of another format.
+        HovitError: if it is missing, truncated, changed or of another format.
     """
     return _load(path)[0]
 
 
-def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _save(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    sealed = json.dumps(header | {"sha256": _seal(tensors, header)})
+    try:
+        with atomic(path) as temporary:
+            save_file(tensors, temporary, {"hovit": sealed})
+    except SafetensorError as error:  # its own word for what the system refuses
+        raise HovitError(f"{path}: cannot be written: {one_line(error)}") from None
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header; with an empty header if it is not a file of ours."""
     try:
         with safe_open(path, "pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise HovitError(f"{path}: not a readable safetensors file ({error})") from None
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            header = json.loads((file.metadata() or {}).get("hovit", "{}"))
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        reason = one_line(error)
+        raise HovitError(f"{path}: not a readable safetensors file ({reason})") from None
+    if not isinstance(header, dict):
+        raise HovitError(f"{path}: not a readable safetensors file (its header is no object)")
+    seal = header.pop("sha256", None)
+    if seal is None:
+        return tensors, {}
+    if seal != _seal(tensors, header):
+        raise HovitError(f"{path}: sha256 does not match the contents: the file was changed")
+    return tensors, header
+
+
+def _seal(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
+    """sha256, in hex, over tensors and header."""
+    total = hashlib.sha256(digest(header).encode())
+    for name, tensor in sorted(tensors.items()):
+        total.update(digest([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def save_state(
@@ -80,8 +110,7 @@ def save_state(
             if value is not None:
                 tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value).cpu().contiguous()
     header = asdict(state) | {"scaler": scaler.state_dict() if scaler else None}
-    with atomic(path) as temporary:
-        save_file(tensors, temporary, {"hovit": json.dumps(header)})
+    _save(path, tensors, header)
 
 
 def load_state(
@@ -90,16 +119,15 @@ def load_state(
     """Continue from `path`, or start anew where there is nothing of this spec, code and images.
 
     Raises:
-        HovitError: if the file is there but is not readable.
+        HovitError: if the file is there but is not readable, or was changed.
     """
     if not path.exists():
         return State(made_by)
-    tensors, metadata = _load(path)
+    tensors, header = _load(path)
     try:
-        header = json.loads(metadata["hovit"])
         scaling = header.pop("scaler")
         state = State(**header)
-    except (KeyError, TypeError, json.JSONDecodeError):
+    except (KeyError, TypeError):
         raise HovitError(f"{path}: not a checkpoint of a run; delete it to start anew") from None
     if state.made_by != made_by:
         return State(made_by)

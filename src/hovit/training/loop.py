@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from ..data.pack import Packed, open_pack
 from ..device import describe_device, peak_memory_mb, pick_device
 from ..errors import HovitError, OutOfTime
 from ..factory import create_model
-from ..files import atomic, file_digest, write_text
+from ..files import alone, atomic, file_digest, write_text
 from ..plan import Run
 from ..predictions import metrics, predictions_digest, write_predictions
 from ..records import Record, make_provenance, write_record
@@ -83,12 +84,14 @@ def train(run: Run, fabric: Fabric, root: Path = Path(), options: Options | None
         The record, also written to `run.folder`.
 
     Raises:
-        HovitError: for missing data or weights, or a loss that is not finite.
+        HovitError: for missing data or weights, a loss that is not finite, or if another process
+            trains this very run.
         OutOfTime: at the deadline; the same call continues.
     """
-    job = _Job(run, fabric, root, options or Options())
-    job.fit()
-    return job.finish()
+    with alone(root / run.folder) if fabric.is_global_zero else nullcontext():
+        job = _Job(run, fabric, root, options or Options())
+        job.fit()
+        return job.finish()
 
 
 class _Job:

@@ -1,0 +1,122 @@
+"""What the fault suite kills: each function is one process's whole work, in a folder of its own."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from conftest import ROOT, small_run
+
+from hovit.catalogue import Latency, Study
+from hovit.data.pack import prepare
+from hovit.measure.study import measure_study
+from hovit.plan import Plan, load_plan
+from hovit.report.claims import write_claims
+from hovit.report.figures import FIGURES, draw
+from hovit.report.tables import write_index, write_table
+from hovit.training.loop import Options, make_fabric, train
+
+# By the server that every process is forked from, once; it does not find modules of tests/.
+IMPORTED = ["hovit.models", "hovit.training.loop", "hovit.measure.study", "hovit.report.figures",
+            "hovit.report.claims", "hovit.data.pack", "matplotlib.pyplot", "sklearn.datasets",
+            "pytest"]  # fmt: skip
+ROUNDS = 60  # of the measurement
+
+
+def packing(root: Path) -> None:
+    pack = load_plan("smoke", ROOT / "config").run("levit_deck.pets.deck").pack
+    prepare(pack, root, root / pack.folder)
+
+
+def training(root: Path) -> None:
+    """Five epochs of three steps, with a checkpoint after each step."""
+    torch.set_num_threads(1)
+    run = small_run(load_plan("smoke", ROOT / "config"), epochs=5)
+    train(run, make_fabric("32-true", accelerator="cpu"), root, Options(save_seconds=0))
+
+
+def measured_study() -> tuple[Plan, Study]:
+    """Two small models and many short rounds."""
+    plan = load_plan("smoke", ROOT / "config")
+    latency = Latency(batches=(1, 2), rounds=ROUNDS, warmup=1, threads=1, image_size=64)
+    study = plan.study("depth")
+    small = {"depths": [1, 1, 1]}
+    rows = [row.model_copy(update={"model_args": small}) for row in study.rows[:2]]
+    study = study.model_copy(update={"rows": tuple(rows)})
+    return Plan(plan.catalogue, plan.scale.model_copy(update={"latency": latency})), study
+
+
+def measuring(root: Path) -> None:
+    torch.set_num_threads(1)
+    plan, study = measured_study()
+    measure_study(plan, study, torch.device("cpu"), root)
+
+
+def reporting(root: Path) -> None:
+    """All tables, claims and a figure of scale mini."""
+    plan = load_plan("mini", ROOT / "config")
+    for study in plan.catalogue.studies.values():
+        write_table(plan, study, root)
+    write_index(plan, root)
+    write_claims(plan, root)
+    draw(plan, next(iter(FIGURES)), root)
+
+
+def start(work: Callable[[Path], None], root: Path) -> multiprocessing.process.BaseProcess:
+    """Start it in a process of its own, forked from one that has imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    process = context.Process(target=work, args=(root,))
+    process.start()
+    return process
+
+
+def undisturbed(work: Callable[[Path], None], root: Path) -> float:
+    """Let it run to its end; gives the seconds."""
+    warm_up = start(os.path.exists, root)  # the server imports everything only once
+    warm_up.join()
+    began = time.monotonic()
+    process = start(work, root)
+    process.join()
+    assert process.exitcode == 0
+    return time.monotonic() - began
+
+
+def kill(
+    work: Callable[[Path], None],
+    root: Path,
+    kills: int,
+    longest: float,
+    after_kill: Callable[[], None],
+    at_end: Callable[[], None],
+) -> None:
+    """Start it and SIGKILL it at a random moment, so many times; then let it end.
+
+    Args:
+        work: a function of this module.
+        root: its folder.
+        kills: how often; a process that ends before its moment does not count.
+        longest: seconds that a process may live.
+        after_kill: looks at what is left after each kill.
+        at_end: looks at the result whenever it comes to an end.
+    """
+    dice = random.Random(0)
+    done = 0
+    while True:
+        process = start(work, root)
+        process.join(dice.uniform(0, longest) if done < kills else None)
+        if process.exitcode is None:
+            os.kill(process.pid or 0, signal.SIGKILL)
+            process.join()
+            if process.exitcode == -signal.SIGKILL:
+                done += 1
+                after_kill()
+                continue
+        assert process.exitcode == 0
+        at_end()
+        if done == kills:
+            return
