@@ -58,5 +58,5 @@ lock: setup ## Compile the locks again from envs/requirements.in; UPGRADE=1 take
 dag: setup ## Print the graph of rules as Mermaid
 	@$(IN_VENV) snakemake --rulegraph mermaid-js results/tables$(CONFIG)
 
-clean: ## Remove tables, claims, figures and logs; runs, evidence and data stay
-	rm -rf results/tables results/claims.* figures logs
+clean: ## Remove tables, claims, metrics, figures and logs; runs, evidence and data stay
+	rm -rf results/tables results/metrics results/claims.* figures logs

@@ -1,6 +1,7 @@
 """The only DAG: data -> train -> measure -> tables, figures, claims.
 
 snakemake --cores all results/tables                       everything, at scale smoke
+snakemake --cores all results/runs                         train and measure only; data/packed: decode only
 snakemake --cores all results/tables/hovit.md              one table
 snakemake --cores all results/tables --config scale=mini data_root=../shared/data
 """
@@ -14,6 +15,7 @@ from hovit.evidence import evidence_digest
 from hovit.files import digest
 from hovit.plan import load_plan
 from hovit.report.figures import FIGURES
+from hovit.report.metrics import metrics_files
 from hovit.sources import code_hash
 
 SCALE = config.get("scale", "smoke")
@@ -44,6 +46,7 @@ CONFIG = [
     *expand("config/datasets/{name}.yaml", name=PLAN.catalogue.datasets),
     *expand("config/recipes/{name}.yaml", name=PLAN.catalogue.recipes),
 ]
+METRICS = [str(path) for path in metrics_files(PLAN)]
 
 
 # The image that envs/Containerfile builds; used only with `--sdm apptainer`.
@@ -66,6 +69,7 @@ rule all_tables:
         "results/tables/index.md",
         "results/claims.json",
         "results/claims.md",
+        METRICS,
 
 
 def run_of(wildcards):
@@ -91,6 +95,20 @@ def records(studies):
         if PLAN.rows_run(study):
             files.append(PLAN.measured(study))
     return sorted(set(map(str, files)))
+
+
+rule all_data:
+    name:
+        "data/packed"
+    input:
+        expand("data/packed/{pack}/pack.json", pack=PACKS),
+
+
+rule all_runs:
+    name:
+        "results/runs"
+    input:
+        records(STUDIES.values()),
 
 
 rule data:
@@ -219,3 +237,18 @@ rule index:
         code=code_hash("report"),
     shell:
         "python -m hovit index --scale {params.scale} > {log} 2>&1"
+
+
+rule metrics:
+    input:
+        records(STUDIES.values()),
+        "results/claims.json",
+    output:
+        METRICS,
+    log:
+        "logs/metrics.log",
+    params:
+        scale=SCALE,
+        code=code_hash("report"),
+    shell:
+        "python -m hovit metrics --scale {params.scale} > {log} 2>&1"

@@ -299,7 +299,12 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    """Read YAML, safely.
+
+    Raises:
+        HovitError: if the file is missing or no YAML, or gives a key twice.
+    """
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except yaml.MarkedYAMLError as error:
@@ -348,7 +353,7 @@ def load_file(path: Path, model: type[Strict]) -> Any:
         HovitError: in one line, with file and key path, for whatever is wrong in it.
     """
     try:
-        loaded = model.model_validate(_read_yaml(path))
+        loaded = model.model_validate(read_yaml(path))
     except ValidationError as error:
         raise explain(error, path, model) from None
     if getattr(loaded, "id", path.stem) != path.stem:

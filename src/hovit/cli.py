@@ -270,6 +270,30 @@ def claims(scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
     print(write_claims(load_plan(scale, weights_file=weights)))
 
 
+@app.command()
+def metrics(scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
+    """Write what `dvc metrics` and `dvc plots` show, under results/metrics."""
+    from .report.metrics import write_metrics
+
+    write_metrics(load_plan(scale, weights_file=weights))
+
+
+@app.command()
+def verify() -> None:
+    """Read every file that dvc.lock promises, and DVC's cache; exit code 1 if a byte is other."""
+    from .stored import check_stored
+
+    count, problems = check_stored()
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        raise HovitError(
+            f"{len(problems)} files are missing or changed: "
+            "delete what is changed, then `dvc pull`; or `dvc repro` if you changed it"
+        )
+    print(f"{count} files are the bytes that dvc.lock promises, here and in DVC's cache")
+
+
 evidence = typer.Typer(help="Records made elsewhere: take them in, check them again.")
 app.add_typer(evidence, name="evidence")
 

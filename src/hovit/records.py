@@ -115,7 +115,10 @@ def is_done(path: Path, spec_hash: str, code: str) -> bool:
 
 @lru_cache
 def git_state() -> tuple[str, bool]:
-    """(commit, dirty) of the working directory; ("unknown", True) outside a repository."""
+    """(commit, dirty) of the working directory; ("unknown", True) outside a repository.
+
+    dvc.lock does not count: DVC stages it after every `dvc repro`, and it is a result.
+    """
 
     def git(*args: str) -> str:
         return subprocess.run(
@@ -123,7 +126,8 @@ def git_state() -> tuple[str, bool]:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "-uno"))
+        changed = git("status", "--porcelain", "-uno", ":/", ":!/dvc.lock")
+        return git("rev-parse", "HEAD"), bool(changed)
     except (OSError, subprocess.SubprocessError):
         return "unknown", True
 

@@ -1,0 +1,272 @@
+"""DVC around the DAG, on real repositories: the real dvc.yaml and Snakefile, one small study."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+pytestmark = pytest.mark.slow
+TRACKED = ("Snakefile", "dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvc/plots", ".dvcignore",
+           ".gitignore", "profiles", "config", "src", "results/evidence")  # fmt: skip
+STUDY = """
+id: hovit
+title: "Two rows"
+source: {seed: ours, place: "a test"}
+columns: [parameters, top1, latency]
+rows:
+  - {id: levit_deck, label: "LeViT", model: levit_deck, model_args: {depths: [1, 1, 1]}, ours: true}
+  - {id: hovit, label: "HoViT", model: hovit, recipe: deck_100, reported: {top1: "27.47"}}
+"""
+CLAIMS = """
+id: tiny
+seed: hovit
+claims:
+  - {id: p, says: "HoViT has 4,937,962 parameters", place: "a test", kind: value,
+     of: hovit/hovit/parameters, reported: "4937962"}
+"""
+
+
+def run(root: Path, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """A command in a repository, as in an activated environment, on two cores."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        command,
+        cwd=root,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(root / "src"), **env},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+
+
+def ok(root: Path, *command: str, **env: str) -> str:
+    result = run(root, *command, **env)
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout + result.stderr
+
+
+def git(root: Path, *args: str) -> str:
+    return ok(root, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", *args)
+
+
+def shrink(root: Path) -> None:
+    """Leave one study with two rows, one figure, one claim and a few images."""
+    for kind, name, text in (("studies", "hovit", STUDY), ("claims", "tiny", CLAIMS)):
+        shutil.rmtree(root / "config" / kind)
+        (root / "config" / kind).mkdir()
+        (root / f"config/{kind}/{name}.yaml").write_text(text)
+    for name in ("sample", "mini", "proxy"):
+        (root / f"config/scales/{name}.yaml").unlink()
+    edits = {
+        "config/scales/smoke.yaml": [
+            ("{train: 256, val: 64, test: 128}", "{train: 64, val: 32, test: 32}"),
+            ("  resnet50: {row: pretraining/resnet50}", "  resnet50: {timm: resnet50.a1_in1k}"),
+            ("rounds: 10", "rounds: 3"),
+        ],
+        "Snakefile": [("figure=FIGURES, ext", 'figure=["training_curves"], ext')],
+        "dvc.yaml": [
+            ("--cores all", "--cores 2"),
+            ("  - figures/accuracy_latency.png\n  - figures/five_ideas.png\n", ""),
+        ],
+    }
+    for name, replacements in edits.items():
+        text = (root / name).read_text()
+        for old, new in replacements:
+            assert old in text, (name, old)
+            text = text.replace(old, new)
+        (root / name).write_text(text)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone in which `dvc repro` ran once and was pushed to a folder."""
+    folder = tmp_path_factory.mktemp("a folder")
+    root = folder / "hovit copy"
+    root.mkdir()
+    for name in TRACKED:
+        source, target = ROOT / name, root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)
+    shrink(root)
+    git(root, "init", "-q", "-b", "main")
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "all")
+    first = clone(root, folder / "first")
+    ok(first, "dvc", "repro")
+    git(first, "commit", "-qm", "what dvc repro staged")
+    ok(first, "dvc", "remote", "add", "--local", "--default", "store", str(folder / "remote"))
+    ok(first, "dvc", "push")
+    return first
+
+
+def clone(source: Path, target: Path) -> Path:
+    git(source, "clone", "-q", str(source), str(target))
+    return target
+
+
+def pulled(made: Path, name: str) -> Path:
+    """A fresh clone with everything pulled from the remote."""
+    root = clone(made, made.parent / name)
+    remote = made.parent / "remote"
+    ok(root, "dvc", "remote", "add", "--local", "--default", "store", str(remote))
+    ok(root, "dvc", "pull")
+    return root
+
+
+def snakemake(root: Path, *args: str) -> str:
+    return ok(root, "snakemake", "--cores", "2", "results/tables", *args)
+
+
+def assert_at_rest(root: Path) -> None:
+    """DVC, Snakemake and git all want nothing."""
+    assert "Nothing to be done" in snakemake(root, "-n")
+    assert "Nothing to be done" in snakemake(root)
+    assert "Data and pipelines are up to date" in ok(root, "dvc", "repro")
+    assert git(root, "status", "--porcelain") == ""
+
+
+def flip(path: Path, keep_time: bool = False) -> None:
+    """Flip one byte in the middle of a file."""
+    stat = path.stat()
+    path.chmod(0o644)
+    with open(path, "r+b") as file:
+        file.seek(stat.st_size // 2)
+        byte = file.read(1)
+        file.seek(stat.st_size // 2)
+        file.write(bytes([byte[0] ^ 1]))
+    path.chmod(stat.st_mode)
+    if keep_time:
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_repro_on_a_fresh_clone_makes_the_tables_and_then_rests(made: Path) -> None:
+    assert "27.47" in (made / "results/tables/hovit.md").read_text()
+    assert (made / "figures/training_curves.pdf").exists()
+    record = json.loads(next(made.glob("results/runs/smoke/hovit*/seed0/record.json")).read_text())
+    assert record["provenance"]["dirty"] is False
+    began = time.monotonic()
+    assert "Data and pipelines are up to date" in ok(made, "dvc", "repro")
+    assert time.monotonic() - began <= 15
+    assert_at_rest(made)
+
+
+def test_pushed_and_pulled_nothing_is_made_again_five_times_of_five(made: Path) -> None:
+    for i in range(5):
+        root = pulled(made, f"pulled {i}")
+        assert_at_rest(root)
+        assert "files are the bytes" in ok(root, sys.executable, "-m", "hovit", "verify")
+
+
+def test_a_changed_recipe_trains_only_its_runs_and_diffs_say_so(made: Path) -> None:
+    root = pulled(made, "changed")
+    recipe = root / "config/recipes/deck_100.yaml"
+    lr = yaml.safe_load(recipe.read_text())["lr"]
+    recipe.write_text(recipe.read_text().replace(f"lr: {lr}", "lr: 0.01"))
+    params = json.loads(run(root, "dvc", "params", "diff", "--json").stdout)
+    assert list(params) == ["config/recipes/deck_100.yaml"]
+    assert params["config/recipes/deck_100.yaml"]["lr"].items() >= {"old": lr, "new": 0.01}.items()
+    done = ok(root, "dvc", "repro")
+    assert done.count("rule train:") == 1
+    assert "run=hovit.pets.deck_100" in done
+    assert not any(f"rule {name}:" in done for name in ("data", "measure"))
+    changed = json.loads(run(root, "dvc", "metrics", "diff", "--json").stdout)
+    assert list(changed) == ["results/metrics/smoke/hovit.pets.deck_100.seed0.json"]
+    assert "loss" in next(iter(changed.values()))
+
+
+def test_metrics_and_plots_show_the_runs(made: Path) -> None:
+    shown = ok(made, "dvc", "metrics", "show")
+    assert all(word in shown for word in ("top1", "loss", "reproduced", "hovit.pets.deck_100"))
+    plots = ok(made, "dvc", "plots", "show", "--out", "../plots", "--json")
+    spec = json.loads(plots)["data"]["val_top1"][0]["content"]
+    assert len({point["run"] for point in spec["data"]["values"]}) == 2
+    assert spec["encoding"]["color"]["field"] == "run"
+    ok(made, "dvc", "plots", "show", "--out", "../plots")
+    assert "training_curves" in (made.parent / "plots/index.html").read_text()
+
+
+def test_a_flipped_byte_is_found_and_named_and_mended(made: Path) -> None:
+    root = pulled(made, "flipped")
+    weights = next(root.glob("results/runs/smoke/hovit*/seed0/weights.safetensors"))
+    name = weights.relative_to(root).as_posix()
+    flip(weights)
+    assert f"modified: {name}" in ok(root, "dvc", "data", "status", "--granular")
+    ok(root, "dvc", "checkout", "--force", "results/runs/smoke")
+
+    md5s = {p.read_bytes(): p for p in (root / ".dvc/cache/files/md5").glob("*/*")}
+    cached = md5s[weights.read_bytes()]
+    for victim in (weights, cached):  # what DVC believes unchanged: same size, same time
+        flip(victim, keep_time=True)
+        found = run(root, sys.executable, "-m", "hovit", "verify")
+        assert found.returncode == 1
+        assert f"{victim.relative_to(root)}: not the bytes" in found.stderr
+        assert name in found.stderr
+        assert "error: 1 files" in found.stderr
+        victim.unlink()
+        ok(root, "dvc", "pull")
+        assert "files are the bytes" in ok(root, sys.executable, "-m", "hovit", "verify")
+    assert_at_rest(root)
+
+
+def test_an_s3_remote_takes_and_gives_everything(made: Path, monkeypatch) -> None:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(key, "testing")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        monkeypatch.setenv("NO_PROXY", host)
+        url = f"http://{host}:{port}"
+        request = urllib.request.Request(f"{url}/hovit", method="PUT")
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request).close()
+        source, target = pulled(made, "to s3"), clone(made, made.parent / "from s3")
+        for root in (source, target):
+            ok(root, "dvc", "remote", "add", "--local", "-f", "-d", "store", "s3://hovit/dvc")
+            ok(root, "dvc", "remote", "modify", "--local", "store", "endpointurl", url)
+        assert "pushed" in ok(source, "dvc", "push")
+        assert "up to date" in ok(source, "dvc", "push")
+        ok(target, "dvc", "pull")
+        assert_at_rest(target)
+    finally:
+        server.stop()
+
+
+def test_the_environment_need_not_be_activated(made: Path) -> None:
+    (made / ".venv").symlink_to(sys.prefix)
+    done = ok(made, ".venv/bin/dvc", "repro", "--force", "--single-item", "provenance",
+              PATH="/usr/bin:/bin")  # fmt: skip
+    assert "Nothing to be done" in done
+
+
+def test_results_that_are_there_already_are_taken_over(made: Path) -> None:
+    """`make tables` first and `dvc repro` later makes nothing twice."""
+    root = pulled(made, "taken over")
+    (root / "dvc.lock").unlink()
+    done = ok(root, "dvc", "repro")
+    assert done.count("Nothing to be done") == 4
+    assert git(root, "status", "--porcelain") == ""
+
+
+def test_dvc_is_quiet_and_its_stages_are_whole() -> None:
+    pipeline = yaml.safe_load((ROOT / "dvc.yaml").read_text())
+    outs = [out for stage in pipeline["stages"].values() for out in stage["outs"]]
+    assert all(next(iter(out.values())) == {"persist": True} for out in outs)
+    params = {next(iter(param)) for param in pipeline["stages"]["runs"]["params"]}
+    recipes = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("config/recipes/*.yaml")}
+    assert params == recipes | {"config/scales/${scale}.yaml"}
+    for option in ("core.analytics", "core.check_update"):
+        assert ok(ROOT, "dvc", "config", option).strip() == "false"
