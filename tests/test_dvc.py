@@ -13,6 +13,9 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from hovit.errors import HovitError
+from hovit.stored import check_stored
+
 pytestmark = pytest.mark.slow
 TRACKED = ("Snakefile", "dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvc/plots", ".dvcignore",
            ".gitignore", "profiles", "config", "src", "results/evidence")  # fmt: skip
@@ -270,3 +273,11 @@ def test_dvc_is_quiet_and_its_stages_are_whole() -> None:
     assert params == recipes | {"config/scales/${scale}.yaml"}
     for option in ("core.analytics", "core.check_update"):
         assert ok(ROOT, "dvc", "config", option).strip() == "false"
+
+
+@pytest.mark.parametrize("text", [None, "stages: 3", "[", "stages: {a: {outs: [1]}}"])
+def test_verify_without_a_readable_lock_says_so(tmp_path: Path, text: str | None) -> None:
+    if text:
+        (tmp_path / "dvc.lock").write_text(text)
+    with pytest.raises(HovitError, match=r"dvc\.lock"):
+        check_stored(tmp_path)
