@@ -57,8 +57,9 @@ def _state(canvas: "Canvas", results: Results, study: Study, latency: bool = Tru
     """Say under the figure what was run: scale, data, seeds and device."""
     plan = results.plan
     runs = [run for row in plan.rows_run(study) for run in plan.runs_of(study, row)]
-    devices = {str(results.latency_device(plan.study(name))) for name in IDEAS} - {"None"}
-    device = " and ".join(sorted(devices)) if latency else ""
+    studies = [plan.study(name) for name in IDEAS] if latency else []
+    devices = {str(results.latency_device(each)) for each in studies} - {"None"}
+    device = " and ".join(sorted(devices))
     parts = [f"scale {plan.scale.id}"]
     if runs:
         parts += [f"{runs[0].dataset.title}, {runs[0].image_size} px"]
