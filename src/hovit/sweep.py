@@ -1,6 +1,6 @@
 """A study's runs and measurements one after another in one process, without Snakemake.
 
-For a time-limited notebook or a borrowed GPU: stops cleanly before the budget is spent, and the
+For a time-limited notebook or a rented GPU: stops cleanly before the budget is spent, and the
 same command goes on next time.
 """
 
