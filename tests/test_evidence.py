@@ -72,6 +72,11 @@ def test_what_verifies_is_taken_byte_for_byte_and_once(catalogue: Catalogue, her
 
 
 def test_what_is_committed_verifies(catalogue: Catalogue) -> None:
+    commits = {read_record(p).provenance.commit for p in records_in(ROOT / EVIDENCE)}
+    for commit in commits - {"unknown"}:
+        there = subprocess.run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], cwd=ROOT)
+        if there.returncode:
+            pytest.skip(f"this clone has not the whole history: no commit {commit[:10]}")
     assert verify(catalogue, ROOT)[1] == []
 
 
