@@ -15,6 +15,7 @@ from .factory import create_model
 from .files import read_json
 from .measure.cost import macs
 from .plan import Plan, Run
+from .splits import split_sizes
 
 PROBE = ("levit_256", 8)  # model and batch whose speed stands for all
 
@@ -76,10 +77,13 @@ def _cost_line(runs: list[Run]) -> str:
 
 
 def _images(run: Run) -> int | None:
-    """Training images of a run, if its data are packed."""
+    """Training images of a run, if its data are packed or the catalogue says how many there are."""
     path = run.pack.folder / "pack.json"
     if not path.exists():
-        return None
+        if run.dataset.images is None:
+            return None
+        images = split_sizes(run.dataset.images, run.dataset.split)[0]
+        return min(images, run.limit.train or images)
     try:
         images = int(read_json(path)["images"]["train"])
     except (KeyError, TypeError, ValueError):
