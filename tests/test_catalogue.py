@@ -14,10 +14,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from hovit import catalogue
-from hovit.catalogue import KINDS, Study, load_catalogue, load_file
+from hovit import reading
+from hovit.catalogue import KINDS, Study, load_catalogue
 from hovit.errors import HovitError
 from hovit.plan import Plan, load_plan
+from hovit.reading import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "config"
@@ -449,6 +450,6 @@ def test_catalogue_objects_are_frozen():
 
 
 def test_allowed_keys_are_found_through_optional_and_list_types():
-    assert "train" in catalogue._fields_at(KINDS["scales"], ("limit",))
-    assert "timm" in catalogue._fields_at(KINDS["scales"], ("weights", "resnet50"))
-    assert "label" in catalogue._fields_at(Study, ("rows", 3))
+    assert "train" in reading._fields_at(KINDS["scales"], ("limit",))
+    assert "timm" in reading._fields_at(KINDS["scales"], ("weights", "resnet50"))
+    assert "label" in reading._fields_at(Study, ("rows", 3))

@@ -31,7 +31,7 @@ from torch import nn
 
 import hovit.training.loop
 from hovit import cli
-from hovit.catalogue import KINDS, Dataset, load_file
+from hovit.catalogue import KINDS, Dataset
 from hovit.data.pack import fingerprint, open_pack, prepare
 from hovit.errors import HovitError
 from hovit.evidence import check
@@ -39,6 +39,7 @@ from hovit.files import alone, digest, read_json, read_sealed, write_json, write
 from hovit.measure.study import _resume
 from hovit.plan import Pack, Plan, Run, load_plan
 from hovit.predictions import read_predictions, write_predictions
+from hovit.reading import load_file
 from hovit.records import read_record, write_record
 from hovit.report.values import _counts
 from hovit.training.checkpoint import (

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import hovit
-from hovit import catalogue
+from hovit import reading
 
 SRC = Path(hovit.__file__).parent
 TORCH = {"torch", "torchvision", "timm", "lightning", "lightning_fabric"}
@@ -145,7 +145,7 @@ def test_nothing_is_unpickled():
 
 
 def test_yaml_is_read_by_the_safe_loader():
-    assert issubclass(catalogue._UniqueKeys, yaml.SafeLoader)
+    assert issubclass(reading._UniqueKeys, yaml.SafeLoader)
     calls = [
         (path.name, ast.unparse(node))
         for path in SRC.rglob("*.py")

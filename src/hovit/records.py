@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from .catalogue import Strict, explain
+from .catalogue import Strict
 from .errors import HovitError, one_line
 from .files import digest, read_json, write_json
+from .reading import explain
 
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "lightning-fabric", "hovit")

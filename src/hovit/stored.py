@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from .catalogue import read_yaml
 from .errors import HovitError
+from .reading import read_yaml
 
 LOCK = Path("dvc.lock")
 CACHE = Path(".dvc/cache/files/md5")
