@@ -96,7 +96,7 @@ class Recipe(Strict):
     title: Text
     epochs: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=2)]
-    image_size: Annotated[int, Field(ge=64)] = 224
+    image_size: Annotated[int, Field(ge=32)] = 224
     optimizer: Literal["adam", "adamw", "sgd"]
     lr: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -146,7 +146,7 @@ class Scale(Strict):
     rank: Annotated[int, Field(ge=0)]  # the larger, the more its evidence counts
     datasets: dict[Role, Name]
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
-    image_size: Annotated[int, Field(ge=64)] | None = None  # None: the recipe's
+    image_size: Annotated[int, Field(ge=32)] | None = None  # at most; None: the recipe's
     epoch_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
     limit: Limit = Limit()
     weights: dict[Name, WeightsFrom]  # pretrained model -> where from

@@ -138,7 +138,7 @@ class Plan:
         role = row.dataset or study.dataset
         recipe = self.catalogue.recipes[row.recipe or study.recipe]
         factor = self.scale.epoch_factor
-        size = self.scale.image_size or recipe.image_size
+        size = min(self.scale.image_size or recipe.image_size, recipe.image_size)
         scaled = recipe.model_copy(
             update={
                 "epochs": max(1, round(recipe.epochs * factor)),
