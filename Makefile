@@ -8,7 +8,7 @@ DATA =
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup tables test lint format lock dag clean
+.PHONY: help setup tables claims test lint format lock dag clean
 
 MIN_PYTHON = $(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
 IN_VENV = PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -33,6 +33,9 @@ setup: .venv/.synced ## Make .venv from the hash-checked locks in envs/
 
 tables: setup ## Run the whole DAG; SCALE=mini and DATA=../shared/data are optional
 	$(IN_VENV) snakemake --cores all results/tables$(CONFIG)
+
+claims: setup ## Judge the claims; fails where one is not as results/verdicts.json says
+	$(IN_VENV) snakemake --cores all claims$(CONFIG)
 
 test: lint ## Lint, then run the tests
 	$(IN_VENV) pytest -n 2

@@ -126,7 +126,7 @@ rule data:
         "python -m hovit data {wildcards.pack} > {log} 2>&1"
 
 
-# state.safetensors and best.safetensors are not declared: a killed run goes on from them.
+# state.safetensors and best-N.safetensors are not declared: a killed run goes on from them.
 rule train:
     input:
         pack=lambda w: run_of(w).pack.folder / "pack.json",
@@ -206,7 +206,7 @@ rule figure:
         "python -m hovit figure {wildcards.figure} --scale {params.scale} > {log} 2>&1"
 
 
-rule claims:
+rule judge:
     input:
         lambda w: records(PLAN.claimed),
         expand("config/studies/{study}.yaml", study=[s.id for s in PLAN.claimed]),
@@ -216,13 +216,23 @@ rule claims:
         "results/claims.json",
         "results/claims.md",
     log:
-        "logs/claims.log",
+        "logs/judge.log",
     params:
         scale=SCALE,
         code=code_hash("report"),
         evidence=EVIDENCE,
     shell:
         "python -m hovit claims --scale {params.scale} > {log} 2>&1"
+
+
+# Prints the tally; fails if a verdict is other than the one in results/verdicts.json.
+rule claims:
+    input:
+        "results/claims.json",
+    params:
+        scale=SCALE,
+    shell:
+        "python -m hovit claims --check --scale {params.scale}"
 
 
 rule index:

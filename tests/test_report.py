@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +16,16 @@ from hovit.errors import HovitError
 from hovit.files import write_json
 from hovit.plan import Plan, load_plan
 from hovit.records import read_record, write_record
-from hovit.report.claims import judge, judge_all, tally, write_claims
+from hovit.report.claims import (
+    ACCEPTED,
+    accept,
+    check_accepted,
+    judge,
+    judge_all,
+    reported_numbers,
+    tally,
+    write_claims,
+)
 from hovit.report.explain import explain
 from hovit.report.figures import FIGURES, draw
 from hovit.report.tables import write_index, write_table
@@ -273,3 +283,61 @@ def test_explain_leads_to_the_record_and_back(
     ):
         with pytest.raises(HovitError, match=what):
             explain(plan, table, row, column)
+
+
+def test_what_differs_from_the_accepted_verdicts_is_named(root: Path, plan: Plan) -> None:
+    config = shutil.copytree(ROOT / "config", root / "config")
+    accept(plan, root)
+    assert check_accepted(plan, root) == []
+    edits = {
+        "studies/hovit.yaml": ('"27.47"', '"27.48"', {"hovit/hovit/top1"}),
+        "claims/hovit.yaml": ('"68.62"', '"86.62"', {"hovit-fewer-parameters"}),
+        "studies/depth.yaml": ('top1: "13.78", ', "", {"depth/blocks_222/top1"}),
+    }
+    for name, (old, new, named) in edits.items():
+        text = (config / name).read_text()
+        assert old in text
+        (config / name).write_text(text.replace(old, new, 1))
+        lines = check_accepted(load_plan("mini", config), root)
+        assert {line.split(":")[0] for line in lines} == named
+        (config / name).write_text(text)
+
+
+def test_a_dropped_run_and_a_better_one_turn_a_verdict(plan: Plan, root: Path) -> None:
+    accept(plan, root)
+    (l_levit,) = plan.runs_of(plan.study("hovit"), plan.study("hovit").row("l_levit_deck"))[:1]
+    write_record(root / l_levit.folder / "record.json", train_record(l_levit, 1.0))
+    other = plan.run(l_levit.id, 1)
+    write_record(root / other.folder / "record.json", train_record(other, 1.0))
+    changed = check_accepted(plan, root)
+    assert any(line.startswith("launcher-accuracy: contradicted, but") for line in changed)
+    for seed in (0, 1):
+        (root / plan.run(l_levit.id, seed).folder / "record.json").unlink()
+    assert any("not measured, but accepted was" in line for line in check_accepted(plan, root))
+
+
+def test_accepted_verdicts_that_cannot_be_read(plan: Plan, root: Path) -> None:
+    with pytest.raises(HovitError, match=r"verdicts\.json: no such file"):
+        check_accepted(plan, root)
+    write_json(root / ACCEPTED, {"reported": [], "verdicts": {}})
+    with pytest.raises(HovitError, match="not what `hovit claims --accept` writes"):
+        check_accepted(plan, root)
+
+
+def test_the_committed_verdicts_are_of_this_catalogue(plan: Plan) -> None:
+    committed = json.loads((ROOT / ACCEPTED).read_text())
+    assert committed["reported"] == reported_numbers(plan.catalogue)
+    assert set(committed["verdicts"]) == {
+        claim.id for file in plan.catalogue.claims.values() for claim in file.claims
+    }
+
+
+def test_a_ratio_to_nothing_is_not_measured(plan: Plan, root: Path) -> None:
+    study = plan.study("hovit")
+    record = measure_record(plan, "hovit")
+    record.results["rows"]["levit_deck"]["parameters"] = 0
+    write_record(root / plan.measured(study), record)
+    claim = Claim(id="r", says="s", place="p", kind="ratio", reported="1",
+                  of="hovit/hovit/parameters", to="hovit/levit_deck/parameters")  # fmt: skip
+    verdict = judge([Results(plan, root)], claim, "hovit")
+    assert (verdict.verdict, verdict.why) == ("not measured", "hovit/levit_deck/parameters is 0")

@@ -263,11 +263,30 @@ def figure(name: str, scale: ScaleOption = "smoke", weights: WeightsOption = Non
 
 
 @app.command()
-def claims(scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
+def claims(
+    scale: ScaleOption = "smoke",
+    weights: WeightsOption = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit code 1 if one is not as results/verdicts.json.")
+    ] = False,
+    accept: Annotated[
+        bool, typer.Option("--accept", help="Write results/verdicts.json: these are expected.")
+    ] = False,
+) -> None:
     """Judge the seeds' claims by the records; write results/claims.json and .md."""
-    from .report.claims import write_claims
+    from .report import claims as report
 
-    print(write_claims(load_plan(scale, weights_file=weights)))
+    plan = load_plan(scale, weights_file=weights)
+    print(report.write_claims(plan))
+    if accept:
+        report.accept(plan)
+    if check and (differences := report.check_accepted(plan)):
+        for line in differences:
+            print(line, file=sys.stderr)
+        raise HovitError(
+            f"{len(differences)} verdicts or reported numbers differ from {report.ACCEPTED}; "
+            "if they should, `hovit claims --accept`"
+        )
 
 
 @app.command()

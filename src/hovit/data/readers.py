@@ -8,6 +8,7 @@ import io
 import os
 import re
 import shutil
+import socket
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from ..files import clear_leftovers, digest, file_digest
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
 EXTRACTED = Path("data/extracted")
+SILENCE = 30.0  # seconds after which a download that says nothing has failed
 MAX_BYTES = 64 * 2**20  # of one image file; a zip may promise anything
 
 
@@ -78,6 +80,8 @@ def _digits(dataset: Dataset, data_root: Path) -> list[Item]:
 
 def _download(build: Callable[[], list[Item]], dataset: Dataset, data_root: Path) -> list[Item]:
     """Run a torchvision reader; a failed download or a wrong checksum becomes one line."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE)  # torchvision sets none, and would wait for ever
     try:
         return build()
     except (OSError, RuntimeError) as error:
@@ -87,6 +91,8 @@ def _download(build: Callable[[], list[Item]], dataset: Dataset, data_root: Path
             f"{dataset.id}: torchvision could not get it into {data_root} ({one_line(error)}); "
             "without a network, put its archives or folders there by hand"
         ) from None
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def _oxford_iiit_pet(dataset: Dataset, data_root: Path) -> list[Item]:

@@ -1,16 +1,22 @@
-"""The seeds' claims, judged by the records. A verdict is computed, never typed."""
+"""The seeds' claims, judged by the records. A verdict is computed, never typed.
+
+`results/verdicts.json` is what they came to when somebody last read and accepted them, with every
+number that the catalogue says the seeds reported: whatever differs from it is named.
+"""
 
 import math
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..catalogue import Claim
-from ..files import write_json, write_text
+from ..catalogue import Catalogue, Claim
+from ..errors import HovitError
+from ..files import read_json, write_json, write_text
 from ..plan import Plan
 from .values import INEXACT, TRAINED, Results, Value, find_evidence
 
 VERDICTS = ("reproduced", "contradicted", "within noise", "not measured")
+ACCEPTED = Path("results/verdicts.json")
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,8 @@ def _judge_by(results: Results, claim: Claim, seed: str) -> Verdict:
         if value is None:
             return verdict("not measured", None, missing)
         values.append(value)
+    if claim.kind in ("ratio", "reduction") and not values[1].mean:
+        return verdict("not measured", None, f"{claim.to} is 0", *values)
     if claim.to is None:
         number, noise = values[0].mean, values[0].noise
     else:
@@ -94,7 +102,9 @@ def _ratio_noise(a: Value, b: Value) -> float:
         ratios = [x / y for x, y in zip(a.samples, b.samples, strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4)
         return (high - low) / 2
-    return abs(a.mean / b.mean) * math.hypot(a.noise / (a.mean or 1), b.noise / b.mean)
+    if not a.mean:
+        return a.noise / abs(b.mean)
+    return abs(a.mean / b.mean) * math.hypot(a.noise / a.mean, b.noise / b.mean)
 
 
 def _direction(
@@ -161,6 +171,52 @@ def tally(verdicts: list[Verdict]) -> str:
     return ", ".join(f"{n} {name}" for name, n in counts)
 
 
+def reported_numbers(catalogue: Catalogue) -> dict[str, str]:
+    """Every number that the catalogue says a seed printed, by its place."""
+    rows = {
+        f"{study.id}/{row.id}/{metric}": number
+        for study in catalogue.studies.values()
+        for row in study.rows
+        for metric, number in row.reported.items()
+    }
+    claims = {
+        claim.id: claim.reported
+        for file in catalogue.claims.values()
+        for claim in file.claims
+        if claim.reported is not None
+    }
+    return rows | claims
+
+
+def accept(plan: Plan, root: Path = Path()) -> None:
+    """Write `results/verdicts.json`: these verdicts have been read, and are what is expected."""
+    verdicts = {v.id: v.verdict for v in judge_all(plan, root)}
+    write_json(
+        root / ACCEPTED, {"reported": reported_numbers(plan.catalogue), "verdicts": verdicts}
+    )
+
+
+def check_accepted(plan: Plan, root: Path = Path()) -> list[str]:
+    """A line for every verdict, and every reported number, that is not what was accepted.
+
+    Raises:
+        HovitError: if `results/verdicts.json` is missing or is no such file.
+    """
+    accepted = read_json(root / ACCEPTED)
+    found = {
+        "reported": reported_numbers(plan.catalogue),
+        "verdicts": {v.id: v.verdict for v in judge_all(plan, root)},
+    }
+    if any(not isinstance(accepted.get(part), dict) for part in found):
+        raise HovitError(f"{root / ACCEPTED}: not what `hovit claims --accept` writes")
+    return [
+        f"{name}: {now.get(name, 'gone')}, but accepted was {accepted[part].get(name, 'nothing')}"
+        for part, now in found.items()
+        for name in sorted(now | accepted[part])
+        if now.get(name) != accepted[part].get(name)
+    ]
+
+
 def write_claims(plan: Plan, root: Path = Path()) -> str:
     """Write `results/claims.json` and `.md`; gives the tally."""
     verdicts = judge_all(plan, root)
@@ -176,7 +232,8 @@ def write_claims(plan: Plan, root: Path = Path()) -> str:
         "",
         "Latency is judged by ratios and ranks only: the device is another than the seed's. A "
         "difference is noise where it is smaller than a 95 % interval over seeds and test images "
-        "(accuracy), or than half the inter-quartile range of the rounds' ratios (latency).",
+        "(accuracy), or than half the inter-quartile range of the rounds' ratios (latency). Where "
+        "a claim only compares, what was measured is the difference.",
         "",
         "| verdict | claim | place | reported | measured | why | by |",
         "| :-- | :-- | :-- | --: | --: | :-- | :-- |",

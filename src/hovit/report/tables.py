@@ -153,8 +153,9 @@ def describe(results: Results, study: Study) -> dict[str, str]:
         lines["Commit"] = ", ".join(commits)
     lines["Recipe"] = f"{runs[0].recipe.title}; here {plural(runs[0].recipe.epochs, 'epoch')}"
     lines["Seeds"] = _seeds(results, study)
-    started = sorted({results.weights_from(study, row) for row in rows} - {""})
-    lines["ResNet50 of the Launcher from"] = "; ".join(started) or "no row has one"
+    with_records = [row for row in rows if results.trained(study, row)]
+    started = sorted({results.weights_from(study, row) for row in with_records} - {""})
+    lines["ResNet50 of the Launcher from"] = "; ".join(started) or "no trained row has one"
     device = results.latency_device(study)
     if device:
         measured = results.measured(study)

@@ -379,10 +379,10 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 def make_fabric(precision: str, accelerator: str = "auto") -> Fabric:
     """Fabric for one machine, launched; under torchrun it takes rank and world from there.
 
+    Models with weights that nothing reads (the deck's dead kv) need DDP to look for them.
+
     Raises:
         HovitError: for an accelerator that is not here.
-
-    Models with weights that nothing reads (the deck's dead kv) need DDP to look for them.
     """
     accelerator = pick_device(accelerator).type
     world = os.environ.get("WORLD_SIZE", "1")
