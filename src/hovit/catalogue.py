@@ -135,7 +135,7 @@ class Latency(Strict):
     rounds: Annotated[int, Field(ge=3)] = 30
     warmup: Annotated[int, Field(ge=1)] = 3
     threads: Annotated[int, Field(ge=1)] = 2
-    image_size: Annotated[int, Field(ge=64)] | None = None  # None: the recipe's
+    image_size: Annotated[int, Field(ge=32)] | None = None  # at most; None: the scale's
 
 
 class Scale(Strict):
@@ -208,6 +208,7 @@ class Study(Strict):
     dataset: Role = "pets"
     recipe: Name = "deck"
     num_classes: Annotated[int, Field(ge=2)] = 37  # at which parameters and multiply-adds count
+    image_size: Annotated[int, Field(ge=32)] = 224  # likewise; latency at this or less
     columns: Annotated[tuple[Metric, ...], Field(min_length=1)]
     notes: tuple[Text, ...] = ()
     rows: Annotated[tuple[Row, ...], Field(min_length=1)]

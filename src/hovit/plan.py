@@ -14,7 +14,6 @@ from .errors import HovitError
 from .files import digest, file_digest
 
 RUNS = Path("results/runs")
-COST_SIZE = 224  # pixels at which parameters and multiply-adds are counted: the deck's
 
 
 class Weights(Strict):
@@ -270,12 +269,13 @@ class Plan:
     def measure_spec(self, study: Study) -> dict[str, Any]:
         """All that decides what is measured for a study."""
         latency = self.scale.latency.model_dump(mode="json")
-        latency["image_size"] = latency["image_size"] or self.scale.image_size or COST_SIZE
+        most = latency["image_size"] or self.scale.image_size or study.image_size
+        latency["image_size"] = min(most, study.image_size)
         latency["precision"] = "fp32, TF32 off"
         return {
             "study": study.id,
             "num_classes": study.num_classes,
-            "image_size": COST_SIZE,
+            "image_size": study.image_size,
             "latency": latency if "latency" in study.columns else None,
             "rows": {
                 row.id: {"model": row.model, "model_args": row.model_args, "part": row.part}

@@ -13,7 +13,7 @@ from ..device import describe_device, peak_memory_mb
 from ..errors import HovitError, OutOfTime
 from ..factory import create_model
 from ..files import digest, read_sealed, write_sealed
-from ..plan import COST_SIZE, Plan
+from ..plan import Plan
 from ..records import Device, Record, make_provenance, write_record
 from ..sources import code_hash
 from .cost import cost
@@ -53,7 +53,9 @@ def measure_study(
     spec = plan.measure_spec(study)
     code = study_code(plan, study)
     rows: dict[str, dict[str, Any]] = {
-        name: dict(cost(row["model"], row["model_args"], study.num_classes, COST_SIZE, row["part"]))
+        name: dict(
+            cost(row["model"], row["model_args"], study.num_classes, study.image_size, row["part"])
+        )
         for name, row in spec["rows"].items()
     }
     where = describe_device(device)

@@ -7,7 +7,8 @@ Seed: the HoViT slide deck (seeds/000), slides "02 LeViT Based Approach" and "04
 The deck's model is not the LeViT authors' (that one is timm's `levit_256`): one Linear makes q, k
 and v, heads are 64 wide, there is no attention bias, and the downsampling "shrink" block computes
 keys and values that nothing reads. `levit_deck` keeps all of this, because the deck's numbers
-describe it; `levit_deck_fixed` is what it meant (ours).
+describe it; `levit_deck_fixed` is what it meant (ours). `attention="jaccard"`, say, puts another
+form of `hovit.attention` into every block (slides "LeViT + ...").
 
 No layer knows the input's size, so any image of at least 64 x 64 pixels will do.
 """
@@ -22,6 +23,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.levit import LinearNorm, NormLinear, Stem16
 from torch import Tensor, nn
+
+from ..attention.modules import create_attention
 
 HEAD_DIM = 64
 Size = tuple[int, int]
@@ -44,16 +47,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """One Linear+BN to q, k, v; softmax(q k^T / 8) v; Hardswish; Linear+BN. No attention bias."""
+    """One Linear+BN to q, k, v; softmax(q k^T / 8) v; Hardswish; Linear+BN. No attention bias.
 
-    def __init__(self, dim: int) -> None:
+    Args:
+        dim: channels.
+        form: another attention by name (`hovit.attention`). `gated` brings a gate of its own, which
+            takes Hardswish's place.
+        options: the form's own.
+    """
+
+    def __init__(self, dim: int, form: str = "dot", **options: Any) -> None:
         super().__init__()
         self.qkv = LinearNorm(dim, 3 * dim)
-        self.act = nn.Hardswish()
+        self.attend = create_attention(form, dim, dim // HEAD_DIM, **options)
+        self.act = nn.Identity() if form == "gated" else nn.Hardswish()
         self.proj = LinearNorm(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, N, C] -> [B, N, C]
-        return self.proj(self.act(attend(*self.qkv(x).chunk(3, dim=2))))
+    def forward(self, x: Tensor, size: Size) -> Tensor:  # [B, H*W, C] -> [B, H*W, C]
+        return self.proj(self.act(self.attend(*self.qkv(x).chunk(3, dim=2), x, size)))
 
 
 class Mlp(nn.Sequential):
@@ -85,23 +96,26 @@ class Block(nn.Module):
         drop: dropout probability in the MLP.
         board: `''`; `'mask'`, which zeroes the attention's input where row + column is odd (the
             deck's idea 2: nothing is saved); or `'drop'`, which leaves those tokens out (ours).
+        attention: the attention's arguments.
     """
 
-    def __init__(self, dim: int, drop: float = 0.0, board: str = "") -> None:
+    def __init__(
+        self, dim: int, drop: float = 0.0, board: str = "", attention: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
-        self.attn = Attention(dim)
+        self.attn = Attention(dim, **attention or {})
         self.mlp = Mlp(dim, drop)
         self.board = board
 
     def forward(self, x: Tensor, size: Size) -> Tensor:  # [B, H*W, C] -> [B, H*W, C]
         if self.board == "mask":
             mask, _ = checkerboard(size, x.device)
-            x = x + self.attn(x * mask[:, None])
+            x = x + self.attn(x * mask[:, None], size)
         elif self.board == "drop":
             _, kept = checkerboard(size, x.device)  # 25 of 49 tokens at 7 x 7
-            x = x.index_add(1, kept, self.attn(x[:, kept]).to(x.dtype))
+            x = x.index_add(1, kept, self.attn(x[:, kept], size).to(x.dtype))
         else:
-            x = x + self.attn(x)
+            x = x + self.attn(x, size)
         return x + self.mlp(x)
 
 
@@ -201,9 +215,12 @@ class LevitDeck(nn.Module):
         conv_stages: stages, counted from 0, that are 1 x 1 convolutions instead (idea 1).
         board: `'mask'` or `'drop'` for the second stage's attention (idea 2).
         drop_rate: dropout in MLPs and heads (idea 5).
+        attention: the form of attention in every block, and below its options (`power` of
+            `focused`, say); the shrinks keep theirs.
 
     Raises:
-        ValueError: from `forward`, for an image under 64 pixels a side.
+        ValueError: for an attention that there is not, or that has no grid to convolve (`focused`
+            with `board='drop'`); from `forward`, for an image under 64 pixels a side.
     """
 
     def __init__(
@@ -217,8 +234,13 @@ class LevitDeck(nn.Module):
         board: str = "",
         drop_rate: float = 0.0,
         global_pool: str = "avg",
+        attention: str = "dot",
+        **attention_options: Any,
     ) -> None:
         super().__init__()
+        if attention == "focused" and board == "drop":
+            raise ValueError("attention='focused' needs every token in its place: not board='drop'")
+        form = {"form": attention, **attention_options}
         self.num_features = self.head_hidden_size = embed_dim[-1]
         self.drop_rate = drop_rate
         self.distilled_training = False
@@ -230,7 +252,7 @@ class LevitDeck(nn.Module):
                 self.stages.append(ConvStage(previous, width, depth))
                 continue
             down = SHRINKS[shrink](previous, width, width // HEAD_DIM, drop_rate) if i else None
-            blocks = [Block(width, drop_rate, board if i == 1 else "") for _ in range(depth)]
+            blocks = [Block(width, drop_rate, board if i == 1 else "", form) for _ in range(depth)]
             self.stages.append(AttentionStage(down, blocks))
         self.reset_classifier(num_classes, global_pool)
 

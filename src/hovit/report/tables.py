@@ -166,7 +166,9 @@ def describe(results: Results, study: Study) -> dict[str, str]:
             f"median of {setting['rounds']} rounds (spread in the CSV); × is the ratio to the "
             "row's baseline"
         )
-    lines["Counted at"] = f"224 px and {study.num_classes} classes, whatever the scale"
+    lines["Counted at"] = (
+        f"{study.image_size} px and {study.num_classes} classes, whatever the scale"
+    )
     return lines
 
 

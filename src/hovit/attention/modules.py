@@ -1,0 +1,174 @@
+"""The attention forms as modules: what some of them learn, and one call for all.
+
+A block projects its input to q, k and v and hands them over, heads side by side:
+
+    create_attention("jaccard", dim=256, heads=4)(q, k, v, x, size, bias)
+
+with q, k, v and x (the block's input) [B, N, dim], `size` the tokens' grid (H, W) with H W = N, and
+`bias` [W, heads, N, N] or None. It gives [B, N, dim]; the block's own projection comes after.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .linear import CHUNK, LEAST_GATE, focus, gated_chunks, linear_attention
+from .similarity import SIMILARITIES, attention
+
+Size = tuple[int, int]
+
+
+def to_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, N, C] -> [B, heads, N, C / heads]."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def from_heads(x: Tensor) -> Tensor:
+    """[B, heads, N, d] -> [B, N, heads d]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+class SimilarityAttention(nn.Module):
+    """Softmax attention under a similarity.
+
+    Jaccard lies between -1/3 and 1, too flat for a softmax: it has a temperature per head, which is
+    learned and begins at sqrt(d) (ours).
+    """
+
+    def __init__(self, dim: int, heads: int, similarity: str) -> None:
+        super().__init__()
+        self.heads = heads
+        self.similarity = similarity
+        learned = similarity.startswith("jaccard")
+        start = torch.full((heads,), math.sqrt(dim // heads))
+        self.temperature = nn.Parameter(start) if learned else None
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, size: Size, bias: Tensor | None = None
+    ) -> Tensor:
+        q, k, v = (to_heads(t, self.heads) for t in (q, k, v))
+        return from_heads(attention(self.similarity, q, k, v, bias, self.temperature))
+
+
+class FocusedAttention(nn.Module):
+    """FLatten's attention: phi(q) (phi(k)^T v) / (phi(q) . sum phi(k)) + depthwise conv of v.
+
+    phi(x) = |x| / |x^p| x^p of x = (ReLU(.) + 1e-6) / softplus(scale), over all channels, before
+    they are split into heads. The convolution is one for all heads. Constants as in FLatten's code.
+
+    Args:
+        dim: channels.
+        heads: heads.
+        power: p, the focusing factor.
+        kernel: of the convolution, in tokens; odd.
+        tokens: with it, a learned position of that many tokens is added to k (begins at 0), as
+            FLatten does in place of a bias. Without, any number of tokens will do.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, power: float = 3.0, kernel: int = 5, tokens: int | None = None
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.power = power
+        self.scale = nn.Parameter(torch.zeros(dim))
+        self.position = nn.Parameter(torch.zeros(tokens, dim)) if tokens else None
+        width = dim // heads
+        self.conv = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, size: Size, bias: Tensor | None = None
+    ) -> Tensor:
+        if self.position is not None:
+            k = k + self.position
+        scale = F.softplus(self.scale)
+        q, k = (focus((F.relu(t) + 1e-6) / scale, self.power) for t in (q, k))
+        q, k, v = (to_heads(t, self.heads) for t in (q, k, v))
+        local = v.flatten(0, 1).transpose(1, 2).unflatten(2, size)  # [B heads, d, H, W]
+        local = self.conv(local).flatten(2).transpose(1, 2)
+        return from_heads(linear_attention(q, k, v) + local.unflatten(0, (-1, self.heads)))
+
+
+class GatedAttention(nn.Module):
+    """Gated linear attention as the deck writes it (eq. 4-11), tokens in raster order.
+
+    alpha and beta are sigmoid(x W + b)^(1/tau), W of low rank (as in the GLA paper); the output is
+    Swish(x W_r + b_r) * LN(o), LN on each head's. Gates under e^-1.25 a token are held there (ours;
+    at tau = 16 a pre-activation under -20). Runs in float32 whatever the autocast.
+
+    Args:
+        dim: channels of k and of v.
+        heads: heads.
+        tau: the root of the gates (16, as in the GLA paper).
+        rank: of the gates' projections.
+        two_way: add a second scan, from the last token to the first (ours).
+        chunk: tokens whose pairs are taken at once; changes speed alone.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        tau: float = 16.0,
+        rank: int = 16,
+        two_way: bool = False,
+        chunk: int = CHUNK,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.tau = tau
+        self.two_way = two_way
+        self.chunk = chunk
+        self.alpha, self.beta = (
+            nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, dim)) for _ in range(2)
+        )
+        self.gate = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim // heads)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, size: Size, bias: Tensor | None = None
+    ) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logs = [
+            (F.logsigmoid(f(x).to(wide)) / self.tau).clamp(min=LEAST_GATE)
+            for f in (self.alpha, self.beta)
+        ]
+        with torch.autocast(x.device.type, enabled=False):
+            q, k, v, *logs = (to_heads(t.to(wide), self.heads) for t in (q, k, v, *logs))
+            out = gated_chunks(q, k, v, logs[0], logs[1], self.chunk)
+            if self.two_way:
+                q, k, v, *logs = (t.flip(2) for t in (q, k, v, *logs))
+                out = out + gated_chunks(q, k, v, logs[0], logs[1], self.chunk).flip(2)
+        return F.silu(self.gate(x)) * from_heads(self.norm(out))
+
+
+ATTENTIONS = (*SIMILARITIES, "focused", "gated")
+
+
+def create_attention(
+    name: str, dim: int, heads: int, tokens: int | None = None, **options: Any
+) -> nn.Module:
+    """An attention form by name.
+
+    Args:
+        name: one of ATTENTIONS.
+        dim, heads: channels, and into how many heads they are split.
+        tokens: how many tokens there always are, if that is known.
+        options: the form's own.
+
+    Raises:
+        ValueError: for a name or an option that there is not.
+    """
+    if name not in ATTENTIONS:
+        raise ValueError(f"attention {name!r}: there are {', '.join(ATTENTIONS)}")
+    try:
+        if name == "focused":
+            return FocusedAttention(dim, heads, tokens=tokens, **options)
+        if name == "gated":
+            return GatedAttention(dim, heads, **options)
+        return SimilarityAttention(dim, heads, name, **options)
+    except TypeError:
+        raise ValueError(f"attention {name!r} does not take {', '.join(options)}") from None

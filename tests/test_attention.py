@@ -1,0 +1,383 @@
+"""Every attention form against its formula, written out plainly in float64."""
+
+import math
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+import hovit.models  # noqa: F401
+from hovit.attention import similarity as sim
+from hovit.attention.linear import (
+    CHUNK,
+    LEAST_GATE,
+    focus,
+    gated_chunks,
+    gated_recurrence,
+    linear_attention,
+)
+from hovit.attention.modules import ATTENTIONS, FocusedAttention, GatedAttention, create_attention
+
+SHAPES = [(2, 3, 7, 16), (1, 2, 49, 32), (2, 4, 196, 64), (3, 1, 1, 8)]
+
+
+def qkv(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return [torch.randn(shape, generator=generator, dtype=dtype) for _ in range(3)]
+
+
+def plain_score(name: str, a: Tensor, b: Tensor) -> float:
+    """The similarity of two vectors, by the book."""
+    d = len(a)
+    x, y = F.softplus(a), F.softplus(b)
+    return float(
+        {
+            "dot": lambda: a.dot(b) / math.sqrt(d),
+            "euclidean": lambda: -((a - b) ** 2).sum().sqrt() / math.sqrt(d),
+            "sqeuclidean": lambda: -((a - b) ** 2).sum() / math.sqrt(d),
+            "jaccard": lambda: a.dot(b) / (a.dot(a) + b.dot(b) - a.dot(b)),
+            "jaccard_minmax": lambda: sum(map(min, x, y)) / sum(map(max, x, y)),
+        }[name]()
+    )
+
+
+def plain(name: str, q: Tensor, k: Tensor, v: Tensor, bias=None, temperature=None) -> Tensor:
+    """softmax(t s + bias) v, in float64 and by all pairs at once."""
+    q, k, v = (t.double() for t in (q, k, v))
+    pairs = q[..., :, None, :], k[..., None, :, :]
+    difference = (pairs[0] - pairs[1]).square().sum(-1)
+    product = (pairs[0] * pairs[1]).sum(-1)
+    norms = q.square().sum(-1)[..., :, None] + k.square().sum(-1)[..., None, :]
+    x, y = (F.softplus(t) for t in pairs)
+    scores = {
+        "dot": lambda: product / math.sqrt(q.shape[-1]),
+        "euclidean": lambda: -difference.sqrt() / math.sqrt(q.shape[-1]),
+        "sqeuclidean": lambda: -difference / math.sqrt(q.shape[-1]),
+        "jaccard": lambda: product / (norms - product),
+        "jaccard_minmax": lambda: torch.minimum(x, y).sum(-1) / torch.maximum(x, y).sum(-1),
+    }[name]()
+    if temperature is not None:
+        scores = scores * temperature.double()[:, None, None]
+    if bias is not None:
+        scores = scores + bias.double().repeat(len(q) // len(bias), 1, 1, 1)
+    return scores.softmax(-1) @ v
+
+
+def error(out: Tensor, reference: Tensor) -> float:
+    return float(((out.double() - reference).norm() / reference.norm()).detach())
+
+
+@pytest.mark.parametrize("name", sim.SIMILARITIES)
+def test_the_reference_is_the_book(name: str) -> None:
+    q, k, v = qkv((1, 1, 3, 4), torch.float64)
+    rows = []
+    for a in q[0, 0]:
+        weights = torch.tensor([plain_score(name, a, b) for b in k[0, 0]]).double().softmax(0)
+        rows.append(weights @ v[0, 0])
+    assert torch.allclose(plain(name, q, k, v)[0, 0], torch.stack(rows), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", sim.SIMILARITIES)
+def test_a_similarity_is_its_formula(name: str, shape: tuple[int, ...]) -> None:
+    q, k, v = qkv(shape)
+    assert error(sim.attention(name, q, k, v), plain(name, q, k, v)) <= 1e-5
+    temperature = torch.linspace(0.5, 3, shape[1])
+    bias = torch.randn(1, shape[1], shape[2], shape[2])
+    out = sim.attention(name, q, k, v, bias, temperature)
+    assert error(out, plain(name, q, k, v, bias, temperature)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", sim.SIMILARITIES)
+@pytest.mark.parametrize("windows", [1, 2, 3, 6])
+def test_blocks_and_biases_of_windows(
+    name: str, windows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the matrices are grouped, each meets the bias of its own window."""
+    q, k, v = qkv((6, 2, 5, 8))
+    bias = torch.randn(windows, 2, 5, 5)
+    for block in (1, 60, 130, 10**6):
+        monkeypatch.setattr(sim, "BLOCK", block)
+        assert error(sim.attention(name, q, k, v, bias), plain(name, q, k, v, bias)) <= 1e-5
+
+
+@given(count=st.integers(1, 60), size=st.integers(1, 10**6), period=st.integers(1, 12))
+def test_a_step_is_whole_periods_or_a_fraction(count: int, size: int, period: int) -> None:
+    step = sim._step(count * period, size, period)
+    assert step >= 1
+    assert step % period == 0 or period % step == 0
+    assert step == 1 or step * size <= sim.BLOCK
+
+
+@pytest.mark.parametrize("name", sim.SIMILARITIES)
+def test_gradients(name: str) -> None:
+    q, k, v = (t.requires_grad_() for t in qkv((2, 2, 4, 3), torch.float64))
+    bias = torch.randn(2, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    temperature = torch.tensor([1.5, 0.7], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda *args: sim.attention(name, *args), (q, k, v, bias, temperature)
+    )
+
+
+@pytest.mark.parametrize("name", sim.SIMILARITIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_zero_vectors_alike_vectors_and_one_token_are_finite(name: str, dtype: torch.dtype) -> None:
+    zero = torch.zeros(1, 2, 5, 8, dtype=dtype)
+    some = torch.randn(1, 2, 5, 8).to(dtype)
+    for q, k in ((zero, zero), (some, zero), (zero, some), (some, some)):
+        q, k, v = (t.clone().requires_grad_() for t in (q, k, some))
+        out = sim.attention(name, q, k, v)
+        out.float().sum().backward()
+        assert all(t.isfinite().all() for t in (out, q.grad, k.grad, v.grad))
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("factor", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_extreme_inputs_stay_finite(name: str, factor: float, tokens: int) -> None:
+    torch.manual_seed(0)
+    form = create_attention(name, dim=16, heads=2)
+    q, k, v, x = ((torch.randn(2, tokens, 16) * factor).requires_grad_() for _ in range(4))
+    out = form(q, k, v, x, (1, tokens))
+    out.sum().backward()
+    assert out.isfinite().all()
+    assert q.grad is not None
+    assert q.grad.isfinite().all()
+    assert v.grad is not None
+    assert v.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+@pytest.mark.parametrize("name", sim.SIMILARITIES)
+def test_half_precision(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    q, k, v = (t.to(dtype) for t in qkv((2, 4, 49, 32)))
+    assert error(sim.attention(name, q, k, v), plain(name, q, k, v)) <= tolerance
+
+
+def test_jaccard_is_one_for_itself_and_bounded() -> None:
+    q, k, _ = qkv((2, 2, 20, 8))
+    assert torch.allclose(sim.jaccard(q, q).diagonal(dim1=-2, dim2=-1), torch.ones(2, 2, 20))
+    assert sim.jaccard(q, k).min() >= -1 / 3 - 1e-6
+    assert sim.jaccard(q, -q).diagonal(dim1=-2, dim2=-1).allclose(torch.tensor(-1 / 3))
+    minmax = sim.jaccard_minmax(q, k)
+    assert minmax.min() > 0
+    assert minmax.max() <= 1
+
+
+# Focused attention.
+
+
+def test_focus_keeps_the_norm_and_the_order() -> None:
+    x = torch.rand(5, 12) + 1e-3
+    for power in (1.0, 2.0, 3.0, 4.5):
+        out = focus(x, power)
+        assert torch.allclose(out.norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
+        assert (out.argsort(-1) == x.argsort(-1)).all()
+        expected = x**power * (x.norm(dim=-1) / (x**power).norm(dim=-1))[:, None]
+        assert torch.allclose(out, expected, rtol=1e-4)
+    assert torch.allclose(focus(x, 1.0), x)
+    assert focus(torch.full((2, 4), 1e30), 3.0).isfinite().all()
+    assert (focus(torch.zeros(2, 4), 3.0) == 0).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_attention_is_the_normed_sum(shape: tuple[int, ...]) -> None:
+    q, k, v = qkv(shape)
+    q, k = q.abs(), k.abs()
+    weights = q.double() @ k.double().transpose(-2, -1)
+    expected = weights / weights.sum(-1, keepdim=True) @ v.double()
+    assert error(linear_attention(q, k, v), expected) <= 1e-5
+
+
+def test_focused_module_is_its_formula() -> None:
+    torch.manual_seed(0)
+    form = FocusedAttention(16, 2, power=3, tokens=12).double()
+    torch.nn.init.normal_(form.scale)
+    torch.nn.init.normal_(form.position)
+    q, k, v = (torch.randn(2, 12, 16).double() for _ in range(3))
+    out = form(q, k, v, q, (3, 4))
+    scale = (1 + form.scale.exp()).log()
+    expected = torch.empty_like(out)
+    phi = []
+    for t in (q, k + form.position):
+        x = (t.clamp(min=0) + 1e-6) / scale
+        phi.append(x**3 * (x.norm(dim=-1) / (x**3).norm(dim=-1))[..., None])
+    for head in (slice(0, 8), slice(8, 16)):
+        weights = phi[0][..., head] @ phi[1][..., head].transpose(1, 2)
+        grid = v[..., head].transpose(1, 2).reshape(2, 8, 3, 4)
+        local = F.conv2d(grid, form.conv.weight, form.conv.bias, padding=2, groups=8)
+        expected[..., head] = weights / 12 / (weights.mean(-1, keepdim=True) + 1e-6) @ v[
+            ..., head
+        ] + local.flatten(2).transpose(1, 2)
+    assert error(out, expected) <= 1e-5
+
+
+def test_focused_gradients() -> None:
+    q, k, v = (t.requires_grad_() for t in qkv((2, 4, 6), torch.float64))
+    form = FocusedAttention(6, 2, kernel=3).double()
+    assert torch.autograd.gradcheck(lambda q, k, v: form(q, k, v, q, (2, 2)), (q, k, v))
+
+
+# Gated attention.
+
+
+def gates(shape: tuple[int, ...], least: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(shape, generator=generator, dtype=dtype) * least
+
+
+@settings(deadline=None, max_examples=30)
+@given(n=st.integers(1, 200), chunk=st.integers(1, 40), seed=st.integers(0, 99))
+def test_chunks_and_recurrence_agree(n: int, chunk: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    q, k = torch.randn(2, 1, 2, n, 6)
+    v = torch.randn(1, 2, n, 5)
+    a, b = -torch.rand(1, 2, n, 6) * 0.5, -torch.rand(1, 2, n, 5) * 0.5
+    slow = gated_recurrence(*(t.double() for t in (q, k, v, a, b)))
+    assert error(gated_chunks(q, k, v, a, b, chunk), slow) <= 1e-4
+    assert error(gated_recurrence(q, k, v, a, b), slow) <= 1e-5
+
+
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 100, 196])
+def test_gates_at_their_floor_for_a_whole_chunk(n: int) -> None:
+    q, k, v = qkv((2, 2, n, 16))
+    a = torch.full((2, 2, n, 16), LEAST_GATE)
+    slow = gated_recurrence(*(t.double() for t in (q, k, v, a, a)))
+    assert error(gated_chunks(q, k, v, a, a), slow) <= 1e-4
+    assert CHUNK * LEAST_GATE > -80
+
+
+def test_gated_recurrence_by_hand() -> None:
+    """Two tokens, one head: S_1 = k1^T v1, S_2 = (alpha^T beta) * S_1 + k2^T v2."""
+    q, k, v = (
+        torch.tensor(x)[None] for x in ([[1.0, 2], [3, 4]], [[5.0, 6], [7, 8]], [[1.0], [2]])
+    )
+    a = torch.tensor([[[1.0, 1], [0.5, 0.25]]]).log()
+    b = torch.tensor([[[1.0], [0.5]]]).log()
+    out = gated_recurrence(q, k, v, a, b)
+    first = [5 * 1.0, 6 * 1.0]
+    second = [0.5 * 0.5 * first[0] + 7 * 2, 0.25 * 0.5 * first[1] + 8 * 2]
+    expected = [[1 * first[0] + 2 * first[1]], [3 * second[0] + 4 * second[1]]]
+    assert torch.allclose(out[0], torch.tensor(expected))
+
+
+def test_gated_gradients() -> None:
+    q, k, v = (t.requires_grad_() for t in qkv((1, 1, 7, 3), torch.float64))
+    a, b = (-torch.rand(1, 1, 7, 3).double()).requires_grad_(), gates((1, 1, 7, 3), -0.5).double()
+    check = torch.autograd.gradcheck
+    assert check(lambda *t: gated_chunks(*t, b, chunk=3), (q, k, v, a))
+
+
+def test_one_way_is_causal_and_two_ways_are_not() -> None:
+    torch.manual_seed(0)
+    for two_way in (False, True):
+        form = GatedAttention(16, 2, two_way=two_way, chunk=4).eval()
+        q, k, v, x = torch.randn(4, 1, 9, 16)
+        before = form(q, k, v, x, (3, 3))
+        v2 = v.clone()
+        v2[:, 6] += torch.arange(16.0)
+        changed = (form(q, k, v2, x, (3, 3)) - before).abs().amax(-1)[0] > 1e-6
+        assert changed[6:].all()
+        assert changed[:6].any() == two_way
+
+
+def test_gated_module_is_the_decks_equations() -> None:
+    """Eq. 4 to 11, a token and a head at a time."""
+    torch.manual_seed(0)
+    form = GatedAttention(8, 2, tau=4.0).double()
+    q, k, v, x = torch.randn(4, 1, 5, 8).double()
+    out = form(q, k, v, x, (1, 5))
+    alpha = form.alpha(x).sigmoid() ** (1 / 4)
+    beta = form.beta(x).sigmoid() ** (1 / 4)
+    swish = form.gate(x) * form.gate(x).sigmoid()
+    for head in (slice(0, 4), slice(4, 8)):
+        state = torch.zeros(4, 4).double()
+        for t in range(5):
+            state = torch.outer(alpha[0, t, head], beta[0, t, head]) * state + torch.outer(
+                k[0, t, head], v[0, t, head]
+            )
+            o = q[0, t, head] @ state
+            norm = (o - o.mean()) / (o.var(unbiased=False) + 1e-5).sqrt()
+            assert torch.allclose(out[0, t, head], swish[0, t, head] * norm, atol=1e-5)
+
+
+# The glue.
+
+
+@pytest.mark.parametrize("model", ["levit_deck", "levit_deck_fixed", "hovit", "l_levit_deck"])
+@pytest.mark.parametrize("form", ATTENTIONS)
+def test_any_form_in_the_decks_models(model: str, form: str) -> None:
+    torch.manual_seed(0)
+    size = {"img_size": 64} if model.startswith("l_") else {}
+    net = timm.create_model(model, num_classes=5, attention=form, **size)
+    out = net(torch.randn(2, 3, 64, 64))
+    assert out.shape == (2, 5)
+    assert out.isfinite().all()
+    assert any(type(m).__name__ != "SimilarityAttention" for m in net.modules())
+
+
+def test_dot_changes_no_published_count_and_no_name() -> None:
+    names = set(timm.create_model("levit_deck", num_classes=37).state_dict())
+    assert not any(".attend." in name for name in names)
+    jaccard = set(timm.create_model("levit_deck", num_classes=37, attention="jaccard").state_dict())
+    assert {n.rsplit(".", 1)[1] for n in jaccard - names} == {"temperature"}
+    assert names < jaccard
+
+
+@pytest.mark.parametrize("form", ATTENTIONS)
+def test_any_form_in_swins_windows(form: str) -> None:
+    torch.manual_seed(0)
+    net = timm.create_model("swin_tiny_patch2_window4_32", num_classes=5, attention=form)
+    out = net(torch.randn(2, 3, 32, 32))
+    out.sum().backward()
+    assert out.shape == (2, 5)
+    assert out.isfinite().all()
+    assert [n for n, p in net.named_parameters() if p.grad is None] == []
+
+
+def test_dot_is_timms_swin() -> None:
+    args = {"num_classes": 5, "img_size": 32, "patch_size": 2, "window_size": 4}
+    theirs = timm.create_model("swin_tiny_patch4_window7_224", **args).eval()
+    ours = timm.create_model("swin_tiny_patch2_window4_32", num_classes=5).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(ours(x), theirs(x))
+        # And the glue, made to run dot-product attention by itself, agrees with timm's blocks.
+        glue = timm.create_model(
+            "swin_tiny_patch2_window4_32", num_classes=5, attention="sqeuclidean"
+        ).eval()
+        for module in glue.modules():
+            if hasattr(module, "similarity"):
+                module.similarity = "dot"
+        glue.load_state_dict(theirs.state_dict())
+        assert torch.allclose(glue(x), theirs(x), atol=1e-4)
+
+
+def test_linear_forms_are_not_shifted_and_keep_their_stages() -> None:
+    net = timm.create_model("flatten_swin_tiny_patch4_window56_224")
+    blocks = [list(layer.blocks) for layer in net.layers]
+    assert [b.attn.window_size for b in (blocks[0][0], blocks[1][1])] == [(56, 56), (28, 28)]
+    assert all(b.shift_size == (0, 0) for stage in blocks[:2] for b in stage)
+    assert blocks[2][1].shift_size == (3, 3)
+    assert [hasattr(b.attn, "attend") for stage in blocks for b in stage] == [True] * 4 + [
+        False
+    ] * 8
+    assert 28.5e6 < sum(p.numel() for p in net.parameters()) < 29.5e6  # published: 29 M
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ({"attention": "cosine"}, "attention 'cosine': there are dot, euclidean"),
+        ({"attention": "jaccard", "power": 3}, "attention 'jaccard' does not take power"),
+        ({"attention": "focused", "board": "drop"}, "needs every token in its place"),
+    ],
+)
+def test_wrong_arguments_are_one_line(args: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        timm.create_model("levit_deck", **args)
