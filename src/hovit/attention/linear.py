@@ -9,10 +9,11 @@ Seed: the HoViT deck (seeds/000), eq. 4-11, which writes the gates as `DiG` does
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 32  # tokens whose pairs are taken at once
-LEAST_GATE = -1.25  # of a log gate: over a chunk e^(-40), which float32 holds with room
+CHUNK = 64  # tokens whose pairs are taken at once, at most
+LEAST_GATE = -0.9  # of a log gate: e^(-58) over a chunk, which float32 bears
 
 
 def focus(x: Tensor, power: float) -> Tensor:
@@ -70,29 +71,38 @@ def gated_recurrence(
 def gated_chunks(
     q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, log_beta: Tensor, chunk: int = CHUNK
 ) -> Tensor:
-    """What `gated_recurrence` gives, a chunk of tokens at a time; arguments as there.
+    """What `gated_recurrence` gives, up to `chunk` tokens at a time; arguments as there.
 
     With A_t and B_t the products of the gates since the chunk began and S the state before it,
 
         o_t = B_t * ((q_t * A_t) S + sum_(s <= t) ((q_t * A_t) . (k_s / A_s)) v_s / B_s).
 
-    Only S goes from chunk to chunk, so all else is done for all chunks at once. 1 / A_s must not
-    overflow: a chunk's log gates must sum to more than -80 (see LEAST_GATE).
+    Only S goes from chunk to chunk; all else is done for all chunks at once. A and B are taken
+    relative to half of the chunk's whole product, so that neither they nor their inverses overflow
+    while the log gates of a chunk sum to more than -80 (see LEAST_GATE).
     """
     n = q.shape[-2]
-    short = -n % chunk
+    count = -(-n // chunk)
+    chunk = -(-n // count)  # no longer than needed: 196 tokens are 4 chunks of 49
+    short = count * chunk - n  # a token of zeros adds nothing, and its gate is 1
     q, k, v, log_alpha, log_beta = (
-        torch.nn.functional.pad(x, (0, 0, 0, short)).unflatten(-2, (-1, chunk))
+        (F.pad(x, (0, 0, 0, short)) if short else x).unflatten(-2, (count, chunk))
         for x in (q, k, v, log_alpha, log_beta)
-    )  # [..., n_chunks, chunk, .]; a padded token adds nothing, and its gate is 1
-    sum_a, sum_b = log_alpha.cumsum(-2), log_beta.cumsum(-2)
-    q, k, v = q * sum_a.exp(), k * (-sum_a).exp(), v * (-sum_b).exp()
-    pairs = (q @ k.transpose(-2, -1)).tril()  # [..., n_chunks, chunk, chunk]
-    added = k.transpose(-2, -1) @ v  # [..., n_chunks, d, e]
-    faded = sum_a[..., -1, :, None].exp() * sum_b[..., -1, None, :].exp()
-    state, before = torch.zeros_like(added[..., 0, :, :]), []
-    for c in range(added.shape[-3]):
-        before.append(state)
-        state = faded[..., c, :, :] * (state + added[..., c, :, :])
-    out = sum_b.exp() * (pairs @ v + q @ torch.stack(before, dim=-3))
-    return out.flatten(-3, -2)[..., :n, :]
+    )  # [..., count, chunk, .]
+    a, b = (_halved(x.cumsum(-2)).exp() for x in (log_alpha, log_beta))
+    q, k, v = q * a, k / a, v / b
+    out = (q @ k.transpose(-2, -1)).tril() @ v
+    if count > 1:
+        faded = a[..., -1, :, None] * b[..., -1, None, :]  # [..., count, d, e], by half a chunk
+        added = k.transpose(-2, -1) @ v
+        states = [torch.zeros_like(added[..., 0, :, :])]
+        for c in range(count - 1):
+            half = faded[..., c, :, :]
+            states.append(half * (half * states[-1] + added[..., c, :, :]))
+        out = out + q @ (faded * torch.stack(states, dim=-3))
+    return (out * b).flatten(-3, -2)[..., :n, :]
+
+
+def _halved(sums: Tensor) -> Tensor:
+    """Sums of logs over a chunk, less half of the whole sum."""
+    return sums - sums[..., -1:, :] / 2
