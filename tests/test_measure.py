@@ -61,7 +61,23 @@ def test_cost_of_a_tiny_model_by_hand():
         "parameters_used": 280 + 20 + 55,
         "part_parameters": 20,
         "macs": 16 * 16 * 27 * 10 + 10 * 5,
+        "activations": 4 * (16 * 16 * 10 + 10),  # the norm's input and the head's
     }
+
+
+def test_without_a_backward_pass_only_what_a_forward_pass_tells():
+    found = cost("tiny_of_test_measure", {"width": 10}, 5, 32, backward=False)
+    assert found == {"parameters": 443, "macs": 16 * 16 * 27 * 10 + 10 * 5}
+
+
+def test_what_takes_no_image_is_measured_by_its_own_inputs():
+    small, large = (
+        cost("attention_layer", {"form": "focused", "side": side}, 2, None) for side in (8, 16)
+    )
+    assert small["parameters"] == large["parameters"]
+    assert large["activations"] / small["activations"] == pytest.approx(4, rel=0.1)
+    dot = [cost("attention_layer", {"side": side}, 2, None)["macs"] for side in (8, 16)]
+    assert dot == [2 * 64**2 * 256, 2 * 256**2 * 256]
 
 
 def test_part_is_optional_and_must_exist():
@@ -71,7 +87,9 @@ def test_part_is_optional_and_must_exist():
 
 
 def test_cost_of_levit_deck():
-    assert cost("levit_deck", {}, 37, 224, part="stages.0") == {
+    found = cost("levit_deck", {}, 37, 224, part="stages.0")
+    assert found.pop("activations") > 4 * 14 * 14 * 256
+    assert found == {
         "parameters": 15_733_482,
         "parameters_unused": 3_164_160,
         "parameters_used": 12_569_322,

@@ -29,6 +29,7 @@ Text = Annotated[str, Field(min_length=1)]
 Printed = Annotated[str, Field(pattern=r"^-?[0-9]+(\.[0-9]+)?(–[0-9]+(\.[0-9]+)?)?$")]
 Metric = Literal[
     "parameters",  # exact count
+    "parameters_m",  # the same in millions, as some seeds print it
     "parameters_unused",  # of them, those that no gradient reaches: dead weights
     "parameters_used",  # the others
     "part_parameters",  # of the submodule that the row names as `part`
@@ -36,7 +37,9 @@ Metric = Literal[
     "top1",  # test accuracy, percent
     "loss",  # test cross-entropy
     "val_top1",  # best validation accuracy, percent
+    "activations",  # bytes kept for the backward pass, one image
     "latency",  # milliseconds a batch; the deck does not say which batch
+    "throughput",  # images a second, at the largest batch measured
     "images",
     "images_train",
     "images_val",
@@ -182,6 +185,7 @@ class Row(Strict):
     pretrained: Name | None = None  # ResNet50 inside (or being) the model starts from these
     recipe: Name | None = None  # None: the study's
     dataset: Role | None = None  # None: the study's; in a `data` study: of which the row tells
+    image_size: Annotated[int, Field(ge=32)] | None = None  # None: the study's
     total: Annotated[int, Field(gt=0)] | None = None  # so many images, split by the rule of
     rule: Name | None = None  # this dataset, without any data
     part: Text | None = None  # submodule whose parameters are counted apart
@@ -205,10 +209,13 @@ class Study(Strict):
     title: Text
     source: Source
     kind: Literal["models", "data"] = "models"
+    trained: bool = True  # else its models are only measured
+    batches: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
     dataset: Role = "pets"
     recipe: Name = "deck"
     num_classes: Annotated[int, Field(ge=2)] = 37  # at which parameters and multiply-adds count
-    image_size: Annotated[int, Field(ge=32)] = 224  # likewise; latency at this or less
+    # Likewise; latency at this or less. None: what is measured takes no images.
+    image_size: Annotated[int, Field(ge=32)] | None = 224
     columns: Annotated[tuple[Metric, ...], Field(min_length=1)]
     notes: tuple[Text, ...] = ()
     rows: Annotated[tuple[Row, ...], Field(min_length=1)]
@@ -368,7 +375,7 @@ def _claimable(study: Study, row: Row) -> list[str]:
     """What a claim may point at: a row's metrics, its latency by batch, what its seed printed."""
     metrics: list[str] = [m for m in study.columns if m != "latency"]
     if "latency" in study.columns:
-        metrics += ["latency_1", "latency_32"]
+        metrics += [f"latency_{batch}" for batch in study.batches or (1, 32)]
     if study.kind == "models":
         metrics += ["parameters", "parameters_used", "parameters_unused"]
     return [*dict.fromkeys(metrics), *(f"reported_{metric}" for metric in row.reported)]

@@ -8,7 +8,7 @@ import timm
 from .errors import HovitError, one_line
 
 
-def create_model(name: str, num_classes: int, image_size: int, **args: Any) -> Any:
+def create_model(name: str, num_classes: int, image_size: int | None, **args: Any) -> Any:
     """`timm.create_model` without weights, telling the size to models whose shape depends on it.
 
     Gives a Module; `Any`, because the methods that timm adds are not typed.
@@ -16,7 +16,7 @@ def create_model(name: str, num_classes: int, image_size: int, **args: Any) -> A
     Args:
         name: a registered model; a `.tag` is refused, as weights are loaded elsewhere.
         num_classes: outputs.
-        image_size: pixels a side.
+        image_size: pixels a side; None for what takes no images.
         args: the model's own.
 
     Raises:

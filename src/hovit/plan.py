@@ -123,7 +123,7 @@ class Plan:
     def runs_of(self, study: Study, row: Row) -> list[Run]:
         """A row's runs, one a seed; none if the scale has no such dataset."""
         role = row.dataset or study.dataset
-        if row.model is None or role not in self.scale.datasets:
+        if row.model is None or not study.trained or role not in self.scale.datasets:
             return []
         seeds = self.scale.seeds[:1] if role == "pretrain" else self.scale.seeds
         return [self._run(study, row, seed) for seed in seeds]
@@ -228,7 +228,9 @@ class Plan:
         return None
 
     def rows_run(self, study: Study) -> list[Row]:
-        """The study's rows that are trained and measured at this scale."""
+        """The study's rows that are measured at this scale, and trained if any of it is."""
+        if study.kind == "models" and not study.trained:
+            return list(study.rows)
         return [row for row in study.rows if self.runs_of(study, row)]
 
     def needed(self, studies: list[Study]) -> list[Run]:
@@ -269,20 +271,32 @@ class Plan:
     def measure_spec(self, study: Study) -> dict[str, Any]:
         """All that decides what is measured for a study."""
         latency = self.scale.latency.model_dump(mode="json")
-        most = latency["image_size"] or self.scale.image_size or study.image_size
-        latency["image_size"] = min(most, study.image_size)
+        if study.batches:
+            latency["batches"] = list(study.batches)
+        timed = {"latency", "throughput"} & set(study.columns)
+        latency["image_size"] = self._timed_size(study.image_size)
         latency["precision"] = "fp32, TF32 off"
         return {
             "study": study.id,
             "num_classes": study.num_classes,
             "image_size": study.image_size,
-            "latency": latency if "latency" in study.columns else None,
-            "rows": {
-                row.id: {"model": row.model, "model_args": row.model_args, "part": row.part}
-                for row in study.rows
-                if row.model
-            },
+            "latency": latency if timed else None,
+            "rows": {row.id: self._measured_row(row) for row in study.rows if row.model},
         }
+
+    def _measured_row(self, row: Row) -> dict[str, Any]:
+        spec = {"model": row.model, "model_args": row.model_args, "part": row.part}
+        if row.image_size is None:
+            return spec
+        return spec | {
+            "image_size": row.image_size,
+            "latency_size": self._timed_size(row.image_size),
+        }
+
+    def _timed_size(self, size: int | None) -> int | None:
+        """The size at which latency is measured at this scale, for models made for `size`."""
+        most = self.scale.latency.image_size or self.scale.image_size or size
+        return min(most, size) if most and size else size
 
     def measured(self, study: Study) -> Path:
         """The record of a study's parameters, multiply-adds and latency."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 2**18  # scores at a time: 1 MiB in float32
+BLOCK = 2**20  # scores at a time: 4 MiB in float32, as large as two cores' own caches here
 
 
 def dot(q: Tensor, k: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def euclidean(q: Tensor, k: Tensor) -> Tensor:
     The divisor is ours, as in `dot`. Where q = k the root's slope is infinite; ours is finite.
     """
     q, k = (x * x.shape[-1] ** -0.5 for x in (q, k))
-    squares = (q @ k.transpose(-2, -1)).mul_(-2)
+    squares = (-2 * q) @ k.transpose(-2, -1)
     squares.add_(_square(q)[..., None]).add_(_square(k)[..., None, :])
     return -squares.clamp_(min=_least(squares)).sqrt_()
 
@@ -55,7 +55,8 @@ def jaccard(q: Tensor, k: Tensor) -> Tensor:
     """
     shared = q @ k.transpose(-2, -1)
     union = (_square(q)[..., None] + _least(q)) + _square(k)[..., None, :]
-    return shared / union.sub_(shared)
+    union = union.sub_(shared)
+    return shared / union if shared.requires_grad else shared.div_(union)
 
 
 def jaccard_minmax(q: Tensor, k: Tensor) -> Tensor:
@@ -107,26 +108,24 @@ def attention(
     if similarity in ("dot", "sqeuclidean"):
         return _fused(similarity, q, k, v, bias, temperature)
     score = SIMILARITIES[similarity]
-    batch, heads, n, d = q.shape
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [B * h, ., d]
     if temperature is not None:
-        temperature = temperature.repeat(batch)[:, None, None]
-    if bias is not None:
-        bias = bias.flatten(0, 1)  # [W * h, N, M]
-    size = n * k.shape[1] * (d if score is jaccard_minmax else 1)
+        temperature = temperature[:, None, None]
+    batch, heads, n, d = q.shape
+    size = heads * n * k.shape[2] * (d if score is jaccard_minmax else 1)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    step = len(q) if needs_grad else _step(len(q), size, 1 if bias is None else len(bias))
+    step = batch if needs_grad else _step(batch, size, 1 if bias is None else len(bias))
     out = []
-    for i in range(0, len(q), step):
-        part = slice(i, i + step)
-        scores = score(q[part], k[part])
+    for i in range(0, batch, step):
+        q_part, k_part, v_part = (x[i : i + step].flatten(0, 1) for x in (q, k, v))
+        scores = score(q_part, k_part).unflatten(0, (-1, heads))  # [step, h, N, M]
         if temperature is not None:
-            scores = scores * temperature[part]
+            scores = scores * temperature if needs_grad else scores.mul_(temperature)
         if bias is not None:
             near = bias[i % len(bias) :][:step]
             scores = (scores.unflatten(0, (-1, len(near))) + near).flatten(0, 1)
-        out.append(scores.softmax(-1).to(v.dtype) @ v[part])
-    return torch.cat(out).unflatten(0, (batch, heads))
+        mixed = scores.softmax(-1).to(v.dtype).flatten(0, 1) @ v_part
+        out.append(mixed.unflatten(0, (-1, heads)).transpose(1, 2))
+    return torch.cat(out).transpose(1, 2)  # laid out as the fused kernel's
 
 
 def _fused(
@@ -152,7 +151,7 @@ def _fused(
 
 
 def _step(count: int, size: int, period: int) -> int:
-    """How many of `count` matrices of `size` numbers to take at a time.
+    """How many of `count` images with `size` scores each to take at a time.
 
     As many as make BLOCK; whole periods of the bias, or a whole fraction of one.
     """

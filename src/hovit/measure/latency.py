@@ -16,18 +16,26 @@ from torch import Tensor, nn
 Samples = dict[str, dict[str, list[float]]]  # model -> batch -> milliseconds
 
 
-def forward_ms(model: nn.Module, x: Tensor) -> float:
+def example_inputs(model: Any, batch: int, image_size: int | None) -> tuple[Tensor, ...]:
+    """What a model takes: images [B, 3, size, size], or what its own `example_inputs` gives."""
+    if hasattr(model, "example_inputs"):
+        return model.example_inputs(batch)
+    assert image_size is not None
+    return (torch.randn(batch, 3, image_size, image_size),)
+
+
+def forward_ms(model: nn.Module, *inputs: Tensor) -> float:
     """Milliseconds of one forward pass."""
     with torch.inference_mode():
-        if x.device.type == "cuda":
+        if inputs[0].device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            model(x)
+            model(*inputs)
             end.record()
             end.synchronize()
             return float(start.elapsed_time(end))
         begin = time.perf_counter()
-        model(x)
+        model(*inputs)
         return (time.perf_counter() - begin) * 1e3
 
 
@@ -35,12 +43,12 @@ def measure_latency(
     models: Mapping[str, nn.Module],
     device: torch.device,
     *,
-    image_size: int,
+    image_size: int | Mapping[str, int | None] | None,
     batches: tuple[int, ...],
     rounds: int,
     warmup: int,
     samples: Samples | None = None,
-    timer: Callable[[nn.Module, Tensor], float] = forward_ms,
+    timer: Callable[..., float] = forward_ms,
     after_round: Callable[[Samples], None] = lambda _: None,
 ) -> Samples:
     """Time every model, at every batch size, `rounds` times; each round goes over all of them.
@@ -50,7 +58,7 @@ def measure_latency(
     Args:
         models: name -> model; they are put on the device in eval mode.
         device: where.
-        image_size: pixels a side.
+        image_size: pixels a side, for all models or for each.
         batches: batch sizes.
         rounds: timed passes for each model and batch.
         warmup: untimed passes before, for each model and batch.
@@ -62,17 +70,28 @@ def measure_latency(
         milliseconds: model -> batch -> one number a round.
     """
     samples = samples or {name: {str(b): [] for b in batches} for name in models}
-    inputs = {b: torch.randn(b, 3, image_size, image_size, device=device) for b in batches}
+    sizes = image_size if isinstance(image_size, Mapping) else dict.fromkeys(models, image_size)
     jobs = [(name, b) for name in models for b in batches]
     for model in models.values():
         model.to(device).eval()
+
+    inputs: dict[object, tuple[Tensor, ...]] = {}
+
+    def once(name: str, batch: int) -> float:
+        own = hasattr(models[name], "example_inputs")
+        key = (name if own else sizes[name], batch)  # models of one size see the same images
+        if key not in inputs:
+            some = example_inputs(models[name], batch, sizes[name])
+            inputs[key] = tuple(x.to(device) for x in some)
+        return timer(models[name], *inputs[key])
+
     for name, b in jobs:
         for _ in range(warmup):
-            timer(models[name], inputs[b])
+            once(name, b)
     done = min(len(samples[name][str(b)]) for name, b in jobs)
     for r in range(done, rounds):
         for name, b in random.Random(r).sample(jobs, len(jobs)):
-            samples[name][str(b)].append(timer(models[name], inputs[b]))
+            samples[name][str(b)].append(once(name, b))
         after_round(samples)
     return samples
 

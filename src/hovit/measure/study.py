@@ -52,12 +52,8 @@ def measure_study(
     torch.set_num_threads(plan.scale.latency.threads)
     spec = plan.measure_spec(study)
     code = study_code(plan, study)
-    rows: dict[str, dict[str, Any]] = {
-        name: dict(
-            cost(row["model"], row["model_args"], study.num_classes, study.image_size, row["part"])
-        )
-        for name, row in spec["rows"].items()
-    }
+    backward = study.trained or "activations" in study.columns
+    rows = {name: _cost(row, spec, backward) for name, row in spec["rows"].items()}
     where = describe_device(device)
     partial = root / plan.measured(study).with_suffix(".partial.json")
     if spec["latency"]:
@@ -84,6 +80,11 @@ def measure_study(
     return record
 
 
+def _cost(row: dict[str, Any], spec: dict[str, Any], backward: bool) -> dict[str, Any]:
+    size, classes = row.get("image_size", spec["image_size"]), spec["num_classes"]
+    return dict(cost(row["model"], row["model_args"], classes, size, row["part"], backward))
+
+
 def _latency(
     spec: dict[str, Any],
     device: torch.device,
@@ -96,15 +97,13 @@ def _latency(
     settings = spec["latency"]
     same: dict[str, list[str]] = {}
     for name, row in spec["rows"].items():
-        same.setdefault(json.dumps([row["model"], row["model_args"]]), []).append(name)
+        size = row.get("latency_size", settings["image_size"])
+        same.setdefault(json.dumps([row["model"], row["model_args"], size]), []).append(name)
+    sizes = {names[0]: json.loads(key)[2] for key, names in same.items()}
     models = {
-        names[0]: create_model(
-            spec["rows"][names[0]]["model"],
-            spec["num_classes"],
-            settings["image_size"],
-            **spec["rows"][names[0]]["model_args"],
-        )
-        for names in same.values()
+        name: create_model(row["model"], spec["num_classes"], sizes[name], **row["model_args"])
+        for name, row in spec["rows"].items()
+        if name in sizes
     }
     begun = {"spec_hash": digest(spec), "code": code, "device": where.model_dump()}
 
@@ -116,7 +115,7 @@ def _latency(
     samples = measure_latency(
         models,
         device,
-        image_size=settings["image_size"],
+        image_size=sizes,
         batches=tuple(settings["batches"]),
         rounds=settings["rounds"],
         warmup=settings["warmup"],

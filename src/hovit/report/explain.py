@@ -22,7 +22,8 @@ def explain(plan: Plan, table: str, row_id: str, column: str) -> str:
     study = plan.study(table)
     row = study.row(row_id)
     results = Results(plan)
-    columns = [m for c in study.columns for m in (results.batches if c == "latency" else [c])]
+    timed = results.batches(study)
+    columns = [m for c in study.columns for m in (timed if c == "latency" else [c])]
     if column not in columns:
         raise HovitError(f"table {table} has no column {column!r}; it has {', '.join(columns)}")
     value = results.value(study, row, column)

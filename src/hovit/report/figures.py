@@ -146,7 +146,7 @@ def five_ideas(results: Results) -> "Canvas":
         "latency_32": {"color": "#56B4E9", "marker": "s"},
     }
     names = {"reported_latency": "deck (batch not stated)"}
-    for metric in ("reported_latency", *results.batches):
+    for metric in ("reported_latency", *results.batches(results.plan.study("hovit"))):
         ratios = [baseline_ratio(results, study, row, metric) for study, row in rows]
         label = names.get(metric, f"this run, batch {metric.removeprefix('latency_')}")
         look = looks.get(metric, {"color": "#009E73", "marker": "^"})
@@ -201,7 +201,7 @@ def accuracy_latency(results: Results) -> "Canvas":
     from . import style
 
     canvas, axes = plt.subplots(1, 2, figsize=(style.WIDTH, 3.6))
-    last = results.batches[-1]
+    last = results.batches(results.plan.study("hovit"))[-1]
     looks: dict[str, dict[str, Any]] = {}
     for ax, launched in zip(axes, (False, True), strict=True):
         for study, row in _idea_rows(results.plan):

@@ -16,13 +16,16 @@ NOTHING = "—"
 # Metric -> (heading, decimals)
 HEADINGS = {
     "parameters": ("Parameters", 0),
+    "parameters_m": ("Parameters, M", 1),
     "parameters_unused": ("Unused", 0),
     "part_parameters": ("Of the part", 0),
     "macs": ("MACs, G", 3),
+    "activations": ("Kept for backward, MB", 2),
     "top1": ("Top-1, %", 2),
     "loss": ("Loss", 4),
     "val_top1": ("Val top-1, %", 2),
     "latency": ("Latency, ms", 2),
+    "throughput": ("Images/s", 1),
     "ratio": ("× baseline", 2),
     "images": ("Images", 0),
     "images_train": ("Training", 0),
@@ -30,6 +33,13 @@ HEADINGS = {
     "images_test": ("Test", 0),
     "gigabytes": ("GB", 3),
 }
+
+
+SCALES = {
+    "parameters_m": 1e-6,
+    "macs": 1e-9,
+    "activations": 1e-6,
+}  # from a record's unit to the heading's
 
 
 @dataclass(frozen=True)
@@ -43,11 +53,12 @@ class Column:
 
 def format_value(value: Value, metric: str) -> str:
     """A value as a table shows it: mean, and ± spread where there are several seeds."""
-    scale, decimals = (1e-9 if metric == "macs" else 1.0), HEADINGS[metric][1]
+    scale, decimals = SCALES.get(metric, 1.0), HEADINGS[metric][1]
     if metric == "gigabytes":
         return f"{value.mean:.3g}"
     text = f"{value.mean * scale:,.{decimals}f}"
-    return f"{text} ± {value.spread:.{decimals}f}" if metric != "latency" and value.spread else text
+    several = value.spread and metric not in ("latency", "throughput")
+    return f"{text} ± {value.spread:.{decimals}f}" if several else text
 
 
 def format_printed(printed: str) -> str:
@@ -86,12 +97,12 @@ def _latency_columns(study: Study, sources: list[Results]) -> list[Column]:
     columns = []
     for results in sources:
         results.latency_device(study)  # refuses two devices
-        for metric in results.batches:
+        for metric in results.batches(study):
             values = [results.value(study, row, metric) for row in study.rows]
             cells = tuple(format_value(v, "latency") if v else NOTHING for v in values)
             columns.append(Column(HEADINGS["latency"][0], _batch_of(results, metric), cells))
     ratios = [(sources[-1], "reported_latency", "reported")]
-    ratios += [(r, metric, _batch_of(r, metric)) for r in sources for metric in r.batches]
+    ratios += [(r, metric, _batch_of(r, metric)) for r in sources for metric in r.batches(study)]
     for results, metric, source in ratios:
         found = [baseline_ratio(results, study, row, metric) for row in study.rows]
         cells = tuple(f"{ratio:.2f}" if ratio else NOTHING for ratio in found)
@@ -124,11 +135,19 @@ def describe(results: Results, study: Study) -> dict[str, str]:
                 dataset = plan.catalogue.datasets[scale.datasets[row.dataset]]
                 lines[row.label] = f"{dataset.title} — {dataset.about}"
         return lines
+    if study.trained:
+        if not plan.rows_run(study):
+            lines["Data"] = "this scale has none for this study, so nothing was run"
+            return lines
+        lines |= _training(results, study)
+    return lines | _measuring(results, study)
+
+
+def _training(results: Results, study: Study) -> dict[str, str]:
+    """Images, device, commit, recipe and seeds of what was trained."""
+    plan, lines = results.plan, {}
     rows = plan.rows_run(study)
     runs = [run for row in rows for run in plan.runs_of(study, row)]
-    if not runs:
-        lines["Data"] = "this scale has none for this study, so nothing was run"
-        return lines
     trained = [record for row in rows for _, record in results.trained(study, row)]
     dataset = runs[0].dataset
     stands = f"; stands in for {dataset.stands_for}" if dataset.stands_for else ""
@@ -153,23 +172,55 @@ def describe(results: Results, study: Study) -> dict[str, str]:
         lines["Commit"] = ", ".join(commits)
     lines["Recipe"] = f"{runs[0].recipe.title}; here {plural(runs[0].recipe.epochs, 'epoch')}"
     lines["Seeds"] = _seeds(results, study)
-    with_records = [row for row in rows if results.trained(study, row)]
-    started = sorted({results.weights_from(study, row) for row in with_records} - {""})
-    lines["ResNet50 of the Launcher from"] = "; ".join(started) or "no trained row has one"
-    device = results.latency_device(study)
-    if device:
-        measured = results.measured(study)
-        assert measured is not None
+    if any(row.pretrained for row in rows):
+        with_records = [row for row in rows if results.trained(study, row)]
+        started = sorted({results.weights_from(study, row) for row in with_records} - {""})
+        lines["ResNet50 of the Launcher from"] = "; ".join(started) or "no row was trained yet"
+    return lines
+
+
+def _measuring(results: Results, study: Study) -> dict[str, str]:
+    """How latency was measured, and at what size the models were counted."""
+    lines = {}
+    measured, device = results.measured(study), results.latency_device(study)
+    own = any(row.image_size for row in study.rows)
+    if measured and device:
         setting = measured.spec["latency"]
+        size = "the row's own size" if own else _pixels(setting["image_size"])
+        if own and (most := results.plan.scale.latency.image_size or results.plan.scale.image_size):
+            size += f", {most} px at most"
+        size += ", " if size else ""
         lines["Latency"] = (
-            f"{device}; {setting['image_size']} px, {setting['precision']}, eager, interleaved, "
+            f"{device}; {size}{setting['precision']}, eager, interleaved, "
             f"median of {setting['rounds']} rounds (spread in the CSV); × is the ratio to the "
             "row's baseline"
         )
-    lines["Counted at"] = (
-        f"{study.image_size} px and {study.num_classes} classes, whatever the scale"
-    )
+    if "throughput" in study.columns and (rank := _rank_correlation(results, study)):
+        lines["Throughput"] = rank
+    size = "the row's own size" if own else _pixels(study.image_size)
+    if size:
+        lines["Counted at"] = f"{size} and {study.num_classes} classes, whatever the scale"
     return lines
+
+
+def _pixels(size: int | None) -> str:
+    return f"{size} px" if size else ""
+
+
+def _rank_correlation(results: Results, study: Study) -> str:
+    """Of the throughput reported with the one measured, over the rows that have both."""
+    pairs = [
+        (float(row.reported["throughput"]), value.mean)
+        for row in study.rows
+        if "throughput" in row.reported and (value := results.value(study, row, "throughput"))
+    ]
+    if len(pairs) < 3:
+        return ""
+    ranks = pd.DataFrame(pairs).rank()
+    return (
+        f"rank correlation (Spearman) with the reported: {ranks[0].corr(ranks[1]):.3f} over "
+        f"{len(pairs)} rows; here at batch {max(results.batches(study), key=len)[8:]}"
+    )
 
 
 def _seeds(results: Results, study: Study) -> str:
@@ -241,12 +292,12 @@ def to_csv(results: Results, evidence: Results | None, study: Study, about: dict
 def _numbers(results: Results, study: Study, row: Row, metric: str) -> dict[str, object]:
     before = "evidence_" if results.is_evidence else ""
     numbers: dict[str, object] = {}
-    for name in results.batches if metric == "latency" else [metric]:
+    for name in results.batches(study) if metric == "latency" else [metric]:
         value = results.value(study, row, name)
         whole = value is not None and metric not in INEXACT | {"gigabytes"}
         numbers[before + name] = value and (int(value.mean) if whole else value.mean)
         if value and value.n > 1:
-            spread = "iqr" if metric == "latency" else "sd"
+            spread = "iqr" if metric in ("latency", "throughput") else "sd"
             numbers |= {f"{before}{name}_{spread}": value.spread, f"{before}{name}_n": value.n}
     return numbers
 

@@ -2,8 +2,8 @@
 
 import math
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -17,7 +17,7 @@ from ..sources import code_hash
 from ..splits import split_sizes
 
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # t at 95 %, by n
-INEXACT = {"top1", "loss", "val_top1", "latency"}
+INEXACT = {"top1", "loss", "val_top1", "latency", "throughput"}
 TRAINED = {"top1", "loss", "val_top1"}
 COUNTED = {"images", "images_train", "images_val", "images_test", "gigabytes"}
 
@@ -153,13 +153,27 @@ class Results:
             return None
         found = record.results["rows"][row.id]
         paths = (self.place(self.plan.measured(study)),)
+        if metric == "throughput":
+            return self._throughput(found.get("latency", {}), paths)
         if metric.startswith("latency_"):
             batch = found.get("latency", {}).get(metric.removeprefix("latency_"))
             if batch is None:
                 return None
             iqr = batch["q3"] - batch["q1"]
             return Value(batch["median"], iqr, batch["n"], iqr / 2, tuple(batch["ms"]), paths)
+        metric = "parameters" if metric == "parameters_m" else metric
         return Value(float(found[metric]), paths=paths) if metric in found else None
+
+    @staticmethod
+    def _throughput(latency: dict[str, dict[str, Any]], paths: tuple[Path, ...]) -> Value | None:
+        """Images a second at the largest batch."""
+        if not latency:
+            return None
+        size = max(latency, key=int)
+        batch, images = latency[size], 1e3 * int(size)
+        spread = images / batch["q1"] - images / batch["q3"]
+        samples = tuple(images / ms for ms in batch["ms"])
+        return Value(images / batch["median"], spread, batch["n"], spread / 2, samples, paths)
 
     def _counted_value(self, row: Row, metric: str) -> Value | None:
         if row.total and row.rule:
@@ -218,10 +232,9 @@ class Results:
                 how += "; trained again since"
         return f"run {upstream.id} ({how})"
 
-    @cached_property
-    def batches(self) -> list[str]:
-        """The latency metrics of this scale, one a batch size."""
-        return [f"latency_{batch}" for batch in self.plan.scale.latency.batches]
+    def batches(self, study: Study) -> list[str]:
+        """The latency metrics of a study, one a batch size."""
+        return [f"latency_{batch}" for batch in study.batches or self.plan.scale.latency.batches]
 
     def states(self) -> str:
         """These results in a few words, as a column's heading names them."""
@@ -230,7 +243,7 @@ class Results:
     def where(self, study: Study) -> str:
         """Scale, images and device of a study's results, in one line."""
         rows = self.plan.rows_run(study)
-        found = [self.plan.runs_of(study, row)[0].dataset.title for row in rows]
+        found = [run.dataset.title for row in rows for run in self.plan.runs_of(study, row)[:1]]
         devices = {str(r.provenance.device) for row in rows for _, r in self.trained(study, row)}
         if measured := self.measured(study):
             devices.add(str(measured.provenance.device))
