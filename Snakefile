@@ -202,6 +202,7 @@ rule figure:
     params:
         scale=SCALE,
         code=code_hash("report"),
+        evidence=EVIDENCE,
     shell:
         "python -m hovit figure {wildcards.figure} --scale {params.scale} > {log} 2>&1"
 

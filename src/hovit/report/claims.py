@@ -128,7 +128,7 @@ def _value(results: Results, ref: str, absolute: bool) -> tuple[Value | None, st
     study_id, row_id, metric = ref.split("/")
     study = results.plan.study(study_id)
     scale = results.plan.scale
-    judged = "latency" if metric.startswith("latency_") else metric
+    judged = "latency" if metric.startswith("latency_") or metric == "throughput" else metric
     if judged in INEXACT - scale.judges:
         return None, f"scale {scale.id} does not judge {judged}"
     row = study.row(row_id)

@@ -11,8 +11,9 @@ from ..catalogue import Row, Study
 from ..errors import HovitError
 from ..files import atomic
 from ..plan import Plan
+from .attention_figures import attention_curves, attention_latency, attention_length
 from .tables import baseline_ratio
-from .values import Results, Value, plural
+from .values import Results, Value, evidence_for, find_evidence, plural
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,13 +45,19 @@ def draw(plan: Plan, name: str, root: Path = Path()) -> None:
     from . import style
 
     with plt.rc_context(style.RC):
-        canvas = FIGURES[name].draw(Results(plan, root))
+        canvas = FIGURES[name].draw(_best(plan, FIGURES[name], root))
         for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
             content = BytesIO()  # on a full disk, matplotlib stumbles over itself
             canvas.savefig(content, format=suffix[1:], metadata=metadata)
             with atomic(root / FOLDER / f"{name}{suffix}") as path:
                 path.write_bytes(content.getvalue())
         plt.close(canvas)
+
+
+def _best(plan: Plan, figure: Figure, root: Path) -> Results:
+    """This run's results, or evidence of a larger scale: what a figure is drawn from."""
+    found = evidence_for(plan.study(figure.studies[0]), find_evidence(plan, root))
+    return found if found and found.plan.scale.rank > plan.scale.rank else Results(plan, root)
 
 
 def _state(canvas: "Canvas", results: Results, study: Study, latency: bool = True) -> None:
@@ -60,7 +67,7 @@ def _state(canvas: "Canvas", results: Results, study: Study, latency: bool = Tru
     studies = [plan.study(name) for name in IDEAS] if latency else []
     devices = {str(results.latency_device(each)) for each in studies} - {"None"}
     device = " and ".join(sorted(devices))
-    parts = [f"scale {plan.scale.id}"]
+    parts = [f"{results.states()}, scale {plan.scale.id}"]
     if runs:
         parts += [f"{runs[0].dataset.title}, {runs[0].image_size} px"]
         parts += [plural(runs[0].recipe.epochs, "epoch")]
@@ -148,14 +155,14 @@ def five_ideas(results: Results) -> "Canvas":
     names = {"reported_latency": "deck (batch not stated)"}
     for metric in ("reported_latency", *results.batches(results.plan.study("hovit"))):
         ratios = [baseline_ratio(results, study, row, metric) for study, row in rows]
-        label = names.get(metric, f"this run, batch {metric.removeprefix('latency_')}")
+        label = names.get(metric, f"{results.states()}, batch {metric.removeprefix('latency_')}")
         look = looks.get(metric, {"color": "#009E73", "marker": "^"})
         left.plot([r if r else np.nan for r in ratios], y, linestyle="", label=label, **look)
     left.axvline(1, color="black", linewidth=0.8)
     left.set_xlabel("Latency, × its baseline (left is faster)")
     for label, metric, look in (
         ("deck", "reported_top1", looks["reported_latency"]),
-        ("this run", "top1", looks["latency_1"]),
+        (results.states(), "top1", looks["latency_1"]),
     ):
         found = [results.value(study, row, metric) for study, row in rows]
         means = [v.mean if v else np.nan for v in found]
@@ -233,7 +240,7 @@ def accuracy_latency(results: Results) -> "Canvas":
         plt.Line2D([], [], color="#555555", marker="o", linestyle="", mfc=fill, label=label)
         for fill, label in (
             ("white", "hollow: the deck (batch not stated)"),
-            ("#555555", f"filled: this run, batch {last.removeprefix('latency_')}"),
+            ("#555555", f"filled: {results.states()}, batch {last.removeprefix('latency_')}"),
         )
     ]
     canvas.legend(handles=keys, loc="outside right center")
@@ -254,4 +261,13 @@ FIGURES = {
     "training_curves": Figure("Training curves of LeViT and HoViT", ("hovit",), training_curves),
     "five_ideas": Figure("The deck's five ideas", IDEAS, five_ideas),
     "accuracy_latency": Figure("Accuracy against latency", IDEAS, accuracy_latency),
+    "attention_curves": Figure(
+        "Losses of every attention", ("levit_attention", "swin_similarity"), attention_curves
+    ),
+    "attention_latency": Figure(
+        "Latency of every attention",
+        ("levit_attention", "swin_similarity", "attention_speed"),
+        attention_latency,
+    ),
+    "attention_length": Figure("Growth with the tokens", ("attention_length",), attention_length),
 }

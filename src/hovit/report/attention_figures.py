@@ -1,0 +1,162 @@
+"""The figures on other attentions: curves as in the deck, latency, and growth with the tokens."""
+
+from typing import TYPE_CHECKING, Any
+
+from ..catalogue import Row, Study
+from .tables import baseline_ratio
+from .values import Results, plural
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
+LOSSES = {"train_loss": "training", "val_loss": "validation"}
+LENGTH_FORMS = {"dot": "dot product (SDPA)", "jaccard": "Jaccard", "focused": "focused",
+                "gated": "gated, chunks"}  # fmt: skip
+
+
+def attention_curves(results: Results) -> "Canvas":
+    """Training and validation loss of every attention, in LeViT and in Swin: over-fitting shows."""
+    import matplotlib.pyplot as plt
+    import numpy as np
+    from matplotlib.ticker import MaxNLocator
+
+    from . import style
+
+    studies = [results.plan.study(name) for name in ("levit_attention", "swin_similarity")]
+    cells = [(study, _rows(results, study)) for study in studies]
+    lines = [(s, rows[i : i + 4]) for s, rows in cells for i in range(0, len(rows), 4)]
+    canvas, axes = plt.subplots(
+        len(lines), 4, figsize=(style.WIDTH, 1.7 * len(lines)), sharex=True, squeeze=False
+    )
+    for (study, rows), line in zip(lines, axes, strict=True):
+        for ax, row in zip(line, rows, strict=False):
+            histories = [record.results["history"] for _, record in results.trained(study, row)]
+            for i, (key, name) in enumerate(LOSSES.items()):
+                values = np.array([[epoch[key] for epoch in h] for h in histories])
+                if values.size:
+                    epochs = np.arange(1, values.shape[1] + 1)
+                    ax.plot(epochs, values.mean(0), label=name, **style.look(i))
+                    ax.fill_between(epochs, values.min(0), values.max(0), alpha=0.2, lw=0)
+            ax.set_title(row.label)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            ax.sharey(line[0])
+        for ax in line[len(rows) :]:
+            ax.set_visible(False)
+        line[0].set_ylabel("Loss")
+    for ax in axes[-1]:
+        ax.set_xlabel("Epoch")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="outside upper center", ncols=2)
+    state(canvas, results, studies)
+    return canvas
+
+
+def _rows(results: Results, study: Study) -> list[Row]:
+    """What the study compares: its other attentions and the one they replace."""
+    return [r for r in study.rows if r.model not in ("levit_deck_fixed", "levit_256")]
+
+
+def attention_latency(results: Results) -> "Canvas":
+    """Each attention's latency over dot product's: in the deck's models, and by itself."""
+    import matplotlib.pyplot as plt
+
+    from . import style
+
+    studies = [
+        results.plan.study(name)
+        for name in ("levit_attention", "swin_similarity", "attention_speed")
+    ]
+    canvas, axes = plt.subplots(
+        1, 3, figsize=(style.WIDTH, 3.6), gridspec_kw={"width_ratios": [1, 1, 1.2]}
+    )
+    titles = ("In LeViT", "In Swin (CIFAR-10)", "By itself")
+    for ax, study, title in zip(axes, studies, titles, strict=True):
+        rows = [r for r in _rows(results, study) if r.baseline and "recurrence" not in r.id]
+        rows = [r for r in rows if "recurrence" not in str(r.baseline)]
+        _bars(ax, results, study, rows)
+        ax.set_title(title)
+        ax.set_xlabel("Latency, × dot product's")
+    handles, labels = axes[0].get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="outside upper center", ncols=3)
+    state(canvas, results, studies)
+    return canvas
+
+
+def _bars(ax: "Axes", results: Results, study: Study, rows: list[Row]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    from . import style
+
+    metrics = ["reported_latency", *results.batches(study)]
+    looks: dict[str, dict[str, Any]] = {
+        "reported_latency": {
+            "color": style.REPORTED,
+            "label": "deck (batch not stated)",
+            "hatch": "//",
+        },
+    }
+    shades = (style.OURS, "#56B4E9", "#009E73")
+    height = 0.8 / len(metrics)
+    for i, metric in enumerate(metrics):
+        look = looks.get(metric) or {
+            "color": shades[(i - 1) % 3],
+            "label": f"{results.states()}, batch {metric.removeprefix('latency_')}",
+        }
+        ratios = [baseline_ratio(results, study, row, metric) or 0.0 for row in rows]
+        at = [n + (i - (len(metrics) - 1) / 2) * height for n in range(len(rows))]
+        ax.barh(at, ratios, height, **look)
+    ax.axvline(1, color="black", linewidth=0.8)
+    ax.set_yticks(range(len(rows)), [_short(row.label) for row in rows], fontsize=5.5)
+    ax.invert_yaxis()
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.grid(axis="y", visible=False)
+
+
+def _short(label: str) -> str:
+    return label.replace("LeViT + ", "").replace("Swin + ", "").replace(" tokens", "")
+
+
+def attention_length(results: Results) -> "Canvas":
+    """Time and memory of one image by the number of tokens: focused and gated grow linearly."""
+    import matplotlib.pyplot as plt
+
+    from . import style
+
+    study = results.plan.study("attention_length")
+    metric = results.batches(study)[0]
+    canvas, axes = plt.subplots(1, 2, figsize=(style.WIDTH * 0.75, 2.6))
+    for i, (form, label) in enumerate(LENGTH_FORMS.items()):
+        rows = [row for row in study.rows if row.id.startswith(f"{form}_")]
+        for ax, name, scale in ((axes[0], metric, 1.0), (axes[1], "activations", 1e-6)):
+            points = [
+                (int(row.id.rpartition("_")[2]), value.mean * scale)
+                for row in rows
+                if (value := results.value(study, row, name))
+            ]
+            if points:
+                ax.plot(*zip(*points, strict=True), label=label, **style.look(i))
+    for ax, title in zip(axes, ("Latency, ms", "Kept for backward, MB"), strict=True):
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_xlabel("Tokens")
+        ax.set_ylabel(title)
+    axes[0].legend()
+    state(canvas, results, [study])
+    return canvas
+
+
+def state(canvas: "Canvas", results: Results, studies: list[Study]) -> None:
+    """Say under the figure what was run: scale, images, device and seeds, by study."""
+    facts = list(dict.fromkeys(results.where(study) for study in studies))
+    trained = [(s, row) for s in studies for row in s.rows if s.trained]
+    seeds = sorted({len(results.trained(study, row)) for study, row in trained} - {0})
+    if seeds:
+        least = f"{seeds[0]} to " if seeds[0] < seeds[-1] else ""
+        facts.append(f"n = {least}{plural(seeds[-1], 'seed')}")
+    if results.problems:
+        facts.append(f"{plural(len(results.problems), 'record')} not used: see the tables")
+    canvas.supxlabel(" · ".join(facts), fontsize=5.5, color="#555555")
