@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -248,6 +249,51 @@ def test_an_s3_remote_takes_and_gives_everything(made: Path, monkeypatch) -> Non
         assert_at_rest(target)
     finally:
         server.stop()
+
+
+def change_a_recipe(root: Path) -> None:
+    """So that there is one training to do, of some seconds."""
+    recipe = root / "config/recipes/deck_100.yaml"
+    recipe.write_text(recipe.read_text().replace("lr: 0.001", "lr: 0.002"))
+
+
+def start_repro(root: Path) -> subprocess.Popen[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "PYTHONPATH": str(root / "src")}
+    return subprocess.Popen(
+        ["dvc", "repro"], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def test_two_at_once_the_second_says_why_it_does_not_run(made: Path) -> None:
+    root = pulled(made, "two at once")
+    change_a_recipe(root)
+    first, second = start_repro(root), start_repro(root)
+    said = {process.communicate(timeout=250)[0]: process.returncode for process in (first, second)}
+    assert sorted(said.values())[0] == 0, said
+    for text, code in said.items():
+        assert code == 0 or "lock" in text.lower() or "is busy" in text.lower(), text
+    ok(root, "dvc", "repro")
+    git(root, "commit", "-qam", "the new lock")
+    assert_at_rest(root)
+
+
+def test_an_interrupted_repro_goes_on(made: Path) -> None:
+    root = pulled(made, "interrupted")
+    change_a_recipe(root)
+    process = start_repro(root)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "rule train:" in line:
+            break
+    time.sleep(3)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    ok(root, "dvc", "repro")
+    git(root, "commit", "-qam", "the new lock")
+    assert_at_rest(root)
 
 
 def test_the_environment_need_not_be_activated(made: Path) -> None:
