@@ -16,7 +16,7 @@ from hovit.files import digest
 from hovit.plan import load_plan
 from hovit.report.figures import FIGURES
 from hovit.report.metrics import metrics_files
-from hovit.sources import code_hash
+from hovit.sources import analysis_code, code_hash
 
 SCALE = config.get("scale", "smoke")
 DATA_ROOT = str(config.get("data_root", os.getenv("HOVIT_DATA", "data")))
@@ -57,6 +57,7 @@ wildcard_constraints:
     run="[^/]+",
     seed="[0-9]+",
     study="|".join(STUDIES),
+    analysis="|".join(PLAN.catalogue.analyses),
     figure="|".join(FIGURES),
 
 
@@ -97,6 +98,12 @@ def records(studies):
     return sorted(set(map(str, files)))
 
 
+def analyses(names):
+    """The records of those analyses that this scale has the data for."""
+    found = [PLAN.analysis(name) for name in names]
+    return [PLAN.analysed(each) for each in found if PLAN.analysed_runs(each)]
+
+
 rule all_data:
     name:
         "data/packed"
@@ -109,6 +116,7 @@ rule all_runs:
         "results/runs"
     input:
         records(STUDIES.values()),
+        analyses(PLAN.catalogue.analyses),
 
 
 rule data:
@@ -173,6 +181,33 @@ rule measure:
         "python -m hovit measure {wildcards.study} --scale {params.scale} > {log} 2>&1"
 
 
+rule analyse:
+    input:
+        lambda w: [
+            run.folder / name
+            for run in PLAN.analysed_runs(PLAN.analysis(w.analysis)).values()
+            for name in ("weights.safetensors", "record.json")
+        ],
+        lambda w: [
+            run.pack.folder / "images.npy"
+            for run in PLAN.analysed_runs(PLAN.analysis(w.analysis)).values()
+        ],
+    output:
+        f"results/runs/{SCALE}/analysis/{{analysis}}.json",
+    log:
+        f"logs/analyse/{SCALE}/{{analysis}}.log",
+    threads: PLAN.scale.threads
+    resources:
+        gpu=1,
+        mem_mb=PLAN.scale.memory_mb,
+    params:
+        scale=SCALE,
+        spec=lambda w: digest(PLAN.analysis_spec(PLAN.analysis(w.analysis))),
+        code=lambda w: analysis_code(PLAN.analysis_spec(PLAN.analysis(w.analysis))),
+    shell:
+        "python -m hovit analyse {wildcards.analysis} --scale {params.scale} > {log} 2>&1"
+
+
 rule table:
     input:
         lambda w: records([STUDIES[w.study]]),
@@ -194,6 +229,7 @@ rule figure:
     input:
         lambda w: records([STUDIES[name] for name in FIGURES[w.figure].studies]),
         lambda w: expand("config/studies/{study}.yaml", study=FIGURES[w.figure].studies),
+        lambda w: analyses(FIGURES[w.figure].analyses),
         CONFIG,
     output:
         multiext("figures/{figure}", ".pdf", ".png"),

@@ -54,6 +54,9 @@ TAKEN = {"pretrained", "pretrained_cfg", "checkpoint_path", "cache_dir", "num_cl
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
+RowRef = Annotated[str, Field(pattern=r"^[a-z0-9_]+/[a-z0-9_.]+$")]  # study/row
+
+
 class Strict(BaseModel):
     """A frozen object that admits no unknown key and no infinite number."""
 
@@ -113,7 +116,7 @@ class Recipe(Strict):
 class WeightsFrom(Strict):
     """Where pretrained weights come from: a row of this artifact, or timm's hub."""
 
-    row: Annotated[str, Field(pattern=r"^[a-z0-9_]+/[a-z0-9_.]+$")] | None = None
+    row: RowRef | None = None
     timm: Text | None = None
 
     @model_validator(mode="after")
@@ -234,6 +237,18 @@ class Study(Strict):
         )
 
 
+class Analysis(Strict):
+    """Something computed from trained models, for a figure."""
+
+    id: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+    title: Text
+    source: Source
+    kind: Literal["attention_maps"]
+    of: Annotated[tuple[RowRef, ...], Field(min_length=1)]  # each row's run of the first seed
+    images: Annotated[int, Field(ge=1)] = 1  # of the test split, the first
+    args: dict[str, Plain] = {}
+
+
 Ref = Annotated[str, Field(pattern=r"^[a-z0-9_]+/[a-z0-9_.]+/[a-z0-9_]+$")]
 
 
@@ -279,6 +294,7 @@ KINDS: dict[str, type[Strict]] = {
     "scales": Scale,
     "studies": Study,
     "claims": Claims,
+    "analyses": Analysis,
 }
 
 
@@ -290,6 +306,7 @@ class Catalogue(Strict):
     scales: dict[str, Scale]
     studies: dict[str, Study]
     claims: dict[str, Claims]
+    analyses: dict[str, Analysis]
 
 
 def load_catalogue(root: Path = Path("config")) -> Catalogue:
@@ -333,6 +350,12 @@ def _check_references(catalogue: Catalogue, root: Path) -> None:
                     raise HovitError(f"{root}/{where}: {weights.row} itself starts from weights")
     for study in catalogue.studies.values():
         _check_rows(catalogue, root, study, must)
+    for analysis in catalogue.analyses.values():
+        for row_ref in analysis.of:
+            study_id, row_id = row_ref.split("/")
+            where = f"analyses/{analysis.id}.yaml: of"
+            must(catalogue.studies, study_id, where)
+            must([row.id for row in catalogue.studies[study_id].rows], row_id, where)
     seen: set[str] = set()
     for claims in catalogue.claims.values():
         for i, claim in enumerate(claims.claims):

@@ -186,6 +186,25 @@ def measure(
 
 
 @app.command()
+def analyse(
+    analysis: str,
+    scale: ScaleOption = "smoke",
+    weights: WeightsOption = None,
+    accelerator: Accelerator = "auto",
+) -> None:
+    """Compute an analysis of trained models: what config/analyses says, for a figure."""
+    plan = load_plan(scale, weights_file=weights)
+    found = plan.analysis(analysis)
+    import hovit.models  # noqa: F401 (registers)
+
+    from .analysis.run import analyse as run_analysis
+    from .device import pick_device
+
+    record = run_analysis(plan, found, pick_device(accelerator))
+    print(f"{analysis}: {len(record.results['rows'])} models on {record.provenance.device}")
+
+
+@app.command()
 def sweep(
     study: Annotated[list[str], typer.Option(help="A study; give it again for more.")],
     budget: Annotated[str, typer.Option(help="Stop before this: 90s, 9m, 1.5h.")],

@@ -21,7 +21,7 @@ from .files import atomic, digest, file_digest
 from .plan import Plan
 from .predictions import metrics, predictions_digest, read_predictions
 from .records import Device, Record, read_record
-from .sources import code_hash
+from .sources import analysis_code, code_hash
 
 EVIDENCE = Path("results/evidence")
 
@@ -53,7 +53,9 @@ def add(catalogue: Catalogue, sources: list[Path], root: Path = Path()) -> list[
     """
     found = [path for source in sources for path in records_in(source)]
     if not found:
-        raise HovitError(f"{sources[0]}: no records in it (record.json, or measure/*.json)")
+        raise HovitError(
+            f"{sources[0]}: no records in it (record.json, measure/*.json, analysis/*.json)"
+        )
     for path in found:
         check(catalogue, path, root)
     taken = []
@@ -73,14 +75,15 @@ def add(catalogue: Catalogue, sources: list[Path], root: Path = Path()) -> list[
 
 def records_in(folder: Path) -> list[Path]:
     """The records under a folder."""
-    measured = [p for p in folder.rglob("measure/*.json") if not p.name.endswith(".partial.json")]
-    return sorted([*folder.rglob("record.json"), *measured])
+    others = [p for kind in ("measure", "analysis") for p in folder.rglob(f"{kind}/*.json")]
+    whole = [p for p in others if not p.name.endswith(".partial.json")]
+    return sorted([*folder.rglob("record.json"), *whole])
 
 
 def location(record: Record) -> Path:
     """A record's place below the runs, or below a device's evidence."""
-    if record.kind == "measure":
-        return Path(record.scale) / "measure" / f"{record.id}.json"
+    if record.kind != "train":
+        return Path(record.scale) / record.kind / f"{record.id}.json"
     return Path(record.scale) / record.id / f"seed{record.spec['seed']}" / "record.json"
 
 
@@ -125,6 +128,8 @@ def check(catalogue: Catalogue, path: Path, root: Path = Path()) -> Record:
 def _expected(plan: Plan, record: Record) -> str:
     if record.kind == "measure":
         return digest(plan.measure_spec(plan.study(record.id)))
+    if record.kind == "analysis":
+        return digest(plan.analysis_spec(plan.analysis(record.id)))
     seed = record.spec.get("seed")
     return plan.run(record.id, seed if isinstance(seed, int) else None).spec_hash
 
@@ -155,6 +160,8 @@ def record_code(record: Record, package: Path) -> str:
     """The hash that this record's code must have, by the sources in `package`."""
     if record.kind == "train":
         return code_hash("training", record.spec["model"], package)
+    if record.kind == "analysis":
+        return analysis_code(record.spec, package)
     models = sorted({row["model"] for row in record.spec["rows"].values()})
     return digest([code_hash("measure", model, package) for model in models])
 

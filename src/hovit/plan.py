@@ -9,7 +9,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .catalogue import Catalogue, Dataset, Limit, Recipe, Row, Scale, Strict, Study, load_catalogue
+from .catalogue import (
+    Analysis,
+    Catalogue,
+    Dataset,
+    Limit,
+    Recipe,
+    Row,
+    Scale,
+    Strict,
+    Study,
+    load_catalogue,
+)
 from .errors import HovitError
 from .files import digest, file_digest
 
@@ -301,6 +312,45 @@ class Plan:
     def measured(self, study: Study) -> Path:
         """The record of a study's parameters, multiply-adds and latency."""
         return RUNS / self.scale.id / "measure" / f"{study.id}.json"
+
+    def analysis(self, analysis_id: str) -> Analysis:
+        """The analysis of that id.
+
+        Raises:
+            HovitError: if the catalogue has none.
+        """
+        try:
+            return self.catalogue.analyses[analysis_id]
+        except KeyError:
+            known = ", ".join(self.catalogue.analyses)
+            raise HovitError(
+                f"no analysis {analysis_id!r} in config/analyses; there are {known}"
+            ) from None
+
+    def analysed_runs(self, analysis: Analysis) -> dict[str, Run]:
+        """The run that stands for each row of an analysis; fewer, if the scale has no such data."""
+        found = {}
+        for ref in analysis.of:
+            study_id, row_id = ref.split("/")
+            study = self.study(study_id)
+            if runs := self.runs_of(study, study.row(row_id)):
+                found[ref] = runs[0]
+        return found
+
+    def analysis_spec(self, analysis: Analysis) -> dict[str, Any]:
+        """All that decides what an analysis finds."""
+        runs = self.analysed_runs(analysis)
+        return {
+            "kind": analysis.kind,
+            "images": analysis.images,
+            "args": analysis.args,
+            "runs": {ref: run.spec_hash for ref, run in runs.items()},
+            "models": {ref: run.model for ref, run in runs.items()},
+        }
+
+    def analysed(self, analysis: Analysis) -> Path:
+        """The record of an analysis."""
+        return RUNS / self.scale.id / "analysis" / f"{analysis.id}.json"
 
 
 def load_plan(

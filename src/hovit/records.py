@@ -62,10 +62,10 @@ class Provenance(Strict):
 
 
 class Record(Strict):
-    """One finished run, or one study's measurements."""
+    """One finished run, one study's measurements, or one analysis of trained models."""
 
     schema_version: Literal[1] = 1
-    kind: Literal["train", "measure"]
+    kind: Literal["train", "measure", "analysis"]
     id: str
     scale: str
     spec: dict[str, Any]

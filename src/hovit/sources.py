@@ -11,6 +11,9 @@ import io
 import tokenize
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+from .files import digest
 
 PACKAGE = Path(__file__).parent
 
@@ -20,8 +23,8 @@ def code_hash(purpose: str, model: str = "", package: Path = PACKAGE) -> str:
     """sha256, in hex, of the sources behind data, a model's training or measuring, or the report.
 
     Args:
-        purpose: `data`, `training`, `measure` or `report`.
-        model: a registered name, for training and measuring.
+        purpose: `data`, `training`, `measure`, `analysis` or `report`.
+        model: a registered name, for all but data and the report.
         package: the folder of the package, this one's unless told.
     """
     start = {package / f"{purpose}/{name}.py" for name in ENTRIES[purpose]}
@@ -32,10 +35,17 @@ def code_hash(purpose: str, model: str = "", package: Path = PACKAGE) -> str:
     return total.hexdigest()
 
 
+def analysis_code(spec: dict[str, Any], package: Path = PACKAGE) -> str:
+    """The hash of the sources behind an analysis: its own, and its models'."""
+    models = sorted(set(spec["models"].values()))
+    return digest([code_hash("analysis", model, package) for model in models])
+
+
 ENTRIES = {
     "data": ("pack", "readers"),
     "training": ("loop",),
     "measure": ("cost", "latency", "study"),
+    "analysis": ("run",),
     "report": ("tables", "figures", "claims"),
 }
 # What these decide stands in a record by itself: the spec, the images' fingerprint, the device.

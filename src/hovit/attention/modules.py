@@ -60,6 +60,13 @@ class SimilarityAttention(nn.Module):
         q, k, v = (to_heads(t, self.heads) for t in (q, k, v))
         return from_heads(attention(self.similarity, q, k, v, bias, self.temperature))
 
+    def weights(self, q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The attention matrix, [B, heads, N, N], for q and k by heads; for looking at."""
+        scores = SIMILARITIES[self.similarity](q, k)
+        if self.temperature is not None:
+            scores = scores * self.temperature[:, None, None]
+        return (scores if bias is None else scores + bias).softmax(-1)
+
 
 class FocusedAttention(nn.Module):
     """FLatten's attention: phi(q) (phi(k)^T v) / (phi(q) . sum phi(k)) + depthwise conv of v.
@@ -90,14 +97,24 @@ class FocusedAttention(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, size: Size, bias: Tensor | None = None
     ) -> Tensor:
-        if self.position is not None:
-            k = k + self.position
-        scale = F.softplus(self.scale)
-        q, k = (focus((F.relu(t) + 1e-6) / scale, self.power) for t in (q, k))
-        q, k, v = (to_heads(t, self.heads) for t in (q, k, v))
+        q, k = (to_heads(t, self.heads) for t in self.focused(q, k))
+        v = to_heads(v, self.heads)
         local = v.flatten(0, 1).transpose(1, 2).unflatten(2, size)  # [B heads, d, H, W]
         local = self.conv(local).flatten(2).transpose(1, 2)
         return from_heads(linear_attention(q, k, v) + local.unflatten(0, (-1, self.heads)))
+
+    def focused(self, q: Tensor, k: Tensor) -> list[Tensor]:
+        """phi(q) and phi(k), [B, N, dim] each."""
+        if self.position is not None:
+            k = k + self.position
+        scale = F.softplus(self.scale)
+        return [focus((F.relu(t) + 1e-6) / scale, self.power) for t in (q, k)]
+
+    def weights(self, q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What each token takes of each, [B, heads, N, N], without the convolution's share."""
+        q, k = (to_heads(t, self.heads) for t in self.focused(from_heads(q), from_heads(k)))
+        shares = q @ k.transpose(-2, -1)
+        return shares / shares.sum(-1, keepdim=True).clamp(min=1e-12)
 
 
 class GatedAttention(nn.Module):

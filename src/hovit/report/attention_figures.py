@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..catalogue import Row, Study
 from .tables import baseline_ratio
 from .values import Results, plural
@@ -18,7 +20,6 @@ LENGTH_FORMS = {"dot": "dot product (SDPA)", "jaccard": "Jaccard", "focused": "f
 def attention_curves(results: Results) -> "Canvas":
     """Training and validation loss of every attention, in LeViT and in Swin: over-fitting shows."""
     import matplotlib.pyplot as plt
-    import numpy as np
     from matplotlib.ticker import MaxNLocator
 
     from . import style
@@ -145,6 +146,39 @@ def attention_length(results: Results) -> "Canvas":
         ax.set_xlabel("Tokens")
         ax.set_ylabel(title)
     axes[0].legend()
+    state(canvas, results, [study])
+    return canvas
+
+
+def attention_maps(results: Results) -> "Canvas":
+    """One test image, and where its middle token looks under each attention, trained."""
+    import matplotlib.pyplot as plt
+
+    from . import style
+
+    study = results.plan.study("levit_attention")
+    record = results.analysis("attention_maps")
+    found = record.results["rows"] if record else {}
+    canvas, axes = plt.subplots(1, len(found) + 1, figsize=(style.WIDTH, 1.6), squeeze=False)
+    for ax in axes[0]:
+        ax.set_axis_off()
+    for ax, (ref, row) in zip(axes[0][1:], found.items(), strict=True):
+        ax.imshow(row["map"], cmap="magma", vmin=0)
+        height, width = len(row["map"]), len(row["map"][0])
+        ax.plot(width // 2, height // 2, marker="+", color="white", markersize=5, linestyle="")
+        label = study.row(ref.split("/")[1]).label.replace("LeViT + ", "")
+        ax.set_title(f"{label}\nentropy {row['entropy']:.2f}", fontsize=5.5)
+    if found:
+        ref, row = next(iter(found.items()))
+        run = results.plan.analysed_runs(results.plan.analysis("attention_maps"))[ref]
+        path = results.root / run.pack.folder / "images.npy"
+        if path.exists():  # evidence comes without its images
+            axes[0][0].imshow(np.load(path, mmap_mode="r")[row["images"][0]])
+            axes[0][0].set_title("test image", fontsize=5.5)
+        tokens = len(row["map"]) * len(row["map"][0])
+        canvas.suptitle(
+            f"entropy in nats; flat over {tokens} tokens it is {np.log(tokens):.2f}", fontsize=6
+        )
     state(canvas, results, [study])
     return canvas
 

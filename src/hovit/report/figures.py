@@ -11,7 +11,12 @@ from ..catalogue import Row, Study
 from ..errors import HovitError
 from ..files import atomic
 from ..plan import Plan
-from .attention_figures import attention_curves, attention_latency, attention_length
+from .attention_figures import (
+    attention_curves,
+    attention_latency,
+    attention_length,
+    attention_maps,
+)
 from .tables import baseline_ratio
 from .values import Results, Value, evidence_for, find_evidence, plural
 
@@ -30,6 +35,7 @@ class Figure:
     title: str
     studies: tuple[str, ...]
     draw: Callable[[Results], "Canvas"]
+    analyses: tuple[str, ...] = ()
 
 
 def draw(plan: Plan, name: str, root: Path = Path()) -> None:
@@ -268,6 +274,9 @@ FIGURES = {
         "Latency of every attention",
         ("levit_attention", "swin_similarity", "attention_speed"),
         attention_latency,
+    ),
+    "attention_maps": Figure(
+        "Where one token looks", ("levit_attention",), attention_maps, ("attention_maps",)
     ),
     "attention_length": Figure("Growth with the tokens", ("attention_length",), attention_length),
 }

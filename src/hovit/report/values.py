@@ -13,7 +13,7 @@ from ..evidence import EVIDENCE
 from ..files import digest, read_json
 from ..plan import RUNS, Plan, Run
 from ..records import Device, Record, read_record
-from ..sources import code_hash
+from ..sources import analysis_code, code_hash
 from ..splits import split_sizes
 
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # t at 95 %, by n
@@ -117,6 +117,12 @@ class Results:
         code = digest([code_hash("measure", model) for model in self.plan.models(study)])
         spec = digest(self.plan.measure_spec(study))
         return self.record(self.plan.measured(study), spec, code)
+
+    def analysis(self, analysis_id: str) -> Record | None:
+        """What an analysis found."""
+        analysis = self.plan.analysis(analysis_id)
+        spec = self.plan.analysis_spec(analysis)
+        return self.record(self.plan.analysed(analysis), digest(spec), analysis_code(spec))
 
     def value(self, study: Study, row: Row, metric: str) -> Value | None:
         """A metric of a row: as measured, or with `reported_` before it, as the seed prints it.
