@@ -266,10 +266,12 @@ rule judge:
 rule claims:
     input:
         "results/claims.json",
+    log:
+        "logs/claims.log",
     params:
         scale=SCALE,
     shell:
-        "python -m hovit claims --check --scale {params.scale}"
+        "python -m hovit claims --check --scale {params.scale} 2>&1 | tee {log}"
 
 
 rule index:

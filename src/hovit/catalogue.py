@@ -213,6 +213,7 @@ class Study(Strict):
     source: Source
     kind: Literal["models", "data"] = "models"
     trained: bool = True  # else its models are only measured
+    workload: Literal["inference", "training"] = "inference"  # what is timed: a pass, or a step
     batches: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
     dataset: Role = "pets"
     recipe: Name = "deck"

@@ -287,6 +287,8 @@ class Plan:
         timed = {"latency", "throughput"} & set(study.columns)
         latency["image_size"] = self._timed_size(study.image_size)
         latency["precision"] = "fp32, TF32 off"
+        if study.workload != "inference":
+            latency["workload"] = study.workload
         return {
             "study": study.id,
             "num_classes": study.num_classes,

@@ -27,16 +27,42 @@ def example_inputs(model: Any, batch: int, image_size: int | None) -> tuple[Tens
 def forward_ms(model: nn.Module, *inputs: Tensor) -> float:
     """Milliseconds of one forward pass."""
     with torch.inference_mode():
-        if inputs[0].device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            model(*inputs)
-            end.record()
-            end.synchronize()
-            return float(start.elapsed_time(end))
-        begin = time.perf_counter()
-        model(*inputs)
-        return (time.perf_counter() - begin) * 1e3
+        return timed(model, *inputs)
+
+
+def timed(call: Callable[..., object], *inputs: Tensor) -> float:
+    """Milliseconds of one call: by CUDA events where the inputs are on a card."""
+    if inputs[0].device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call(*inputs)
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+    begin = time.perf_counter()
+    call(*inputs)
+    return (time.perf_counter() - begin) * 1e3
+
+
+class TrainingStep:
+    """Times whole optimiser steps: forward, cross-entropy, backward, AdamW, gradients cleared."""
+
+    def __init__(self) -> None:
+        self.optimizers: dict[int, torch.optim.Optimizer] = {}
+
+    def __call__(self, model: Any, x: Tensor) -> float:
+        """Milliseconds of one step on images x [B, 3, H, W] of random labels."""
+        if id(model) not in self.optimizers:
+            self.optimizers[id(model)] = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        model.train()
+        labels = torch.randint(model.num_classes, x.shape[:1]).to(x.device)
+
+        def step(x: Tensor) -> None:
+            torch.nn.functional.cross_entropy(model(x), labels).backward()
+            self.optimizers[id(model)].step()
+            self.optimizers[id(model)].zero_grad()
+
+        return timed(step, x)
 
 
 def measure_latency(

@@ -17,7 +17,7 @@ from ..plan import Plan
 from ..records import Device, Record, make_provenance, write_record
 from ..sources import code_hash
 from .cost import cost
-from .latency import Samples, measure_latency, summary
+from .latency import Samples, TrainingStep, measure_latency, summary
 
 
 def study_code(plan: Plan, study: Study) -> str:
@@ -120,6 +120,7 @@ def _latency(
         rounds=settings["rounds"],
         warmup=settings["warmup"],
         samples=_resume(partial, begun),
+        **({"timer": TrainingStep()} if settings.get("workload") == "training" else {}),
         after_round=after_round,
     )
     return {name: samples[names[0]] for names in same.values() for name in names}

@@ -143,6 +143,7 @@ class _Job:
             self.indices["train"], self.recipe.batch_size, self.run.seed, epoch, rank, world
         )
         loader = make_loader(self.images, batches[self.state.step :], self.fabric.device)
+        self.tell_epoch(epoch)
         self.model.train()
         recent: list[Tensor] = []
         for step, (images, labels) in enumerate(loader, start=self.state.step):
@@ -171,6 +172,11 @@ class _Job:
             if due:
                 self.save()
             self.options.on_step(epoch, step + 1, len(batches))
+
+    def tell_epoch(self, epoch: int) -> None:
+        """Tell a model that has a warm-up of its own (SkipViT) which epoch begins."""
+        if hasattr(self.module, "set_epoch"):
+            self.module.set_epoch(epoch, self.recipe.epochs)
 
     def keep(self, recent: list[Tensor]) -> None:
         """Take the last losses off the device; one that is not finite ends the run."""
@@ -288,6 +294,7 @@ class _Job:
         best = self.state.best
         assert best is not None
         self.module.load_state_dict(load_weights(self.best_weights(best["epoch"])))
+        self.tell_epoch(self.recipe.epochs - 1)
         loss, top1, predictions = self.evaluate("test")
         seconds = self.state.seconds + time.monotonic() - self.started
         results = {
