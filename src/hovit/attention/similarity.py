@@ -26,13 +26,13 @@ def dot(q: Tensor, k: Tensor) -> Tensor:
 
 
 def euclidean(q: Tensor, k: Tensor) -> Tensor:
-    """-|q - k| / sqrt(d), by |q - k|^2 = |q|^2 + |k|^2 - 2 q . k; shapes as for `dot`.
+    """-|q - k| / sqrt(d), by |q - k|^2 = |q|^2 + |k|^2 - 2 q . k; q [B, N, d], k [B, M, d].
 
     The divisor is ours, as in `dot`. Where q = k the root's slope is infinite; ours is finite.
     """
-    q, k = (x * x.shape[-1] ** -0.5 for x in (q, k))
-    squares = (-2 * q) @ k.transpose(-2, -1)
-    squares.add_(_square(q)[..., None]).add_(_square(k)[..., None, :])
+    scale = 1 / q.shape[-1]
+    norms = _square(q)[..., None] + _square(k)[..., None, :]
+    squares = torch.baddbmm(norms, q, k.transpose(-2, -1), beta=scale, alpha=-2 * scale)
     return -squares.clamp_(min=_least(squares)).sqrt_()
 
 
