@@ -1,0 +1,172 @@
+"""How much of what skipped tokens save arrives: whole optimiser steps, against timm's ViT.
+
+Forward, cross-entropy, backward and AdamW step on synthetic images that lie on the device. Each
+schedule of the seed's Table 1 takes turns with the baseline, timm's own ViT of the same shape, step
+by step, and which of the two goes first alternates. Told of each schedule: the speed-up that its
+floating-point operations imply (`torch.utils.flop_counter`, forward and backward), the one reached
+(median of the pairs' ratios, quartiles, n), how much of the implied gain that is, and the seed's
+(Ascend 910A, ViT-S). A shared machine disturbs single steps: trust the median, and its quartiles.
+
+    python bench/skipvit.py --model tiny --rounds 15
+    python bench/skipvit.py --model small --batch 256 --precision bf16-mixed --compile --steps 20
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import hovit.models  # noqa: F401 (registers)
+from hovit.device import describe_device, pick_device
+from hovit.errors import HovitError
+from hovit.files import write_json
+
+SEED = {  # Table 1: throughput gained over ViT-S's 4,503 images/s, in percent
+    "6(45%)+fused": 10.23,
+    "4,7(30%,30%)+10": 13.1,
+    "4,7(30%,30%)+11": 16.09,
+    "6,8(35%,35%)+10": 4.62,
+    "6,8(35%,35%)+11": 7.45,
+    "6(45%)+11": 9.8,
+    "6(50%)+11": 11.51,
+    "6(55%)+11": 13.23,
+}
+AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+def flops(model: nn.Module, x: Tensor) -> int:
+    """Floating-point operations of one forward and backward pass."""
+    with FlopCounterMode(display=False) as counter:
+        model(x).sum().backward()
+    model.zero_grad()
+    return counter.get_total_flops()
+
+
+def trainer(model: nn.Module, x: Tensor, y: Tensor, precision: str) -> Callable[[], None]:
+    """One optimiser step of a model."""
+    dtype = AUTOCAST[precision]
+    scaler = torch.amp.GradScaler(x.device.type, enabled=dtype is torch.float16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05)
+
+    def step() -> None:
+        with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
+            loss = F.cross_entropy(model(x), y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    return step
+
+
+def seconds(step: Callable[[], None], steps: int, device: torch.device) -> float:
+    """Wall time of some steps, until the device has done them."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    wait()
+    begin = time.perf_counter()
+    for _ in range(steps):
+        step()
+    wait()
+    return time.perf_counter() - begin
+
+
+def build(options: argparse.Namespace, schedule: str | None) -> nn.Module:
+    """SkipViT with a schedule, or timm's ViT for None; the same weights each."""
+    torch.manual_seed(0)
+    name = f"vit_{options.model}_patch{options.patch}_224"
+    size: dict[str, Any] = {"img_size": options.image_size}
+    if schedule is not None:
+        name, size["schedule"] = f"skip{name}", schedule
+    return timm.create_model(name, **size).train()
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+    q1, median, q3 = (float(v) for v in np.percentile(values, [25, 50, 75]))
+    return {"median": median, "q1": q1, "q3": q3, "n": len(values), "each": values}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="tiny", choices=["tiny", "small", "base"])
+    parser.add_argument("--patch", type=int, default=16, choices=[8, 16])
+    parser.add_argument("--image-size", type=int, default=224, help="pixels a side (default 224)")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=9, help="pairs of each schedule (default 9)")
+    parser.add_argument("--steps", type=int, default=1, help="of each measurement (default 1)")
+    parser.add_argument("--schedule", action="append", help="again for more (default: the seed's)")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU (default 2)")
+    parser.add_argument("--precision", default="32-true", choices=list(AUTOCAST))
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--out", type=Path, default=Path("results/bench/skipvit.json"))
+    options = parser.parse_args(argv)
+
+    torch.set_num_threads(options.threads)
+    device = pick_device(options.device)
+    shape = (3, options.image_size, options.image_size)
+    x = torch.randn(options.batch, *shape, device=device)
+    y = torch.randint(1000, (options.batch,), device=device)
+    schedules = options.schedule or list(SEED)
+    implied: dict[str | None, int] = {}
+    steps: dict[str | None, Callable[[], None]] = {}
+    for schedule in (None, *schedules):
+        model = build(options, schedule).to(device)
+        implied[schedule] = flops(model, x[:1])
+        if options.compile:
+            model = torch.compile(model, fullgraph=True)  # type: ignore[assignment]
+        steps[schedule] = trainer(model, x, y, options.precision)
+
+    where = describe_device(device)
+    kind = f"ViT-{options.model}/{options.patch} at {options.image_size} px, batch {options.batch}"
+    how = f"{options.precision}, {'compiled' if options.compile else 'eager'}"
+    print(f"{kind}, {how}, n = {options.rounds}\non {where}, threads {where.threads}", flush=True)
+    for step in steps.values():  # warm-up
+        seconds(step, 2, device)
+    taken: dict[str, list[tuple[float, float]]] = {schedule: [] for schedule in schedules}
+    for i in range(options.rounds):
+        for schedule in schedules:
+            pair = (None, schedule) if i % 2 else (schedule, None)
+            times = {s: seconds(steps[s], options.steps, device) for s in pair}
+            taken[schedule].append((times[None], times[schedule]))
+
+    baseline = [options.steps * options.batch / b for pairs in taken.values() for b, _ in pairs]
+    print(f"baseline {np.median(baseline):.4g} images/s (n = {len(baseline)})")
+    print(f"{'schedule':18}{'implied':>9}{'reached':>9}  (quartiles)      of gain   seed")
+    rows: dict[str, Any] = {}
+    for schedule, pairs in taken.items():
+        speedup = summary([b / s for b, s in pairs])
+        promised = implied[None] / implied[schedule]
+        share = (speedup["median"] - 1) / (promised - 1)
+        rows[schedule] = {"implied": promised, "reached": speedup, "share_of_gain": share}
+        quartiles = f"({speedup['q1']:.3f} to {speedup['q3']:.3f})"
+        seed = f"{1 + SEED[schedule] / 100:.4f}" if schedule in SEED else "-"
+        print(
+            f"{schedule:18}{promised:9.3f}{speedup['median']:9.3f}  {quartiles:17}{share:6.0%}"
+            f"{seed:>9}"
+        )
+    asked = {key: value for key, value in vars(options).items() if key != "out"}
+    result = {"options": asked, "device": where.model_dump(), "torch": torch.__version__}
+    write_json(options.out, result | {"baseline": summary(baseline), "schedules": rows})
+    print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except HovitError as error:
+        sys.exit(f"error: {error}")

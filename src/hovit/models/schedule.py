@@ -1,0 +1,109 @@
+"""Where SkipViT drops tokens and where they come back, as the seed writes it. Imports no torch.
+
+Seed: SkipViT (seeds/001), Table 1, column "Dropping": `6(45%)+11`, `4,7(30%,30%)+10`,
+`6(45%)+fused token`. Paper: https://arxiv.org/abs/2401.15293
+"""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+_RATIO = r"\d{1,3}(?:\.\d{1,4})?\s*%"
+_SPELLING = re.compile(
+    rf"\s*(?P<layers>\d+(?:\s*,\s*\d+)*)\s*"
+    rf"\(\s*(?P<ratios>{_RATIO}(?:\s*,\s*{_RATIO})*)\s*\)\s*"
+    r"\+\s*(?P<end>\d+|fused(?:\s+token)?)\s*",
+    re.ASCII,
+)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`4,7(30%,30%)+10`: drop 30 % in layer 4 and 30 % of the rest in layer 7, return in layer 10.
+
+    Layers count from 1, as in the seed ("the 6th transformer layer").
+
+    Args:
+        layers: where tokens are dropped, ascending; none for a plain ViT.
+        ratios: for each, the dropped part of the patch tokens that are active there.
+        back: the layer at whose input they return; None where they never do but are fused.
+    """
+
+    layers: tuple[int, ...] = ()
+    ratios: tuple[Fraction, ...] = ()
+    back: int | None = None
+
+    @classmethod
+    def parse(cls, text: str, depth: int) -> "Schedule":
+        """The schedule that a text means, for a network of `depth` layers; `''` drops nothing.
+
+        Both `+fused` and the seed's `+fused token` are read. A ratio of 0 % drops nothing.
+
+        Raises:
+            ValueError: for another notation, or a schedule that no such network can follow.
+        """
+        if not isinstance(text, str):
+            raise ValueError(f"schedule {text!r}: write a string, as in '6(45%)+11'")
+        if not text.strip():
+            return cls()
+        match = _SPELLING.fullmatch(text)
+        if match is None:
+            raise ValueError(
+                f"schedule {text!r}: write LAYERS(RATIOS)+LAYER or +fused, "
+                "as in '6(45%)+11', '4,7(30%,30%)+10' or '6(45%)+fused'"
+            )
+        schedule = cls(
+            layers=tuple(map(int, match["layers"].split(","))),
+            ratios=tuple(Fraction(r.strip(" \t%")) / 100 for r in match["ratios"].split(",")),
+            back=None if match["end"].startswith("fused") else int(match["end"]),
+        )
+        if problem := schedule._problem(depth):
+            raise ValueError(f"schedule {text!r}: {problem}")
+        return schedule
+
+    def _problem(self, depth: int) -> str:
+        """What is wrong with it, or ''."""
+        layers, back = self.layers, self.back
+        if len(layers) != len(self.ratios):
+            return f"{len(layers)} layers but {len(self.ratios)} ratios; give one for each"
+        if list(layers) != sorted(set(layers)):
+            return "name the layers that drop once each, in ascending order"
+        for layer in (*layers, *([] if back is None else [back])):
+            if not 1 <= layer <= depth:
+                return f"layer {layer} is out of range; layers count from 1 to {depth}"
+        if back is not None and back <= layers[-1]:
+            return f"layer {back} returns what layer {layers[-1]} drops; return in a later layer"
+        for ratio in self.ratios:
+            if ratio >= 1:
+                return f"dropping {percent(ratio)} leaves no token; drop less than 100%"
+        return ""
+
+    @property
+    def fused(self) -> bool:
+        """Whether the dropped tokens become one token instead of returning."""
+        return bool(self.layers) and self.back is None
+
+    def kept(self, patches: int) -> tuple[int, ...]:
+        """The active patch tokens of `patches` after each layer that drops."""
+        counts = []
+        for ratio in self.ratios:
+            patches = keep_count(patches, ratio)
+            counts.append(patches)
+        return tuple(counts)
+
+    def __str__(self) -> str:
+        """The seed's notation, without spaces; `parse` reads it back."""
+        if not self.layers:
+            return ""
+        layers, ratios = ",".join(map(str, self.layers)), ",".join(map(percent, self.ratios))
+        return f"{layers}({ratios})+{'fused' if self.back is None else self.back}"
+
+
+def percent(ratio: Fraction) -> str:
+    """Fraction(9, 20) -> '45%'."""
+    return f"{float(100 * ratio):.10g}%"
+
+
+def keep_count(patches: int, ratio: Fraction) -> int:
+    """ceil((1 - ratio) * patches), exactly: 108 of 196 at 45 %. At least 1 for a ratio below 1."""
+    return -((ratio.numerator - ratio.denominator) * patches // ratio.denominator)

@@ -1,0 +1,364 @@
+"""SkipViT: the notation, the algorithm against plainly written ones, and timm's ViT beside it."""
+
+import math
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import hovit.models  # noqa: F401 (registers)
+from hovit.models.schedule import Schedule, keep_count
+from hovit.models.skipvit import SkipViT, kept_patches
+from hovit.models.token_skipping import choose, class_attention, fuse, put_back, take
+
+SEED = [  # Table 1
+    "6(45%)+fused token",
+    "4,7(30%,30%)+10",
+    "4,7(30%,30%)+11",
+    "6,8(35%,35%)+10",
+    "6,8(35%,35%)+11",
+    "6(45%)+11",
+    "6(50%)+11",
+    "6(55%)+11",
+]
+FEW = ["6(45%)+fused", "4,7(30%,30%)+10", "6(55%)+11"]
+SMALL = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
+
+
+@pytest.fixture(autouse=True)
+def _one_core_and_one_seed():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def small(schedule: str = "", **args) -> SkipViT:
+    """12 layers, 64 patches, weights drawn from the seed 0."""
+    torch.manual_seed(0)
+    return timm.create_model("skipvit_tiny_patch16_224", schedule=schedule, **SMALL | args)
+
+
+def plain(**args):
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", **SMALL | args)
+
+
+# The notation ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", SEED)
+def test_the_seeds_schedules_are_read(text):
+    schedule = Schedule.parse(text, 12)
+    assert str(schedule) == text.replace(" token", "")
+    assert schedule.fused == ("fused" in text)
+
+
+def test_a_schedule_in_numbers():
+    schedule = Schedule.parse(" 4, 7 ( 30%, 30 % ) + 10 ", 12)
+    assert schedule.layers == (4, 7)
+    assert schedule.back == 10
+    assert schedule.kept(196) == (138, 97)  # 30 % of the rest, not of all
+    assert Schedule.parse("6(45%)+11", 12).kept(196) == (108,)
+    assert Schedule.parse("", 12).kept(196) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("13(45%)+14", "layer 13 is out of range; layers count from 1 to 12"),
+        ("0(45%)+11", "layer 0 is out of range"),
+        ("6(45%)+13", "layer 13 is out of range"),
+        ("6(45%)+6", "layer 6 returns what layer 6 drops"),
+        ("6(45%)+5", "return in a later layer"),
+        ("7,4(30%,30%)+10", "ascending"),
+        ("4,4(30%,30%)+10", "once each"),
+        ("4,7(30%)+10", "2 layers but 1 ratios"),
+        ("6(100%)+11", "leaves no token"),
+        ("6(130%)+11", "leaves no token"),
+        ("6(45)+11", "write LAYERS(RATIOS)+LAYER"),
+        ("6(-5%)+11", "write LAYERS(RATIOS)+LAYER"),
+        ("6(45%)", "write LAYERS(RATIOS)+LAYER"),
+        ("six", "write LAYERS(RATIOS)+LAYER"),
+    ],
+)
+def test_a_wrong_schedule_is_one_clear_line(text, says):
+    with pytest.raises(ValueError, match="schedule") as caught:
+        Schedule.parse(text, 12)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="schedule"):
+        small(text)
+
+
+@given(st.text(max_size=30) | st.integers() | st.none())
+def test_whatever_is_written_is_a_schedule_or_a_value_error(text):
+    try:
+        schedule = Schedule.parse(text, 12)
+    except ValueError:
+        return
+    assert Schedule.parse(str(schedule), 12) == schedule
+
+
+@given(
+    st.lists(st.integers(1, 11), min_size=1, max_size=4, unique=True).map(sorted),
+    st.lists(st.integers(0, 99), min_size=4, max_size=4),
+    st.booleans(),
+    st.integers(1, 400),
+)
+def test_every_valid_schedule_reads_back_and_leaves_a_token(layers, ratios, fused, patches):
+    inside = ",".join(f"{r}%" for r in ratios[: len(layers)])
+    text = f"{','.join(map(str, layers))}({inside})+{'fused' if fused else 12}"
+    schedule = Schedule.parse(text, 12)
+    assert str(schedule) == text
+    left = patches
+    for ratio, kept in zip(ratios, schedule.kept(patches), strict=False):
+        assert kept == math.ceil(left * (100 - ratio) / 100 - 1e-9)
+        assert 1 <= kept <= left
+        left = kept
+
+
+# The algorithm -----------------------------------------------------------------------------------
+
+
+def test_class_attention_is_the_first_row_of_the_whole():
+    q, k = torch.randn(2, 3, 10, 8), torch.randn(2, 3, 10, 8)
+    whole = (q @ k.transpose(-2, -1) * 8**-0.5).softmax(-1)
+    torch.testing.assert_close(class_attention(q, k, 8**-0.5), whole[:, :, 0].mean(1))
+
+
+def test_choose_keeps_the_highest_in_order_and_the_unranked_always():
+    scores = torch.tensor([[0.9, 0.0, 0.3, 0.1, 0.3, 0.2, 0.0], [0.0, 0.5, 0.4, 0.3, 0.2, 0.1, 1]])
+    index = choose(scores, keep=2, prefix=1, suffix=1)
+    assert index.tolist() == [[0, 2, 4, 6], [0, 1, 2, 6]]
+
+
+def test_equal_scores_keep_the_earlier_token():
+    assert choose(torch.ones(1, 9), keep=3, prefix=1).tolist() == [[0, 1, 2, 3]]
+
+
+def test_dropped_tokens_return_to_their_places_as_they_left():
+    x = torch.arange(12.0).view(1, 6, 2)
+    index = torch.tensor([[0, 2, 5]])
+    kept = take(x, index)
+    assert kept.tolist() == [[[0, 1], [4, 5], [10, 11]]]
+    whole = put_back(x, index, -kept)
+    assert whole.tolist() == [[[0, -1], [2, 3], [-4, -5], [6, 7], [8, 9], [-10, -11]]]
+    assert x.tolist() == torch.arange(12.0).view(1, 6, 2).tolist()  # the original stays
+
+
+def test_the_fused_token_is_the_weighted_sum_of_the_dropped():
+    x, scores = torch.randn(3, 8, 4), torch.rand(3, 8)
+    index = torch.tensor([[0, 1, 4]] * 3)
+    plain = sum(scores[:, j, None] * x[:, j] for j in (2, 3, 5, 6, 7))
+    torch.testing.assert_close(fuse(x, index, scores)[:, 0], plain)
+
+
+# The model, against a slow one written from SPEC --------------------------------------------------
+
+
+def reference(model: SkipViT, x: Tensor) -> Tensor:
+    """One image after the other, one token after the other; logits [B, classes]."""
+    return torch.cat([model.forward_head(_reference(model, image[None])) for image in x])
+
+
+def _reference(model: SkipViT, x: Tensor) -> Tensor:
+    tokens = model.patch_embed(x)
+    tokens = torch.cat([model.cls_token, tokens], dim=1) + model.pos_embed
+    active, away = list(range(tokens.shape[1])), {}
+    schedule = model.schedule
+    for layer, block in enumerate(model.blocks, start=1):
+        if layer == schedule.back:
+            everyone = dict(zip(active, tokens[0], strict=True)) | away
+            active = sorted(everyone)
+            tokens = torch.stack([everyone[i] for i in active])[None]
+        attn = block.attn
+        h = block.norm1(tokens)
+        q, k, v = attn.qkv(h).view(1, -1, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-2, -1) * attn.head_dim**-0.5).softmax(-1)
+        tokens = tokens + attn.proj((weights @ v).transpose(1, 2).flatten(2))
+        if layer in schedule.layers:
+            score = weights.mean(1)[0, 0]  # the class token's row
+            ranked = [j for j in range(1, len(active)) if active[j] >= 0]
+            ratio = schedule.ratios[schedule.layers.index(layer)]
+            keep = math.ceil(float((1 - ratio) * len(ranked)))
+            best = sorted(ranked, key=lambda j: -score[j])[:keep]
+            stay = [j for j in range(len(active)) if j in best or j not in ranked]
+            gone = [j for j in range(len(active)) if j not in stay]
+            away |= {active[j]: tokens[0, j] for j in gone}
+            new, names = [tokens[0, j] for j in stay], [active[j] for j in stay]
+            if schedule.fused:
+                new.append(sum(score[j] * tokens[0, j] for j in gone))
+                names.append(-1)
+            tokens, active = torch.stack(new)[None], names
+        tokens = tokens + block.mlp(block.norm2(tokens))
+    return model.norm(tokens)
+
+
+@pytest.mark.parametrize("schedule", [*FEW, "3,5(50%,50%)+fused"])
+@torch.no_grad()
+def test_the_model_is_the_plain_reference(schedule):
+    model, x = small(schedule).eval(), torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(model(x), reference(model, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["", "6(0%)+11"])
+@pytest.mark.parametrize("name", ["tiny_patch16_224", "small_patch8_224", "base_patch16_224"])
+@torch.no_grad()
+def test_nothing_dropped_is_timms_to_the_bit(name, schedule):
+    size = {"img_size": 32, "num_classes": 7}
+    torch.manual_seed(0)
+    theirs = timm.create_model(f"vit_{name}", **size)
+    ours = timm.create_model(f"skipvit_{name}", schedule=schedule, **size)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))
+    assert torch.equal(ours.train()(x), theirs.train()(x))
+
+
+@pytest.mark.parametrize("schedule", SEED)
+def test_state_dicts_interchange_and_no_parameter_is_added(schedule):
+    ours, theirs = small(schedule), plain()
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    theirs.load_state_dict(ours.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+
+
+@pytest.mark.parametrize("schedule", FEW)
+def test_gradients_reach_every_parameter(schedule):
+    model = small(schedule)
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+def test_tokens_return_with_the_features_they_left_with():
+    """By hand: attention looks at every second place, so the others go, and come back unchanged."""
+    model = small("6(50%)+11").eval()
+
+    class Looks(torch.nn.Module):
+        """Stands for layer 6's qkv: keys of even patches agree with the class token's query."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, n, c = x.shape
+            qkv = torch.zeros(b, n, 3, c)
+            qkv[:, 0, 0] = 1  # the class token's query
+            qkv[:, 2::2, 1] = 1  # even places: patches 1, 3, ... in raster order
+            return qkv.flatten(2)
+
+    model.blocks[5].attn.qkv = Looks()
+    inputs = []
+    for layer in (6, 10):
+        model.blocks[layer].register_forward_pre_hook(lambda _, a: inputs.append(a[0].clone()))
+    with torch.no_grad():
+        x = model._embed(torch.randn(1, 3, 32, 32))
+        model._skip(x)
+    after, back = inputs  # layer 7's input and layer 11's
+    assert after.shape[1] == 1 + 32
+    assert back.shape[1] == 1 + 64
+    whole = _before_drop(model, x)
+    assert torch.equal(back[:, 1::2], whole[:, 1::2])  # odd places: dropped
+    assert not torch.equal(back[:, 2::2], whole[:, 2::2])
+
+
+def _before_drop(model: SkipViT, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        for block in model.blocks[:5]:
+            x = block(x)
+        block = model.blocks[5]
+        return x + block.attn.proj(torch.zeros_like(x))  # by hand, all values are 0
+
+
+@pytest.mark.parametrize(("schedule", "tokens"), [("6(45%)+11", 65), ("6(45%)+fused", 38)])
+def test_counts_of_tokens(schedule, tokens):
+    model = small(schedule)
+    assert model.forward_features(torch.randn(2, 3, 32, 32)).shape == (2, tokens, 24)
+
+
+@pytest.mark.parametrize("schedule", FEW)
+def test_the_same_seed_gives_the_same_training_step(schedule):
+    def step() -> list[Tensor]:
+        model = small(schedule, drop_path_rate=0.1, proj_drop_rate=0.1)
+        torch.manual_seed(1)
+        model(torch.randn(4, 3, 32, 32)).sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    assert all(map(torch.equal, step(), step()))
+
+
+def test_warm_up_ends_exactly_at_its_epoch():
+    model = small("6(45%)+11", warmup=0.15)
+    assert model.dropping  # told of no epoch
+    dropping = []
+    for epoch in range(100):
+        model.set_epoch(epoch, 100)
+        dropping.append(model.dropping)
+    assert dropping == [False] * 15 + [True] * 85
+    model.set_epoch(1, 10)  # 1.5 epochs: a half up
+    assert not model.dropping
+    model.set_epoch(2, 10)
+    assert model.dropping
+
+
+@torch.no_grad()
+def test_in_its_warm_up_it_is_timms():
+    model, theirs = small("6(45%)+11", warmup=0.5).eval(), plain().eval()
+    x = torch.randn(2, 3, 32, 32)
+    model.set_epoch(0, 10)
+    assert torch.equal(model(x), theirs(x))
+    model.set_epoch(5, 10)
+    assert not torch.equal(model(x), theirs(x))
+
+
+@pytest.mark.parametrize("warmup", [-0.1, 1.5])
+def test_a_warm_up_that_is_no_part_is_refused(warmup):
+    with pytest.raises(ValueError, match=f"warmup={warmup}"):
+        small("6(45%)+11", warmup=warmup)
+
+
+def test_a_vit_without_a_class_token_is_refused():
+    with pytest.raises(ValueError, match="class token"):
+        small("6(45%)+11", class_token=False, global_pool="avg")
+
+
+@pytest.mark.parametrize("patch", [4, 8, 16])
+@pytest.mark.parametrize("size", [32, 48])
+@torch.no_grad()
+def test_other_patches_and_image_sizes(patch, size):
+    model = small("6(45%)+11", patch_size=patch, img_size=size).eval()
+    assert model(torch.randn(1, 3, size, size)).shape == (1, 5)
+    kept = kept_patches(model, torch.randn(1, 3, size, size))
+    patches = (size // patch) ** 2
+    assert (
+        kept[0].sum(-1).tolist()
+        == [patches] * 5 + [keep_count(patches, model.schedule.ratios[0])] * 5 + [patches] * 2
+    )
+
+
+@torch.no_grad()
+def test_gradient_checkpointing_changes_nothing():
+    model, x = small("6(45%)+11").eval(), torch.randn(1, 3, 32, 32)
+    before = model(x)
+    model.set_grad_checkpointing()
+    assert torch.equal(model(x), before)
+
+
+def test_kept_patches_of_a_model_that_trains_is_refused():
+    with pytest.raises(ValueError, match=r"model.eval\(\)"):
+        kept_patches(small("6(45%)+11"), torch.randn(1, 3, 32, 32))
+
+
+@torch.no_grad()
+def test_dropped_patches_stay_dropped_until_they_return():
+    kept = kept_patches(small("4,7(30%,30%)+10").eval(), torch.randn(4, 3, 32, 32))
+    assert kept.sum(-1)[0].tolist() == [64] * 3 + [45] * 3 + [32] * 3 + [64] * 3
+    assert not (kept[:, 6] & ~kept[:, 3]).any()
+
+
+@pytest.mark.parametrize("schedule", ["6(45%)+fused", "4,7(30%,30%)+10"])
+def test_no_graph_break_and_no_data_dependent_shape(schedule):
+    """What torch.compile sees: one graph (its own eager backend needs no compiler)."""
+    model, x = small(schedule), torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), model(x))
