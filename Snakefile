@@ -151,6 +151,7 @@ rule train:
     threads: PLAN.scale.threads
     resources:
         gpu=1,
+        gpu_mb=PLAN.scale.gpu_memory_mb,
         mem_mb=PLAN.scale.memory_mb,
     params:
         scale=SCALE,
@@ -167,9 +168,10 @@ rule measure:
         f"results/runs/{SCALE}/measure/{{study}}.json",
     log:
         f"logs/measure/{SCALE}/{{study}}.log",
-    threads: workflow.cores
+    threads: workflow.resource_settings.cores or PLAN.scale.threads
     resources:
         gpu=1,
+        gpu_mb=PLAN.scale.gpu_memory_mb,
         mem_mb=PLAN.scale.memory_mb,
     params:
         scale=SCALE,
@@ -199,6 +201,7 @@ rule analyse:
     threads: PLAN.scale.threads
     resources:
         gpu=1,
+        gpu_mb=PLAN.scale.gpu_memory_mb,
         mem_mb=PLAN.scale.memory_mb,
     params:
         scale=SCALE,

@@ -144,6 +144,13 @@ class Latency(Strict):
     image_size: Annotated[int, Field(ge=32)] | None = None  # at most; None: the scale's
 
 
+class ModelStandIn(Strict):
+    """A smaller model in the place of a seed's, and the size at which it takes its images."""
+
+    model: Name
+    image_size: Annotated[int, Field(ge=32)]
+
+
 class Scale(Strict):
     """On what and how much."""
 
@@ -155,10 +162,13 @@ class Scale(Strict):
     image_size: Annotated[int, Field(ge=32)] | None = None  # at most; None: the recipe's
     epoch_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
     limit: Limit = Limit()
+    models: dict[Name, ModelStandIn] = {}  # the seed's -> what is trained and timed in its place
+    batch_sizes: dict[Name, Annotated[int, Field(ge=2)]] = {}  # recipe -> instead of its own
     weights: dict[Name, WeightsFrom]  # pretrained model -> where from
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     threads: Annotated[int, Field(ge=1)] = 1  # CPU threads of one training run
     memory_mb: Annotated[int, Field(ge=500)] = 3000  # of one training run
+    gpu_memory_mb: Annotated[int, Field(ge=500)] = 12000  # likewise, of a card (profiles/gpu)
     latency: Latency
     # Which of the inexact metrics claims may judge here: smoke can judge none of them.
     judges: frozenset[Literal["top1", "val_top1", "loss", "latency"]]

@@ -149,22 +149,26 @@ class Plan:
         recipe = self.catalogue.recipes[row.recipe or study.recipe]
         factor = self.scale.epoch_factor
         size = min(self.scale.image_size or recipe.image_size, recipe.image_size)
+        model = str(row.model)
+        if stand_in := self.scale.models.get(model):
+            model, size = stand_in.model, stand_in.image_size
         scaled = recipe.model_copy(
             update={
                 "epochs": max(1, round(recipe.epochs * factor)),
+                "batch_size": self.scale.batch_sizes.get(recipe.id, recipe.batch_size),
                 "warmup_epochs": recipe.warmup_epochs * factor,
                 "image_size": size,
             }
         )
         args = "".join(f"-{key}={value}" for key, value in sorted(row.model_args.items()))
-        init = "-pretrained" if row.pretrained and not str(row.model).startswith("l_") else ""
-        name = re.sub(r"[^A-Za-z0-9_.=-]", "_", f"{row.model}{args}{init}")
+        init = "-pretrained" if row.pretrained and not model.startswith("l_") else ""
+        name = re.sub(r"[^A-Za-z0-9_.=-]", "_", f"{model}{args}{init}")
         return Run(
             id=f"{name}.{role}.{recipe.id}",
             scale=self.scale.id,
             role=role,
             seed=seed,
-            model=str(row.model),
+            model=model,
             model_args=row.model_args,
             dataset=self.catalogue.datasets[self.scale.datasets[role]],
             image_size=size,
@@ -277,7 +281,12 @@ class Plan:
 
     def models(self, study: Study) -> list[str]:
         """The models of a study."""
-        return sorted({row.model for row in study.rows if row.model})
+        return sorted({self.model_of(row) for row in study.rows if row.model})
+
+    def model_of(self, row: Row) -> str:
+        """What is trained and timed for a row at this scale: its model, or what stands in for it."""
+        stand_in = self.scale.models.get(str(row.model))
+        return stand_in.model if stand_in else str(row.model)
 
     def measure_spec(self, study: Study) -> dict[str, Any]:
         """All that decides what is measured for a study."""
@@ -298,7 +307,7 @@ class Plan:
         }
 
     def _measured_row(self, row: Row) -> dict[str, Any]:
-        spec = {"model": row.model, "model_args": row.model_args, "part": row.part}
+        spec = {"model": self.model_of(row), "model_args": row.model_args, "part": row.part}
         if row.image_size is None:
             return spec
         return spec | {

@@ -90,6 +90,8 @@ def columns_of(study: Study, sources: list[Results]) -> list[Column]:
             values = [results.value(study, row, metric) for row in study.rows]
             cells = tuple(format_value(v, metric) if v else NOTHING for v in values)
             columns.append(Column(heading, results.states(), cells))
+        if metric == "throughput":
+            columns += _speedup_columns(study, sources)
     return [column for column in columns if set(column.cells) != {NOTHING}]
 
 
@@ -108,6 +110,21 @@ def _latency_columns(study: Study, sources: list[Results]) -> list[Column]:
         cells = tuple(f"{ratio:.2f}" if ratio else NOTHING for ratio in found)
         columns.append(Column(HEADINGS["ratio"][0], source, cells))
     return columns
+
+
+def _speedup_columns(study: Study, sources: list[Results]) -> list[Column]:
+    """Throughput over the baseline's: as reported, as multiply-adds imply, and as measured."""
+    reported = [baseline_ratio(sources[-1], study, row, "reported_throughput") for row in study.rows]
+    found = {"reported": reported}
+    for results in sources:
+        macs = [baseline_ratio(results, study, row, "macs") for row in study.rows]
+        states = results.states()
+        found[f"{states}, implied by MACs"] = [1 / ratio if ratio else None for ratio in macs]
+        found[states] = [baseline_ratio(results, study, row, "throughput") for row in study.rows]
+    return [
+        Column(HEADINGS["ratio"][0], source, tuple(f"{r:.3f}" if r else NOTHING for r in ratios))
+        for source, ratios in found.items()
+    ]
 
 
 def _batch_of(results: Results, metric: str) -> str:
@@ -135,6 +152,9 @@ def describe(results: Results, study: Study) -> dict[str, str]:
                 dataset = plan.catalogue.datasets[scale.datasets[row.dataset]]
                 lines[row.label] = f"{dataset.title} — {dataset.about}"
         return lines
+    instead = {str(row.model): plan.model_of(row) for row in study.rows if row.model}
+    if stand_ins := [f"`{new}` for `{old}`" for old, new in instead.items() if old != new]:
+        lines["Models that stand in"] = ", ".join(stand_ins)
     if study.trained:
         if not plan.rows_run(study):
             lines["Data"] = "this scale has none for this study, so nothing was run"
@@ -190,8 +210,9 @@ def _measuring(results: Results, study: Study) -> dict[str, str]:
         if own and (most := results.plan.scale.latency.image_size or results.plan.scale.image_size):
             size += f", {most} px at most"
         size += ", " if size else ""
+        what = "whole training steps (AdamW), " if study.workload == "training" else ""
         lines["Latency"] = (
-            f"{device}; {size}{setting['precision']}, eager, interleaved, "
+            f"{device}; {what}{size}{setting['precision']}, eager, interleaved, "
             f"median of {setting['rounds']} rounds (spread in the CSV); × is the ratio to the "
             "row's baseline"
         )
