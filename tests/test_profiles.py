@@ -54,4 +54,3 @@ def test_slurm_jobs_ask_for_memory_time_and_a_card():
     assert "gpu" not in by_rule["table"]
     trained = {(job["rule"], i) for i, job in enumerate(jobs) if job["rule"] == "train"}
     assert len(trained) == 19  # one job a run: six rows and the pretraining, three seeds or one
-

@@ -284,7 +284,7 @@ class Plan:
         return sorted({self.model_of(row) for row in study.rows if row.model})
 
     def model_of(self, row: Row) -> str:
-        """What is trained and timed for a row at this scale: its model, or what stands in for it."""
+        """What is trained and timed for a row at this scale: its model, or its stand-in."""
         stand_in = self.scale.models.get(str(row.model))
         return stand_in.model if stand_in else str(row.model)
 

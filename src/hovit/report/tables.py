@@ -114,7 +114,9 @@ def _latency_columns(study: Study, sources: list[Results]) -> list[Column]:
 
 def _speedup_columns(study: Study, sources: list[Results]) -> list[Column]:
     """Throughput over the baseline's: as reported, as multiply-adds imply, and as measured."""
-    reported = [baseline_ratio(sources[-1], study, row, "reported_throughput") for row in study.rows]
+    reported = [
+        baseline_ratio(sources[-1], study, row, "reported_throughput") for row in study.rows
+    ]
     found = {"reported": reported}
     for results in sources:
         macs = [baseline_ratio(results, study, row, "macs") for row in study.rows]
