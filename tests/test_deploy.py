@@ -1,0 +1,104 @@
+"""The deploy form gives the model's outputs, without a BatchNorm."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import hovit.models  # noqa: F401 (registers)
+from hovit.models.deploy import deploy
+
+FAMILY = [f"efficientvit_paper_m{i}" for i in range(6)]
+LEVIT = ["levit_128s", "levit_256", "levit_deck", "levit_deck_fixed", "levit_deck_conv2",
+         "levit_deck_checkerboard", "levit_deck_conv_shrink", "hovit"]  # fmt: skip
+OTHERS = ["resnet18", "mobilenetv2_100", "mobilenetv3_small_100", "efficientvit_m0"]
+
+
+@pytest.fixture(autouse=True)
+def _one_core_and_one_seed():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """BN statistics and weights as after training: at their defaults BN is nearly the identity."""
+    for m in model.modules():
+        if isinstance(m, _BatchNorm):
+            nn.init.uniform_(m.running_mean, -0.3, 0.3)
+            nn.init.uniform_(m.running_var, 0.5, 1.5)
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            nn.init.uniform_(m.bias, -0.3, 0.3)
+    return model.eval()
+
+
+def norms(model: nn.Module) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
+
+
+def agree(model: nn.Module, deployed: nn.Module, x: torch.Tensor) -> None:
+    with torch.no_grad():
+        expected, found = model(x), deployed(x)
+    assert (found - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("name", FAMILY + LEVIT + OTHERS)
+def test_outputs_are_the_models_to_1e_4_without_batch_norm(name):
+    model = lively(timm.create_model(name, num_classes=10))
+    before = copy.deepcopy(model.state_dict())
+    deployed = deploy(model)
+    assert norms(deployed) == []
+    agree(model, deployed, torch.randn(2, 3, 224, 224))
+    assert norms(model)  # the model stays what it was
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["l_hovit", "l_levit_deck"])
+def test_a_launcher_too(name):
+    model = lively(timm.create_model(name, num_classes=10, img_size=64))
+    deployed = deploy(model)
+    assert norms(deployed) == []
+    agree(model, deployed, torch.randn(2, 3, 64, 64))
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [{"layout": "swin"}, {"attention": "mhsa"}, {"cascade": False}, {"qk_dim": None},
+     {"v_ratio": 2.0}, {"dwconv": False}, {"act": "hardswish"}],
+    ids=str,
+)  # fmt: skip
+def test_every_switch_of_efficientvit(switch):
+    model = lively(timm.create_model("efficientvit_paper_m0", num_classes=10, **switch))
+    deployed = deploy(model)
+    assert norms(deployed) == []
+    agree(model, deployed, torch.randn(2, 3, 224, 224))
+
+
+@pytest.mark.parametrize("px", [384, 512])
+def test_larger_images(px):
+    model = lively(timm.create_model("efficientvit_paper_m4", img_size=px, num_classes=10))
+    agree(model, deploy(model), torch.randn(1, 3, px, px))
+
+
+def test_a_batch_norm_that_cannot_be_folded_is_named():
+    class Late(nn.Module):
+        """BN after something that is no layer."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(self.conv(x).relu()).mean()
+
+    with pytest.raises(ValueError, match=r"BatchNorm .*norm cannot be folded") as caught:
+        deploy(Late())
+    assert "\n" not in str(caught.value)
+
+
+def test_without_batch_norm_there_is_nothing_to_fold():
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10).eval()
+    agree(model, deploy(model), torch.randn(1, 3, 224, 224))

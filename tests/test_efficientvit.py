@@ -1,0 +1,186 @@
+"""EfficientViT against timm's, its published counts, and each switch of the paper's ablation."""
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import hovit.models  # noqa: F401 (registers)
+from hovit.errors import HovitError
+from hovit.factory import create_model
+from hovit.measure.cost import cost
+from hovit.models.efficientvit import CascadedGroupAttention, EfficientViT, Switches
+
+FAMILY = [f"m{i}" for i in range(6)]
+PARAMETERS = {"m0": 2.3, "m1": 3.0, "m2": 4.2, "m3": 6.9, "m4": 8.8, "m5": 12.4}  # Table 2, M
+MACS = {"m0": 79, "m1": 167, "m2": 201, "m3": 263, "m4": 299, "m5": 522}  # Table 2, M
+SMALL = {"embed_dim": (16, 24, 32), "num_heads": (2, 2, 2), "img_size": 64, "num_classes": 5}
+
+
+@pytest.fixture(autouse=True)
+def _one_core_and_one_seed():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Every BN with weights and statistics as after training, every bias table filled."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.3, 0.3)
+            nn.init.uniform_(module.running_mean, -0.3, 0.3)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    for name, p in model.named_parameters():
+        if name.endswith("attention_biases"):
+            nn.init.uniform_(p, -1, 1)
+    return model.eval()
+
+
+def small(**args) -> EfficientViT:
+    torch.manual_seed(0)
+    return timm.create_model("efficientvit_paper_m0", **SMALL | args)
+
+
+@pytest.mark.parametrize("size", FAMILY)
+@torch.no_grad()
+def test_timms_weights_give_timms_outputs_and_back(size):
+    theirs = lively(timm.create_model(f"efficientvit_{size}"))
+    ours = timm.create_model(f"efficientvit_paper_{size}").eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 224, 224)
+    expected = theirs(x)
+    assert (ours(x) - expected).norm() <= 1e-4 * expected.norm()
+    lively(ours)
+    theirs.load_state_dict(ours.state_dict())
+    theirs.train().eval()  # forgets the biases that it has looked up
+    assert (ours(x) - theirs(x)).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("size", FAMILY)
+def test_parameters_and_multiply_adds_are_the_published(size):
+    found = cost(f"efficientvit_paper_{size}", {}, 1000, 224, None, False)
+    parameters, macs = found["parameters"] / 1e6, found["macs"] / 1e6
+    # The paper cuts M5's 12.47 (timm's count, too) to 12.4.
+    assert parameters == pytest.approx(PARAMETERS[size], abs=0.08)
+    assert macs == pytest.approx(MACS[size], rel=0.03)
+
+
+@pytest.mark.parametrize("px", [384, 512])
+@torch.no_grad()
+def test_other_sizes_are_timms_too(px):
+    theirs = lively(timm.create_model("efficientvit_m4", img_size=px))
+    ours = timm.create_model("efficientvit_paper_m4", img_size=px).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(1, 3, px, px)
+    expected = theirs(x)
+    assert (ours(x) - expected).norm() <= 1e-4 * expected.norm()
+
+
+@torch.no_grad()
+def test_an_image_of_another_size_or_shape_than_the_model_was_made_for():
+    model = small().eval()
+    for shape in ((64, 64), (96, 64), (80, 112)):
+        assert model(torch.randn(1, 3, *shape)).shape == (1, 5)
+
+
+def reference(attn: CascadedGroupAttention, x: Tensor) -> Tensor:
+    """Equations 2 to 4, one head, query and key after the other; x [1, C, w, w]."""
+    outs: list[Tensor] = []
+    w, share = attn.window, x.shape[1] // attn.heads
+    for j in range(attn.heads):
+        feat = x[:, j * share : (j + 1) * share]
+        feat = feat + outs[-1] if j else feat
+        q, k, v = attn.qkvs[j](feat).split([attn.qk_dim, attn.qk_dim, attn.v_dim], dim=1)
+        q = attn.dws[j](q)
+        out = torch.zeros_like(v)
+        for a in range(w * w):
+            scores = torch.zeros(w * w)
+            for b in range(w * w):
+                rows, cols = abs(a // w - b // w), abs(a % w - b % w)
+                dot = (q[0, :, a // w, a % w] * k[0, :, b // w, b % w]).sum()
+                scores[b] = dot / attn.qk_dim**0.5 + attn.attention_biases[j, rows * w + cols]
+            out[0, :, a // w, a % w] = v[0].flatten(1) @ scores.softmax(0)
+        outs.append(out)
+    return attn.proj(torch.cat(outs, dim=1))
+
+
+@torch.no_grad()
+def test_cascaded_group_attention_is_the_equations():
+    attn = lively(CascadedGroupAttention(12, 3, 3, (5, 3, 3), Switches(qk_dim=4)))
+    x = torch.randn(1, 12, 3, 3)
+    torch.testing.assert_close(attn(x), reference(attn, x), rtol=1e-4, atol=1e-5)
+
+
+SWITCHES = [
+    {"layout": "swin"},
+    {"num_ffn": 2},
+    {"attention": "mhsa"},
+    {"cascade": False},
+    {"qk_dim": None},
+    {"v_ratio": 2.0},
+    {"v_ratio": 0.5},
+    {"ffn_ratio": 4.0},
+    {"dwconv": False},
+    {"norm": "ln"},
+    {"act": "hardswish"},
+]
+
+
+@pytest.mark.parametrize("switch", SWITCHES, ids=str)
+def test_every_row_of_the_ablation_is_a_switch_that_trains(switch):
+    model = small(**switch)
+    x = torch.randn(2, 3, 64, 64)
+    out = model(x)
+    out.square().sum().backward()
+    assert out.shape == (2, 5)
+    # Zero-started norms hold back what is before them in the first step, and nothing after it.
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def kinds(model: nn.Module) -> set[type]:
+    return {type(m) for m in model.modules()}
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_what_the_switches_switch():
+    base = count(small())
+    assert count(small(num_ffn=2)) > base
+    assert count(small(ffn_ratio=4.0)) > base
+    assert count(small(dwconv=False)) < base
+    assert count(small(layout="swin")) < base
+    assert count(small(attention="mhsa")) > base
+    assert count(small(cascade=False)) == base
+    assert nn.BatchNorm2d not in kinds(small(norm="ln"))
+    assert nn.ReLU in kinds(small())
+    assert nn.Hardswish in kinds(small(act="hardswish"))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert not torch.equal(lively(small())(x), lively(small(cascade=False))(x))
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ({"layout": "burger"}, "layout='burger'"),
+        ({"num_ffn": 0}, "num_ffn=0"),
+        ({"qk_dim": 1.5}, "qk_dim=1.5"),
+        ({"ffn_ratio": -1}, "ffn_ratio=-1"),
+        ({"cascades": True}, "no switch cascades"),
+        ({"num_heads": (3, 2, 2)}, "num_heads=3"),
+    ],
+)
+def test_a_wrong_argument_is_one_clear_line(args, says):
+    with pytest.raises(HovitError, match="efficientvit_paper_m0") as caught:
+        create_model("efficientvit_paper_m0", 5, 64, **{"embed_dim": (16, 24, 32), **args})
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_features_of_every_stage():
+    model = timm.create_model("efficientvit_paper_m0", **SMALL, features_only=True).eval()
+    shapes = [tuple(f.shape[1:]) for f in model(torch.randn(1, 3, 64, 64))]
+    assert shapes == [(16, 4, 4), (24, 2, 2), (32, 1, 1)]
