@@ -101,7 +101,8 @@ MISTAKES = {
     "a row twice": (DEPTH, "id: levit_deck_fixed", "id: levit_deck", "depth.yaml: rows[1].id: 'levit_deck' is given twice"),
     "a key twice": (DECK, "epochs: 50", "epochs: 50\nepochs: 5", "not valid YAML: key 'epochs' is given twice"),
     "a key twice, nested": (DEPTH, "seed: hovit", "seed: hovit, seed: ours", "not valid YAML: key 'seed' is given twice"),
-    "unknown recipe": (DEPTH, "columns:", "recipe: nosuch\ncolumns:", "depth.yaml: recipe: 'nosuch' is not defined; allowed: deck, deck_100, deck_32, pretrain"),
+    "unknown recipe": (DEPTH, "columns:", "recipe: nosuch\ncolumns:", "depth.yaml: recipe: 'nosuch' is not defined; allowed: deck, deck_100, deck_32, efficientvit, "
+            "pretrain, skipvit"),
     "unknown recipe of a row": (DEPTH, "ours: true", "recipe: nosuch", "depth.yaml: rows[1].recipe: 'nosuch' is not defined; allowed: deck"),
     "unknown role": (DEPTH, "columns:", "dataset: cats\ncolumns:", "depth.yaml: dataset: input should be 'pets', 'cifar10'"),
     "unknown role of a scale": (SMOKE, "pets: digits", "cats: digits", "smoke.yaml: datasets.cats"),

@@ -65,7 +65,7 @@ def test_a_launcher_too(name):
 
 @pytest.mark.parametrize(
     "switch",
-    [{"layout": "swin"}, {"attention": "mhsa"}, {"cascade": False}, {"qk_dim": None},
+    [{"layout": "swin"}, {"attention": "mhsa"}, {"cascade": False}, {"qk_dim": 0},
      {"v_ratio": 2.0}, {"dwconv": False}, {"act": "hardswish"}],
     ids=str,
 )  # fmt: skip
@@ -102,3 +102,16 @@ def test_a_batch_norm_that_cannot_be_folded_is_named():
 def test_without_batch_norm_there_is_nothing_to_fold():
     model = timm.create_model("vit_tiny_patch16_224", num_classes=10).eval()
     agree(model, deploy(model), torch.randn(1, 3, 224, 224))
+
+
+@pytest.mark.parametrize("args", [{}, {"by": "timm"}])
+def test_a_deployed_model_by_name(args):
+    name = "efficientvit_m0" if args else "efficientvit_paper_m0"
+    model = timm.create_model("deployed", of=name, num_classes=10, **args)
+    assert norms(model) == []
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 10)
+
+
+def test_a_deployed_model_by_nobody_is_refused():
+    with pytest.raises(ValueError, match="by='me'"):
+        timm.create_model("deployed", of="efficientvit_m0", by="me")

@@ -117,7 +117,7 @@ SWITCHES = [
     {"num_ffn": 2},
     {"attention": "mhsa"},
     {"cascade": False},
-    {"qk_dim": None},
+    {"qk_dim": 0},
     {"v_ratio": 2.0},
     {"v_ratio": 0.5},
     {"ffn_ratio": 4.0},

@@ -225,6 +225,7 @@ class Study(Strict):
     trained: bool = True  # else its models are only measured
     workload: Literal["inference", "training"] = "inference"  # what is timed: a pass, or a step
     batches: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
+    threads: Annotated[int, Field(ge=1)] | None = None  # of the CPU, timed; None: the scale's
     dataset: Role = "pets"
     recipe: Name = "deck"
     num_classes: Annotated[int, Field(ge=2)] = 37  # at which parameters and multiply-adds count

@@ -296,6 +296,8 @@ class Plan:
         timed = {"latency", "throughput"} & set(study.columns)
         latency["image_size"] = self._timed_size(study.image_size)
         latency["precision"] = "fp32, TF32 off"
+        if study.threads:
+            latency["threads"] = study.threads
         if study.workload != "inference":
             latency["workload"] = study.workload
         return {

@@ -49,8 +49,8 @@ def measure_study(
     torch.manual_seed(0)
     # Else convolutions alone would run in TF32, and HoViT's ideas put them in place of linears.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    torch.set_num_threads(plan.scale.latency.threads)
     spec = plan.measure_spec(study)
+    torch.set_num_threads(study.threads or plan.scale.latency.threads)
     code = study_code(plan, study)
     backward = study.trained or "activations" in study.columns
     rows = {name: _cost(row, spec, backward) for name, row in spec["rows"].items()}

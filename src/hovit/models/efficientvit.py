@@ -44,7 +44,7 @@ class Switches:
         attention: `'cga'`: each head reads its own share of the channels. `'mhsa'` [5]: each reads
             all of them, and nothing cascades.
         cascade: add a head's output to the next one's share [6].
-        qk_dim: of Q and K, for each head. None [7]: C / H, as V has it.
+        qk_dim: of Q and K, for each head. 0 [7]: C / H, as V has it.
         v_ratio: V's channels over C (Fig. 7). Where a head's output is then not as wide as the next
             one's share, its first channels are added, or it is filled up with zeros (ours).
         ffn_ratio: hidden channels over C, in every FFN [8].
@@ -60,7 +60,7 @@ class Switches:
     num_ffn: int = 1
     attention: str = "cga"
     cascade: bool = True
-    qk_dim: int | None = 16
+    qk_dim: int = 16
     v_ratio: float = 1.0
     ffn_ratio: float = 2.0
     dwconv: bool = True
@@ -81,7 +81,7 @@ class Switches:
                 raise ValueError(f"{name}={value!r}: one of {', '.join(map(repr, values))}")
         for name in ("num_ffn", "qk_dim", "v_ratio", "ffn_ratio"):
             value = getattr(self, name)
-            if value is None and name == "qk_dim":
+            if value == 0 and name == "qk_dim":
                 continue
             whole = name in ("num_ffn", "qk_dim")
             if not isinstance(value, int if whole else int | float) or value <= 0:
