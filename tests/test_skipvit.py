@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hovit.models  # noqa: F401 (registers)
+from hovit.analysis.kept_patches import kept_patches as analysed
 from hovit.models.schedule import Schedule, keep_count
 from hovit.models.skipvit import SkipViT, kept_patches
 from hovit.models.token_skipping import choose, class_attention, fuse, put_back, take
@@ -362,3 +363,12 @@ def test_no_graph_break_and_no_data_dependent_shape(schedule):
     model, x = small(schedule), torch.randn(2, 3, 32, 32)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_the_analysis_of_kept_patches():
+    found = analysed(small("4,7(30%,30%)+10").eval(), torch.randn(2, 3, 32, 32))
+    assert found["layers"] == [4, 7]
+    counts = [[sum(map(str.count, mask, "1" * 8)) for mask in image] for image in found["kept"]]
+    assert counts == [[45, 32]] * 2
+    with pytest.raises(ValueError, match="drops no patches"):
+        analysed(small().eval(), torch.randn(1, 3, 32, 32))

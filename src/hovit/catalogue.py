@@ -255,7 +255,7 @@ class Analysis(Strict):
     id: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
     title: Text
     source: Source
-    kind: Literal["attention_maps"]
+    kind: Literal["attention_maps", "kept_patches"]
     of: Annotated[tuple[RowRef, ...], Field(min_length=1)]  # each row's run of the first seed
     images: Annotated[int, Field(ge=1)] = 1  # of the test split, the first
     args: dict[str, Plain] = {}

@@ -19,8 +19,12 @@ from ..records import Record, make_provenance, write_record
 from ..sources import analysis_code
 from ..training.checkpoint import load_weights
 from .attention_maps import attention_maps
+from .kept_patches import kept_patches
 
-KINDS: dict[str, Callable[..., dict[str, Any]]] = {"attention_maps": attention_maps}
+KINDS: dict[str, Callable[..., dict[str, Any]]] = {
+    "attention_maps": attention_maps,
+    "kept_patches": kept_patches,
+}
 
 
 def analyse(plan: Plan, analysis: Analysis, device: torch.device, root: Path = Path()) -> Record:

@@ -17,6 +17,7 @@ from .attention_figures import (
     attention_length,
     attention_maps,
 )
+from .skipvit_figures import kept_patches, skipvit_accuracy, skipvit_speed
 from .tables import baseline_ratio
 from .values import Results, Value, evidence_for, find_evidence, plural
 
@@ -279,4 +280,9 @@ FIGURES = {
         "Where one token looks", ("levit_attention",), attention_maps, ("attention_maps",)
     ),
     "attention_length": Figure("Growth with the tokens", ("attention_length",), attention_length),
+    "skipvit_speed": Figure("What skipping saves, and what arrives", ("skipvit",), skipvit_speed),
+    "skipvit_accuracy": Figure("SkipViT: accuracy and speed", ("skipvit",), skipvit_accuracy),
+    "kept_patches": Figure(
+        "Which patches SkipViT keeps", ("skipvit",), kept_patches, ("kept_patches",)
+    ),
 }

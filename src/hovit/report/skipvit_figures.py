@@ -1,0 +1,124 @@
+"""The figures on SkipViT: what skipping saves and what arrives, accuracy, kept patches."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..catalogue import Row, Study
+from .attention_figures import state
+from .tables import baseline_ratio
+from .values import Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
+
+def _ratios(results: Results, study: Study, row: Row) -> dict[str, float | None]:
+    """Throughput over the baseline's: reported, implied by multiply-adds, reached."""
+    macs = baseline_ratio(results, study, row, "macs")
+    return {
+        "seed (Ascend 910A)": baseline_ratio(results, study, row, "reported_throughput"),
+        "implied by multiply-adds": 1 / macs if macs else None,
+        f"reached, {results.states()}": baseline_ratio(results, study, row, "throughput"),
+    }
+
+
+def skipvit_speed(results: Results) -> "Canvas":
+    """Training throughput of each schedule over the baseline's."""
+    import matplotlib.pyplot as plt
+
+    from . import style
+
+    study = results.plan.study("skipvit")
+    rows = [row for row in study.rows if row.baseline]
+    canvas, ax = plt.subplots(figsize=(style.WIDTH * 0.75, 3.0))
+    bars = [_ratios(results, study, row) for row in rows]
+    looks: tuple[dict[str, Any], ...] = (
+        {"color": style.REPORTED, "hatch": "//"},
+        {"color": "#BBBBBB"},
+        {"color": style.OURS},
+    )
+    for i, (label, look) in enumerate(zip(bars[0], looks, strict=True)):
+        at = np.arange(len(rows)) + (i - 1) * 0.27
+        ax.barh(at, [(bar[label] or 1.0) - 1 for bar in bars], 0.25, left=1, label=label, **look)
+    ax.axvline(1, color="black", linewidth=0.8)
+    ax.set_yticks(range(len(rows)), [row.label for row in rows])
+    ax.invert_yaxis()
+    ax.set_xlabel("Training images/s, × the baseline's")
+    ax.grid(axis="y", visible=False)
+    canvas.legend(loc="outside upper center", ncols=3)
+    state(canvas, results, [study])
+    return canvas
+
+
+def skipvit_accuracy(results: Results) -> "Canvas":
+    """Accuracy against throughput, both over the baseline's: the seed's nine points beside ours."""
+    import matplotlib.pyplot as plt
+
+    from . import style
+
+    study = results.plan.study("skipvit")
+    canvas, axes = plt.subplots(1, 2, figsize=(style.WIDTH, 2.8))
+    for ax, before, title in zip(axes, ("reported_", ""), ("Seed", "Ours"), strict=True):
+        _points(ax, results, study, before)
+        ax.axhline(0, color="black", linewidth=0.6)
+        ax.set_title(title)
+        ax.set_xlabel("Training images/s, × the baseline's")
+    axes[0].set_ylabel("Top-1 over the baseline's, points")
+    handles, labels = axes[0].get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="outside right center")
+    state(canvas, results, [study])
+    return canvas
+
+
+def _points(ax: "Axes", results: Results, study: Study, before: str) -> None:
+    from . import style
+
+    base = results.value(study, study.rows[0], f"{before}top1")
+    for i, row in enumerate(study.rows):
+        top1 = results.value(study, row, f"{before}top1")
+        ratio = baseline_ratio(results, study, row, f"{before}throughput") if row.baseline else 1.0
+        if top1 and base and ratio:
+            spread = top1.spread if top1.n > 1 else None
+            look = style.look(i) | {"linestyle": ""}
+            ax.errorbar(ratio, top1.mean - base.mean, spread, label=row.label, **look)
+
+
+def kept_patches(results: Results) -> "Canvas":
+    """Test images, and which of their patches each layer that drops keeps, by a trained model."""
+    import matplotlib.pyplot as plt
+
+    study, analysis = results.plan.study("skipvit"), results.plan.analysis("kept_patches")
+    record = results.analysis("kept_patches")
+    found = record.results["rows"] if record else {}
+    shown = [(ref, n) for ref, row in found.items() for n in range(len(row["images"]))]
+    wide = 1 + max((len(row["layers"]) for row in found.values()), default=0)
+    canvas, axes = plt.subplots(
+        max(1, len(shown)), wide, figsize=(1.25 * wide, 1.3 * max(1, len(shown))), squeeze=False
+    )
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for line, (ref, n) in zip(axes, shown, strict=False):
+        row = found[ref]
+        pack = results.plan.analysed_runs(analysis)[ref].pack.folder
+        path = results.root / pack / "images.npy"
+        image = np.load(path, mmap_mode="r")[row["images"][n]] if path.exists() else None
+        if image is not None:  # evidence comes without its images
+            line[0].imshow(image)
+        line[0].set_title(study.row(ref.split("/")[1]).label, fontsize=5)
+        for ax, layer, mask in zip(line[1:], row["layers"], row["kept"][n], strict=False):
+            _masked(ax, image, np.array([[int(c) for c in line] for line in mask]))
+            ax.set_title(f"after layer {layer}", fontsize=5)
+    state(canvas, results, [study])
+    return canvas
+
+
+def _masked(ax: "Axes", image: "np.ndarray | None", mask: np.ndarray) -> None:
+    if image is None:
+        ax.imshow(mask, cmap="gray", vmin=0, vmax=1)
+        return
+    each = image.shape[0] // mask.shape[0]
+    large = np.kron(mask, np.ones((each, each)))[: image.shape[0], : image.shape[1], None]
+    pixels = image[: large.shape[0], : large.shape[1]]
+    ax.imshow((pixels * large + 255 * (1 - large)).astype(np.uint8))
