@@ -5,6 +5,12 @@ from typing import Any
 from torch import Tensor, nn
 
 
+def attention_layers(model: nn.Module) -> list[Any]:
+    """The attention Modules (`qkv`, `proj`, `num_heads`) of any model, from the input."""
+    parts = ("qkv", "proj", "num_heads")
+    return [m for m in model.modules() if all(hasattr(m, part) for part in parts)]
+
+
 def attention_blocks(model: nn.Module) -> list[Any]:
     """The blocks that hold `attn` (with `qkv`, `proj`, `num_heads`) and `mlp`, from the input.
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .blocks import attention_blocks, attention_weights
+from .blocks import attention_layers, attention_weights
 
 
 def head_similarity(model: nn.Module, images: Tensor) -> dict[str, Any]:
@@ -28,9 +28,9 @@ def head_similarity(model: nn.Module, images: Tensor) -> dict[str, Any]:
         `similarity` in percent, mean over heads and images; and `mean`, over those blocks.
 
     Raises:
-        ValueError: if the model has no such block, or none with two heads.
+        ValueError: if the model has no attention of two heads.
     """
-    blocks = attention_blocks(model)
+    layers = attention_layers(model)
     found: dict[int, Tensor] = {}
 
     def look(index: int, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -38,11 +38,11 @@ def head_similarity(model: nn.Module, images: Tensor) -> dict[str, Any]:
         found[index] = largest_similarity(attention_weights(attn, args[0], mask), len(images))
 
     hooks = [
-        block.attn.register_forward_pre_hook(
+        attn.register_forward_pre_hook(
             lambda attn, args, kwargs, i=i: look(i, attn, args, kwargs), with_kwargs=True
         )
-        for i, block in enumerate(blocks)
-        if block.attn.num_heads > 1
+        for i, attn in enumerate(layers)
+        if attn.num_heads > 1
     ]
     if not hooks:
         raise ValueError("no block has two heads to compare")
@@ -55,7 +55,7 @@ def head_similarity(model: nn.Module, images: Tensor) -> dict[str, Any]:
     rows = [
         {
             "block": i + 1,
-            "heads": blocks[i].attn.num_heads,
+            "heads": layers[i].num_heads,
             "similarity": round(100 * float(each.mean()), 4),
         }
         for i, each in sorted(found.items())

@@ -44,18 +44,22 @@ def taylor_pruning(
         tune: called after each step with what is kept, for some training between; or None.
 
     Returns:
-        `blocks`, a row for each block: `block` (from 1), `qk_ratio`, `v_ratio`, `ffn_ratio`
-        (channels over the block's width), the same `_before` and mean importance `_importance`
-        before anything went; `kept`, the share of parameters; `top1_before`, `top1_after`, percent
-        of these images.
+        `qk_kept`, `v_kept`, `ffn_kept`: percent of the channels, mean over blocks; `v_early` and
+        `v_late`, the same of V in the first and the last third of the blocks; `kept`, the share of
+        parameters; `top1_before`, `top1_after`, percent of these images; `blocks`, a row for each
+        block: `block` (from 1), `qk_ratio`, `v_ratio`, `ffn_ratio` (channels over the block's
+        width), `_before` of each, and `_importance`, its mean before anything went.
 
     Raises:
-        ValueError: if the model has no such block, or for a budget or steps out of range.
+        ValueError: if the model has no such block, its heads read splits, or the budget or the
+            steps are out of range.
     """
     if not 0 < budget <= 1 or steps < 1:
         raise ValueError(f"budget={budget} is in (0, 1] and steps={steps} at least 1")
     model.eval()
     blocks = attention_blocks(model)
+    if not all(isinstance(block.attn.qkv, nn.Linear) for block in blocks):
+        raise ValueError("Q, K and V have no channels over all of the input: heads read splits")
     kept = all_channels(blocks)
     before = top1(model, images, labels, batch_size)
     first: Channels = {}
@@ -71,6 +75,7 @@ def taylor_pruning(
             zero_dropped(blocks, kept)
     return {
         "blocks": [_row(i, block, kept, first) for i, block in enumerate(blocks)],
+        **_means(blocks, kept),
         "kept": round(remaining(blocks, kept) / total, 6),
         "top1_before": before,
         "top1_after": top1(model, images, labels, batch_size),
@@ -183,6 +188,17 @@ def top1(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> f
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
     ]
     return round(100 * float(sum(right)) / len(images), 4)
+
+
+def _means(blocks: list[Any], kept: Channels) -> dict[str, float]:
+    """Percent of channels kept, mean over blocks."""
+
+    def mean(part: str, some: range) -> float:
+        return round(100 * sum(float(kept[i, part].float().mean()) for i in some) / len(some), 4)
+
+    n, third = len(blocks), max(1, len(blocks) // 3)
+    means = {f"{part}_kept": mean(part, range(n)) for part in PARTS}
+    return means | {"v_early": mean("v", range(third)), "v_late": mean("v", range(n - third, n))}
 
 
 def _row(i: int, block: Any, kept: Channels, importance: Channels) -> dict[str, Any]:

@@ -100,6 +100,9 @@ def with_mhsa_share(
     swin = hasattr(plain, "layers")
     if not swin and not isinstance(getattr(plain, "blocks", None), nn.Sequential):
         raise ValueError(f"{name} is neither Swin, ViT nor DeiT")
+    places(1, mhsa_share)  # refuses what is no share
+    if mhsa_share == 0.5:  # timm's own order: its blocks stay whole
+        return _split_heads(plain) if head_splits else plain
     depths = [len(stage.blocks) for stage in plain.layers] if swin else [len(plain.blocks)]
     attends = iter(places(2 * sum(depths), mhsa_share))
     slots = [[next(attends) for _ in range(2 * depth)] for depth in depths]
@@ -108,14 +111,17 @@ def with_mhsa_share(
         name, **kwargs | ({"depths": tuple(most)} if swin else {"depth": most[0]})
     )
     for stage, each in zip(model.layers if swin else [model], slots, strict=True):
-        stage.blocks = nn.Sequential(*_layers(list(stage.blocks), each))
-    if head_splits:
-        for attn in [m for m in model.modules() if hasattr(m, "qkv")]:
-            attn.qkv = SplitQKV(attn.proj.in_features, attn.num_heads, attn.qkv.bias is not None)
+        stage.blocks = nn.Sequential(*halves(list(stage.blocks), each))
+    return _split_heads(model) if head_splits else model
+
+
+def _split_heads(model: Any) -> Any:
+    for attn in [m for m in model.modules() if hasattr(m, "qkv")]:
+        attn.qkv = SplitQKV(attn.proj.in_features, attn.num_heads, attn.qkv.bias is not None)
     return model
 
 
-def _layers(blocks: list[Any], attends: list[bool]) -> list[nn.Module]:
+def halves(blocks: list[Any], attends: list[bool]) -> list[nn.Module]:
     """The k-th attention is the k-th block's, so that Swin's shifts alternate; FFN likewise."""
     forward = [FeedForwardLayer(block) for block in blocks]  # before attention lets go of them
     attention = [AttentionLayer(block) for block in blocks]
