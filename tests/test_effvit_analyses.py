@@ -1,16 +1,21 @@
 """EfficientViT's motivating studies, on constructed cases with known answers."""
 
+import shutil
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from conftest import ROOT
+from made_up import write_all
 from torch import nn
 
 import hovit.models  # noqa: F401
 from hovit.analysis.blocks import attention_blocks, attention_weights
 from hovit.analysis.head_similarity import head_similarity, largest_similarity
+from hovit.analysis.run import to_csv
 from hovit.analysis.runtime_breakdown import CLASSES, operator_class, runtime_breakdown
 from hovit.analysis.taylor_pruning import (
     all_channels,
@@ -21,9 +26,12 @@ from hovit.analysis.taylor_pruning import (
     taylor_pruning,
     zero_dropped,
 )
+from hovit.catalogue import load_catalogue
 from hovit.errors import HovitError
 from hovit.factory import create_model
 from hovit.models.mhsa_share import halves, places, with_mhsa_share
+from hovit.plan import load_plan
+from hovit.report.claims import judge_all
 
 SWIN: dict[str, Any] = {"img_size": 56, "embed_dim": 24, "depths": (2, 2), "num_heads": (3, 6),
                         "num_classes": 5}  # fmt: skip
@@ -293,3 +301,39 @@ def test_registered_models_take_their_share_and_size() -> None:
         assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
         with pytest.raises(HovitError, match="mhsa_share=2"):
             create_model(name, 7, 64, mhsa_share=2, embed_dim=width)
+
+
+def test_csv_has_every_number() -> None:
+    found = {"s/a": {"blocks": [{"block": 1, "similarity": 60.5}], "mean": 60.5, "images": [3],
+                     "weights_sha256": "0"},
+             "s/b": {"map": [[0.25, 0.75]], "entropy": 0.5}}  # fmt: skip
+    lines = to_csv(found).splitlines()
+    assert lines[0] == "row,what,mean,block,similarity,entropy,0,1"
+    assert lines[1:] == ["s/a,all,60.5,,,,,", "s/a,blocks,,1.0,60.5,,,", "s/b,all,,,,0.5,,",
+                         "s/b,map,,,,,0.25,0.75"]  # fmt: skip
+
+
+def test_claims_on_analyses_are_judged_by_their_record(tmp_path: Path) -> None:
+    plan = load_plan("mini", ROOT / "config")
+    write_all(plan, tmp_path)
+    verdicts = {v.id: v for v in judge_all(plan, tmp_path)}
+    assert verdicts["taylor-qk-less-than-v"].verdict == "reproduced"  # made up: 50 against 90
+    assert verdicts["head-splits-swin"].verdict == "within noise"  # made up: alike
+    assert verdicts["taylor-v-late"].records == ("results/runs/mini/analysis/taylor_pruning.json",)
+    smoke = load_plan("smoke", ROOT / "config")
+    write_all(smoke, tmp_path)
+    found = {v.id: v for v in judge_all(smoke, tmp_path)}["taylor-v-late"]
+    assert (found.verdict, found.why) == ("not measured", "scale smoke does not judge analyses")
+
+
+def test_a_claim_on_an_analysis_names_one_that_exists(tmp_path: Path) -> None:
+    config = tmp_path / "config"
+    shutil.copytree(ROOT / "config", config)
+    path = config / "claims/efficientvit_analyses.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("taylor_pruning:mhsa_share/swin/", "nosuch:mhsa_share/swin/"))
+    with pytest.raises(HovitError, match="'nosuch' is not defined; allowed: attention_maps"):
+        load_catalogue(config)
+    path.write_text(text.replace("taylor_pruning:mhsa_share/swin/", "taylor_pruning:depth/x/"))
+    with pytest.raises(HovitError, match="'depth/x' is not defined; allowed: mhsa_share/swin"):
+        load_catalogue(config)
