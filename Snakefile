@@ -196,6 +196,7 @@ rule analyse:
         ],
     output:
         f"results/runs/{SCALE}/analysis/{{analysis}}.json",
+        f"results/runs/{SCALE}/analysis/{{analysis}}.csv",
     log:
         f"logs/analyse/{SCALE}/{{analysis}}.log",
     threads: PLAN.scale.threads
@@ -249,6 +250,7 @@ rule figure:
 rule judge:
     input:
         lambda w: records(PLAN.claimed),
+        analyses(PLAN.claimed_analyses),
         expand("config/studies/{study}.yaml", study=[s.id for s in PLAN.claimed]),
         expand("config/claims/{claims}.yaml", claims=PLAN.catalogue.claims),
         CONFIG,

@@ -1,6 +1,7 @@
 """Records of made-up numbers, valid in every other way."""
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -76,11 +77,26 @@ def measure_record(plan: Plan, study_id: str, device: Device = CPU) -> Record:
     )  # fmt: skip
 
 
+ANALYSED: dict[str, dict[str, Any]] = {
+    "attention_maps": {"map": [[0.25, 0.25], [0.25, 0.25]], "entropy": 1.386294},
+    "head_similarity": {"blocks": [{"block": 1, "heads": 3, "similarity": 60.0}], "mean": 60.0},
+    "taylor_pruning": {
+        "blocks": [{"block": 1, "qk_ratio": 0.5, "v_ratio": 0.9, "ffn_ratio": 2.0}],
+        "qk_kept": 50.0, "v_kept": 90.0, "ffn_kept": 50.0, "v_early": 95.0, "v_late": 85.0,
+    },
+    "runtime_breakdown": {
+        "classes": [{"class": "matmul", "memory_bound": False, "ms": 3.0, "share": 60.0},
+                    {"class": "copy", "memory_bound": True, "ms": 2.0, "share": 40.0}],
+        "memory_bound_share": 40.0,
+    },
+}  # fmt: skip
+
+
 def analysis_record(plan: Plan, analysis_id: str) -> Record:
-    """Flat maps of two by two tokens."""
+    """What each kind of analysis finds, made up: flat maps of two by two tokens, and so on."""
     analysis = plan.analysis(analysis_id)
     spec = plan.analysis_spec(analysis)
-    found = {"map": [[0.25, 0.25], [0.25, 0.25]], "entropy": 1.386294, "images": [0]}
+    found = ANALYSED[analysis.kind] | {"images": [0]}
     rows = {ref: found | {"weights_sha256": "0" * 64} for ref in spec["runs"]}
     return Record(
         kind="analysis", id=analysis_id, scale=plan.scale.id, spec=spec, spec_hash=digest(spec),

@@ -255,13 +255,24 @@ class Analysis(Strict):
     id: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
     title: Text
     source: Source
-    kind: Literal["attention_maps", "kept_patches"]
+    kind: Literal[
+        "attention_maps", "head_similarity", "kept_patches", "runtime_breakdown", "taylor_pruning"
+    ]
     of: Annotated[tuple[RowRef, ...], Field(min_length=1)]  # each row's run of the first seed
     images: Annotated[int, Field(ge=1)] = 1  # of the test split, the first
     args: dict[str, Plain] = {}
+    published: dict[Text, tuple[FiniteFloat, ...]] = {}  # beside which a figure shows ours
 
 
-Ref = Annotated[str, Field(pattern=r"^[a-z0-9_]+/[a-z0-9_.]+/[a-z0-9_]+$")]
+# STUDY/ROW/METRIC, or ANALYSIS:STUDY/ROW/NAME for a number that an analysis found
+Ref = Annotated[str, Field(pattern=r"^([a-z0-9_]+:)?[a-z0-9_]+/[a-z0-9_.]+/[a-z0-9_]+$")]
+
+
+def split_ref(ref: str) -> tuple[str, str, str, str]:
+    """(analysis or nothing, study, row, metric) of what a claim points at."""
+    analysis_id, _, rest = ref.rpartition(":")
+    study_id, row_id, metric = rest.split("/")
+    return analysis_id, study_id, row_id, metric
 
 
 class Claim(Strict):
@@ -377,7 +388,12 @@ def _check_references(catalogue: Catalogue, root: Path) -> None:
             seen.add(claim.id)
             for key, ref in (("of", claim.of), ("to", claim.to)):
                 if ref is not None:
-                    study_id, row_id, metric = ref.split("/")
+                    analysis_id, study_id, row_id, metric = split_ref(ref)
+                    if analysis_id:
+                        must(catalogue.analyses, analysis_id, f"{where}.{key}")
+                        row_ref = f"{study_id}/{row_id}"
+                        must(catalogue.analyses[analysis_id].of, row_ref, f"{where}.{key}")
+                        continue
                     must(catalogue.studies, study_id, f"{where}.{key}")
                     study = catalogue.studies[study_id]
                     must([row.id for row in study.rows], row_id, f"{where}.{key}")

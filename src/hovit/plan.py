@@ -20,6 +20,7 @@ from .catalogue import (
     Strict,
     Study,
     load_catalogue,
+    split_ref,
 )
 from .errors import HovitError
 from .files import digest, file_digest
@@ -264,14 +265,18 @@ class Plan:
     @cached_property
     def claimed(self) -> list[Study]:
         """The studies that claims look at."""
-        refs = [
-            ref
-            for file in self.catalogue.claims.values()
-            for claim in file.claims
-            for ref in (claim.of, claim.to)
-            if ref
-        ]
-        return [self.study(name) for name in sorted({ref.split("/")[0] for ref in refs})]
+        return [self.study(name) for name in sorted({split_ref(ref)[1] for ref in self._refs})]
+
+    @cached_property
+    def claimed_analyses(self) -> list[str]:
+        """The analyses that claims look at."""
+        return sorted({split_ref(ref)[0] for ref in self._refs} - {""})
+
+    @property
+    def _refs(self) -> list[str]:
+        files = self.catalogue.claims.values()
+        both = [ref for file in files for claim in file.claims for ref in (claim.of, claim.to)]
+        return [ref for ref in both if ref]
 
     def packs_of(self, role: str | None) -> list[Pack]:
         """The packs that this role comes to at this scale."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from ..catalogue import Analysis
@@ -13,18 +14,25 @@ from ..data.pack import open_pack
 from ..device import describe_device, peak_memory_mb
 from ..errors import HovitError, one_line
 from ..factory import create_model
-from ..files import digest, file_digest
+from ..files import digest, file_digest, write_text
 from ..plan import Plan, Run
 from ..records import Record, make_provenance, write_record
 from ..sources import analysis_code
 from ..training.checkpoint import load_weights
 from .attention_maps import attention_maps
+from .head_similarity import head_similarity
 from .kept_patches import kept_patches
+from .runtime_breakdown import runtime_breakdown
+from .taylor_pruning import taylor_pruning
 
 KINDS: dict[str, Callable[..., dict[str, Any]]] = {
     "attention_maps": attention_maps,
+    "head_similarity": head_similarity,
     "kept_patches": kept_patches,
+    "runtime_breakdown": runtime_breakdown,
+    "taylor_pruning": taylor_pruning,
 }
+LABELLED = ("taylor_pruning",)  # kinds that also take the images' classes
 
 
 def analyse(plan: Plan, analysis: Analysis, device: torch.device, root: Path = Path()) -> Record:
@@ -49,9 +57,11 @@ def analyse(plan: Plan, analysis: Analysis, device: torch.device, root: Path = P
             raise HovitError(f"{weights}: not there: train {run.id} first")
         net = create_model(run.model, run.dataset.num_classes, run.image_size, **run.model_args)
         net.load_state_dict(load_weights(weights))
-        images, indices = _images(run, analysis.images, root)
+        images, labels, indices = _images(run, analysis.images, root)
+        inputs = [images, labels] if analysis.kind in LABELLED else [images]
         try:
-            found = KINDS[analysis.kind](net.to(device).eval(), images.to(device), **analysis.args)
+            on_device = [each.to(device) for each in inputs]
+            found = KINDS[analysis.kind](net.to(device).eval(), *on_device, **analysis.args)
         except ValueError as error:
             raise HovitError(f"analysis {analysis.id}: {ref}: {one_line(error)}") from None
         rows[ref] = found | {"weights_sha256": file_digest(weights), "images": indices}
@@ -70,12 +80,30 @@ def analyse(plan: Plan, analysis: Analysis, device: torch.device, root: Path = P
             analysis_code(spec),
         ),
     )
-    write_record(root / plan.analysed(analysis), record)
+    path = root / plan.analysed(analysis)
+    write_text(path.with_suffix(".csv"), to_csv(rows))
+    write_record(path, record)
     return record
 
 
-def _images(run: Run, count: int, root: Path) -> tuple[torch.Tensor, list[int]]:
-    """The first test images of a run, as its model takes them, and their places in the pack."""
+def to_csv(rows: dict[str, Any]) -> str:
+    """What an analysis found, for other programs: for each row of it a line of its numbers, then
+    one for each line of its lists; a list of numbers has columns 0, 1, 2 ..."""
+    lines: list[dict[str, Any]] = []
+    for ref, found in rows.items():
+        lists = {k: v for k, v in found.items() if isinstance(v, list) and k != "images"}
+        numbers = {k: v for k, v in found.items() if isinstance(v, int | float)}
+        lines.append({"row": ref, "what": "all"} | numbers)
+        for name, each in lists.items():
+            for line in each:
+                pairs = line.items() if isinstance(line, dict) else enumerate(line)
+                lines.append({"row": ref, "what": name} | {str(k): v for k, v in pairs})
+    return pd.DataFrame(lines).to_csv(index=False, lineterminator="\n")
+
+
+def _images(run: Run, count: int, root: Path) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """A run's first test images, as its model takes them, their classes and places in the pack."""
     packed = open_pack(run.pack, root / run.pack.folder)
     indices = [int(i) for i in packed.splits["test"][:count]]
-    return to_input(torch.from_numpy(packed.images[indices]), run.image_size), indices
+    images = to_input(torch.from_numpy(packed.images[indices]), run.image_size)
+    return images, torch.from_numpy(packed.labels[indices]), indices

@@ -9,7 +9,7 @@ import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..catalogue import Catalogue, Claim
+from ..catalogue import Catalogue, Claim, split_ref
 from ..errors import HovitError
 from ..files import read_json, write_json, write_text
 from ..plan import Plan
@@ -50,7 +50,7 @@ def judge(sources: list[Results], claim: Claim, seed: str) -> Verdict:
 
 
 def _judge_by(results: Results, claim: Claim, seed: str) -> Verdict:
-    source = results.where(results.plan.study(claim.of.split("/")[0]))
+    source = results.where(results.plan.study(split_ref(claim.of)[1]))
 
     def verdict(name: str, measured: float | None, why: str, *values: Value) -> Verdict:
         records = sorted({str(path) for value in values for path in value.paths})
@@ -125,9 +125,14 @@ def _direction(
 
 def _value(results: Results, ref: str, absolute: bool) -> tuple[Value | None, str]:
     """(value, why there is none); an absolute accuracy needs the seed's own images."""
-    study_id, row_id, metric = ref.split("/")
+    analysis_id, study_id, row_id, metric = split_ref(ref)
     study = results.plan.study(study_id)
     scale = results.plan.scale
+    if analysis_id:  # of trained models: as far as their accuracy can be judged
+        if "top1" not in scale.judges:
+            return None, f"scale {scale.id} does not judge analyses"
+        found = results.analysed_value(analysis_id, f"{study_id}/{row_id}", metric)
+        return found, f"no record of {ref} at scale {scale.id}"
     judged = "latency" if metric.startswith("latency_") or metric == "throughput" else metric
     if judged in INEXACT - scale.judges:
         return None, f"scale {scale.id} does not judge {judged}"

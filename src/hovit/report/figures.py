@@ -11,6 +11,7 @@ from ..catalogue import Row, Study
 from ..errors import HovitError
 from ..files import atomic
 from ..plan import Plan
+from . import analysis_figures
 from .attention_figures import (
     attention_curves,
     attention_latency,
@@ -278,6 +279,27 @@ FIGURES = {
     ),
     "attention_maps": Figure(
         "Where one token looks", ("levit_attention",), attention_maps, ("attention_maps",)
+    ),
+    "mhsa_share": Figure(
+        "Accuracy by the share of attention", ("mhsa_share",), analysis_figures.mhsa_share
+    ),
+    "head_similarity": Figure(
+        "Similarity of heads",
+        ("mhsa_share",),
+        analysis_figures.head_similarity,
+        ("head_similarity",),
+    ),
+    "taylor_pruning": Figure(
+        "Channels that Taylor pruning keeps",
+        ("mhsa_share",),
+        analysis_figures.taylor_pruning,
+        ("taylor_pruning",),
+    ),
+    "runtime_breakdown": Figure(
+        "Run time by class of operator",
+        ("mhsa_share",),
+        analysis_figures.runtime_breakdown,
+        ("runtime_breakdown",),
     ),
     "attention_length": Figure("Growth with the tokens", ("attention_length",), attention_length),
     "skipvit_speed": Figure("What skipping saves, and what arrives", ("skipvit",), skipvit_speed),

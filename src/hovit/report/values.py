@@ -124,6 +124,13 @@ class Results:
         spec = self.plan.analysis_spec(analysis)
         return self.record(self.plan.analysed(analysis), digest(spec), analysis_code(spec))
 
+    def analysed_value(self, analysis_id: str, row_ref: str, name: str) -> Value | None:
+        """A number that an analysis found of a row, STUDY/ROW."""
+        record = self.analysis(analysis_id)
+        found = record.results["rows"].get(row_ref, {}).get(name) if record else None
+        path = self.place(self.plan.analysed(self.plan.analysis(analysis_id)))
+        return None if found is None else Value(float(found), paths=(path,))
+
     def value(self, study: Study, row: Row, metric: str) -> Value | None:
         """A metric of a row: as measured, or with `reported_` before it, as the seed prints it.
 

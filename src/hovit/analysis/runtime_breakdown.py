@@ -1,0 +1,96 @@
+"""Where a model's time goes: operators bound by memory against those bound by computing.
+
+Paper: `EfficientViT: Memory Efficient Vision Transformer with Cascaded Group Attention`
+    - https://arxiv.org/abs/2305.07027, section 2.1: reshaping, element-wise addition, copying and
+normalisation are bound by memory. Seed: seeds/002, on memory access. That softmax and activation
+functions count with the element-wise ones is ours.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+CLASSES: dict[str, tuple[str, ...]] = {
+    "matmul": ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product", "_addmm_activation", "dot",
+               "mkldnn_linear", "_flash_attention", "_efficient_attention", "matmul", "linear"),
+    "convolution": ("conv", "mkldnn_convolution", "cudnn_convolution", "_convolution", "thnn_conv",
+                    "slow_conv", "convolution", "_conv_depthwise", "_slow_conv"),
+    "normalisation": ("native_layer_norm", "layer_norm", "native_batch_norm", "batch_norm",
+                      "cudnn_batch_norm", "_batch_norm", "native_group_norm", "group_norm"),
+    "copy": ("copy_", "_to_copy", "to", "contiguous", "clone", "cat", "roll", "index", "gather",
+             "constant_pad_nd", "fill_", "zero_", "stack", "repeat", "pad"),
+    "reshape": ("view", "reshape", "_reshape_alias", "_unsafe_view", "permute", "transpose", "t",
+                "expand", "unsqueeze", "squeeze", "select", "slice", "split", "chunk", "unbind",
+                "flatten", "as_strided", "narrow", "unflatten", "split_with_sizes", "resolve"),
+    "element-wise": ("add", "add_", "sub", "mul", "mul_", "div", "div_", "gelu", "relu", "relu_",
+                     "hardswish", "hardswish_", "silu", "softmax", "_softmax", "sigmoid", "exp",
+                     "pow", "mean", "sum", "clamp", "clamp_min", "where", "masked_fill", "sqrt",
+                     "threshold", "clamp_min_", "neg", "rsub", "max", "dropout"),
+}  # fmt: skip
+MEMORY_BOUND = ("normalisation", "copy", "reshape", "element-wise")
+PREFIXES = ("_scaled_dot_product", "_flash_attention", "_efficient_attention", "_conv_depthwise",
+            "_slow_conv", "slow_conv", "thnn_conv")  # fmt: skip
+
+
+def operator_class(name: str) -> str:
+    """The class of an operator by its name, `aten::add_` for one; `other` if there is none."""
+    short = name.removeprefix("aten::")
+    for group, names in CLASSES.items():
+        if short in names or short.startswith(tuple(n for n in names if n in PREFIXES)):
+            return group
+    return "other"
+
+
+def runtime_breakdown(model: nn.Module, images: Tensor, repeats: int = 3) -> dict[str, Any]:
+    """Time by class of operator, over some passes after one to warm up.
+
+    Args:
+        model: any; the classes know what vision transformers and CNNs are made of.
+        images: [B, 3, H, W] on the model's device; on a GPU the kernels' time counts.
+        repeats: passes.
+
+    Returns:
+        `classes`, a row for each: `class`, `memory_bound`, `ms` a pass and `share` in percent of
+        all but `other`; `other_ms`, what belongs to no class (framework, unknown operators); and
+        `memory_bound_share`, percent.
+
+    Raises:
+        ValueError: if no operator that ran is known, or there is no pass to time.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats} is at least 1")
+    cuda = images.is_cuda
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    with torch.inference_mode():
+        model.eval()(images)
+        with profile(activities=kinds, acc_events=True) as profiler:
+            for _ in range(repeats):
+                model(images)
+            if cuda:
+                torch.cuda.synchronize()
+    spent = dict.fromkeys((*CLASSES, "other"), 0.0)
+    for event in profiler.key_averages():
+        if event.device_type == DeviceType.CPU:  # a kernel's time counts with what launched it
+            time = event.self_device_time_total if cuda else event.self_cpu_time_total
+            spent[operator_class(event.key)] += time / 1000 / repeats
+    known = sum(ms for group, ms in spent.items() if group != "other")
+    if not known:
+        raise ValueError("no operator of a known class ran")
+    rows = [
+        {
+            "class": group,
+            "memory_bound": group in MEMORY_BOUND,
+            "ms": round(spent[group], 6),
+            "share": round(100 * spent[group] / known, 4),
+        }
+        for group in CLASSES
+    ]
+    bound = sum(spent[group] for group in MEMORY_BOUND)
+    return {
+        "classes": rows,
+        "other_ms": round(spent["other"], 6),
+        "memory_bound_share": round(100 * bound / known, 4),
+    }
