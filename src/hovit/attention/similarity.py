@@ -26,14 +26,15 @@ def dot(q: Tensor, k: Tensor) -> Tensor:
 
 
 def euclidean(q: Tensor, k: Tensor) -> Tensor:
-    """-|q - k| / sqrt(d), by |q - k|^2 = |q|^2 + |k|^2 - 2 q . k; q [B, N, d], k [B, M, d].
+    """-|q - k| / sqrt(d), by |q - k|^2 = |q|^2 + |k|^2 - 2 q . k; shapes as for `dot`.
 
     The divisor is ours, as in `dot`. Where q = k the root's slope is infinite; ours is finite.
     """
-    scale = 1 / q.shape[-1]
+    scale, lead = 1 / q.shape[-1], q.shape[:-2]
+    q, k = q.flatten(0, -3), k.flatten(0, -3)
     norms = _square(q)[..., None] + _square(k)[..., None, :]
     squares = torch.baddbmm(norms, q, k.transpose(-2, -1), beta=scale, alpha=-2 * scale)
-    return -squares.clamp_(min=_least(squares)).sqrt_()
+    return -squares.clamp_(min=_least(squares)).sqrt_().unflatten(0, lead)
 
 
 def sqeuclidean(q: Tensor, k: Tensor) -> Tensor:
