@@ -25,7 +25,7 @@ from .values import COUNTED, TRAINED, Results, Value, evidence_for, find_evidenc
 
 PAGE = Path("results/index.html")
 WEB = Path(__file__).parent / "web"
-SCRIPTS = ("tables.js", "detail.js", "charts.js", "curves.js")
+SCRIPTS = ("tables.js", "detail.js", "charts.js", "curves.js", "analyses.js")
 SYMBOLS = dict(zip(VERDICTS, "✓✗≈–", strict=True))
 
 
@@ -281,7 +281,9 @@ class Content:
                 "title": analysis.title,
                 "place": f"{analysis.source.seed}: {analysis.source.place}",
                 "path": "",
-            }
+                "published": {key: ", ".join(map(str, each))
+                              for key, each in analysis.published.items()},
+            }  # fmt: skip
             for results in (self.run, *self.evidence):
                 if results.plan.analysed_runs(analysis) and results.analysis(name):
                     path = self._keep(results.place(results.plan.analysed(analysis)))

@@ -155,7 +155,7 @@ function claimCommand() {
 
 function claimNumbers(claim) {
   const keys = [claim.of, claim.to].filter(Boolean)
-    .flatMap((ref) => STATES.map((state) => `${ref}/${state}`)).filter((key) => DATA.values[key]);
+    .flatMap((ref) => STATES.map((state) => `${ref}/${state}`)).filter((key) => DATA.values[key]); // none of an analysis
   return keys.length ? h("ul", {}, keys.map((key) => h("li", {}, stateName(parse(key).state), ": ", numberLink(key)))) : "";
 }
 
