@@ -8,7 +8,7 @@ DATA =
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup tables claims test lint format lock dag clean
+.PHONY: help setup tables page claims test lint format lock dag clean
 
 MIN_PYTHON = $(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
 IN_VENV = PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -33,6 +33,9 @@ setup: .venv/.synced ## Make .venv from the hash-checked locks in envs/
 
 tables: setup ## Run the whole DAG; SCALE=mini and DATA=../shared/data are optional
 	$(IN_VENV) snakemake --cores all results/tables$(CONFIG)
+
+page: setup ## Write results/index.html, the tables and all else that it shows as one page
+	$(IN_VENV) snakemake --cores all page$(CONFIG)
 
 claims: setup ## Judge the claims; fails where one is not as results/verdicts.json says
 	$(IN_VENV) snakemake --cores all claims$(CONFIG)
@@ -61,5 +64,5 @@ lock: setup ## Compile the locks again from envs/requirements.in; UPGRADE=1 take
 dag: setup ## Print the graph of rules as Mermaid
 	@$(IN_VENV) snakemake --rulegraph mermaid-js results/tables$(CONFIG)
 
-clean: ## Remove tables, claims, metrics, figures and logs; runs, evidence and data stay
-	rm -rf results/tables results/metrics results/claims.* figures logs
+clean: ## Remove tables, claims, page, metrics, figures and logs; runs, evidence and data stay
+	rm -rf results/tables results/metrics results/claims.* results/index.html figures logs

@@ -1,4 +1,4 @@
-"""The only DAG: data -> train -> measure -> tables, figures, claims.
+"""The only DAG: data -> train -> measure -> tables, figures, claims, page.
 
 snakemake --cores all results/tables                       everything, at scale smoke
 snakemake --cores all results/runs                         train and measure only; data/packed: decode only
@@ -16,6 +16,7 @@ from hovit.files import digest
 from hovit.plan import load_plan
 from hovit.report.figures import FIGURES
 from hovit.report.metrics import metrics_files
+from hovit.report.page import page_code
 from hovit.sources import analysis_code, code_hash
 
 SCALE = config.get("scale", "smoke")
@@ -70,6 +71,7 @@ rule all_tables:
         "results/tables/index.md",
         "results/claims.json",
         "results/claims.md",
+        "results/index.html",
         METRICS,
 
 
@@ -306,3 +308,23 @@ rule metrics:
         code=code_hash("report"),
     shell:
         "python -m hovit metrics --scale {params.scale} > {log} 2>&1"
+
+
+rule page:
+    input:
+        records(STUDIES.values()),
+        analyses(PLAN.catalogue.analyses),
+        expand("config/studies/{study}.yaml", study=STUDIES),
+        expand("config/claims/{claims}.yaml", claims=PLAN.catalogue.claims),
+        expand("config/analyses/{name}.yaml", name=PLAN.catalogue.analyses),
+        CONFIG,
+    output:
+        "results/index.html",
+    log:
+        "logs/page.log",
+    params:
+        scale=SCALE,
+        code=page_code(),
+        evidence=EVIDENCE,
+    shell:
+        "python -m hovit page --scale {params.scale} > {log} 2>&1"

@@ -81,6 +81,7 @@ ANALYSED: dict[str, dict[str, Any]] = {
     "kept_patches": {"layers": [6], "kept": [[["10", "01"]]]},
     "attention_maps": {"map": [[0.25, 0.25], [0.25, 0.25]], "entropy": 1.386294},
     "head_similarity": {"blocks": [{"block": 1, "heads": 3, "similarity": 60.0}], "mean": 60.0},
+    "kept_patches": {"layers": [6], "kept": [[["10", "01"]]]},
     "taylor_pruning": {
         "blocks": [{"block": 1, "qk_ratio": 0.5, "v_ratio": 0.9, "ffn_ratio": 2.0}],
         "qk_kept": 50.0, "v_kept": 90.0, "ffn_kept": 50.0, "v_early": 95.0, "v_late": 85.0,

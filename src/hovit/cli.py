@@ -282,6 +282,14 @@ def figure(name: str, scale: ScaleOption = "smoke", weights: WeightsOption = Non
 
 
 @app.command()
+def page(scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
+    """Write results/index.html: every claim, table, curve and record on one page."""
+    from .report.page import write_page
+
+    write_page(load_plan(scale, weights_file=weights))
+
+
+@app.command()
 def claims(
     scale: ScaleOption = "smoke",
     weights: WeightsOption = None,

@@ -83,7 +83,7 @@ def _judge_by(results: Results, claim: Claim, seed: str) -> Verdict:
     holds = off <= tolerance + 1e-9
     name = "reproduced" if holds else "within noise" if off <= tolerance + noise else "contradicted"
     allowed = f" ± {tolerance:g}" if tolerance else ""
-    return verdict(name, number, f"{_say(number)} against {claim.reported}{allowed}", *values)
+    return verdict(name, number, f"{say(number)} against {claim.reported}{allowed}", *values)
 
 
 def _against(kind: str, a: Value, b: Value) -> tuple[float, float]:
@@ -119,7 +119,7 @@ def _direction(
     else:
         holds = difference < 0 if claim.kind == "less" else difference > 0
         name = "reproduced" if holds else "contradicted"
-    why = f"{_say(a.mean)} against {_say(b.mean)}, n = {a.n} and {b.n}"
+    why = f"{say(a.mean)} against {say(b.mean)}, n = {a.n} and {b.n}"
     return name, why + (f"; differences up to {noise:.3g} are noise" if noise else "")
 
 
@@ -144,7 +144,7 @@ def _value(results: Results, ref: str, absolute: bool) -> tuple[Value | None, st
     return results.value(study, row, metric), f"no record of {ref} at scale {scale.id}"
 
 
-def _say(number: float) -> str:
+def say(number: float) -> str:
     """Whole numbers whole, others to four decimals."""
     return f"{number:,.0f}" if number == int(number) else f"{number:,.4f}"
 
@@ -244,7 +244,7 @@ def write_claims(plan: Plan, root: Path = Path()) -> str:
         "| :-- | :-- | :-- | --: | --: | :-- | :-- |",
     ]
     for v in verdicts:
-        measured = "" if v.measured is None else _say(v.measured)
+        measured = "" if v.measured is None else say(v.measured)
         cells = (f"**{v.verdict}**", v.says, v.place, v.reported or "", measured, v.why,
                  v.source)  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")

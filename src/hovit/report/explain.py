@@ -75,14 +75,14 @@ def _counted(plan: Plan, row: Row) -> list[str]:
         for line in (
             f"  record    {pack.folder / 'pack.json'}",
             f"  spec      {pack.spec_hash}",
-            f"  re-make   {_snakemake(plan, str(pack.folder / 'pack.json'))}",
+            f"  re-make   {remake_command(plan, str(pack.folder / 'pack.json'))}",
         )
     ]
 
 
 def _record(results: Results, path: str, spec_hash: str) -> list[str]:
     lines = [f"  record    {path}", f"  spec      {spec_hash}"]
-    full, remake = results.root / path, _snakemake(results.plan, path)
+    full, remake = results.root / path, remake_command(results.plan, path)
     try:
         record = read_record(full) if full.exists() else None
     except HovitError as error:
@@ -100,7 +100,8 @@ def _record(results: Results, path: str, spec_hash: str) -> list[str]:
     return [*lines, f"  re-make   {remake}"]
 
 
-def _snakemake(plan: Plan, path: str) -> str:
+def remake_command(plan: Plan, path: str) -> str:
+    """The command that makes one file again, and nothing that it does not need."""
     config = [f"scale={plan.scale.id}"] if plan.scale.id != "smoke" else []
     config += [f"weights='{plan.weights_file}'"] if plan.weights_file else []
     settings = f" --config {' '.join(config)}" if config else ""

@@ -8,6 +8,7 @@ import pandas as pd
 from ..catalogue import Row, Study
 from ..files import write_text
 from ..plan import Plan
+from .latex import to_latex
 from .values import INEXACT, Results, Value, evidence_for, find_evidence, plural
 
 TABLES = Path("results/tables")
@@ -44,11 +45,20 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Column:
-    """One column: a heading, what is under it (`reported`, `this run` …), and each row's cell."""
+    """One column: a heading, what is under it (`reported`, `this run` …), and each row's cell.
+
+    Args:
+        metric: what `Results.value` calls it.
+        results: whose; None for what the seed reported.
+        ratio: over the row's baseline.
+    """
 
     heading: str
     source: str
     cells: tuple[str, ...]
+    metric: str
+    results: Results | None = None
+    ratio: bool = False
 
 
 def format_value(value: Value, metric: str) -> str:
@@ -79,9 +89,8 @@ def columns_of(study: Study, sources: list[Results]) -> list[Column]:
     for metric in study.columns:
         heading = HEADINGS[metric][0]
         printed = [row.reported.get(metric) for row in study.rows]
-        columns.append(
-            Column(heading, "reported", tuple(format_printed(p) if p else NOTHING for p in printed))
-        )
+        cells = tuple(format_printed(p) if p else NOTHING for p in printed)
+        columns.append(Column(heading, "reported", cells, metric))
         if metric == "latency":
             columns += _latency_columns(study, sources)
             continue
@@ -89,7 +98,7 @@ def columns_of(study: Study, sources: list[Results]) -> list[Column]:
         for results in sources if metric in INEXACT else sources[-1:]:
             values = [results.value(study, row, metric) for row in study.rows]
             cells = tuple(format_value(v, metric) if v else NOTHING for v in values)
-            columns.append(Column(heading, results.states(), cells))
+            columns.append(Column(heading, results.states(), cells, metric, results))
         if metric == "throughput":
             columns += _speedup_columns(study, sources)
     return [column for column in columns if set(column.cells) != {NOTHING}]
@@ -102,13 +111,15 @@ def _latency_columns(study: Study, sources: list[Results]) -> list[Column]:
         for metric in results.batches(study):
             values = [results.value(study, row, metric) for row in study.rows]
             cells = tuple(format_value(v, "latency") if v else NOTHING for v in values)
-            columns.append(Column(HEADINGS["latency"][0], _batch_of(results, metric), cells))
-    ratios = [(sources[-1], "reported_latency", "reported")]
+            source = _batch_of(results, metric)
+            columns.append(Column(HEADINGS["latency"][0], source, cells, metric, results))
+    ratios: list[tuple[Results | None, str, str]] = [(None, "latency", "reported")]
     ratios += [(r, metric, _batch_of(r, metric)) for r in sources for metric in r.batches(study)]
-    for results, metric, source in ratios:
-        found = [baseline_ratio(results, study, row, metric) for row in study.rows]
+    for whose, metric, source in ratios:
+        name = metric if whose else f"reported_{metric}"
+        found = [baseline_ratio(whose or sources[-1], study, row, name) for row in study.rows]
         cells = tuple(f"{ratio:.2f}" if ratio else NOTHING for ratio in found)
-        columns.append(Column(HEADINGS["ratio"][0], source, cells))
+        columns.append(Column(HEADINGS["ratio"][0], source, cells, metric, whose, ratio=True))
     return columns
 
 
@@ -117,16 +128,20 @@ def _speedup_columns(study: Study, sources: list[Results]) -> list[Column]:
     reported = [
         baseline_ratio(sources[-1], study, row, "reported_throughput") for row in study.rows
     ]
-    found = {"reported": reported}
+    found: list[tuple[str, list[float | None], str, Results | None]] = []
+    found.append(("reported", reported, "throughput", None))
     for results in sources:
         macs = [baseline_ratio(results, study, row, "macs") for row in study.rows]
+        implied = [1 / ratio if ratio else None for ratio in macs]
+        measured = [baseline_ratio(results, study, row, "throughput") for row in study.rows]
         states = results.states()
-        found[f"{states}, implied by MACs"] = [1 / ratio if ratio else None for ratio in macs]
-        found[states] = [baseline_ratio(results, study, row, "throughput") for row in study.rows]
-    return [
-        Column(HEADINGS["ratio"][0], source, tuple(f"{r:.3f}" if r else NOTHING for r in ratios))
-        for source, ratios in found.items()
-    ]
+        found.append((f"{states}, implied by MACs", implied, "macs", results))
+        found.append((states, measured, "throughput", results))
+    columns = []
+    for source, ratios, metric, whose in found:
+        cells = tuple(f"{r:.3f}" if r else NOTHING for r in ratios)
+        columns.append(Column(HEADINGS["ratio"][0], source, cells, metric, whose, ratio=True))
+    return columns
 
 
 def _batch_of(results: Results, metric: str) -> str:
@@ -341,63 +356,6 @@ def to_markdown(study: Study, columns: list[Column], about: dict[str, str]) -> s
         notes.append("- † ours: the seed has no such row.")
     source = f"Seed: {study.source.seed}, {study.source.place}."
     return "\n".join([f"# {study.title}", "", source, "", *table, "", *facts, "", *notes, ""])
-
-
-LATEX = str.maketrans(
-    {
-        "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-        "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
-        "×": r"$\times$", "±": r"$\pm$", "→": r"$\to$", "†": r"$\dagger$", "—": "---", "–": "--",
-        "…": r"\dots{}",
-    }
-)  # fmt: skip
-
-
-def to_latex(study: Study, columns: list[Column], about: dict[str, str]) -> str:
-    """A `table` with booktabs rules, headings over their sources, and the facts as its caption."""
-    groups: list[tuple[str, int]] = []
-    for column in columns:
-        if groups and groups[-1][0] == column.heading:
-            groups[-1] = (column.heading, groups[-1][1] + 1)
-        else:
-            groups.append((column.heading, 1))
-    over, rules, at = [""], [], 2
-    for heading, width in groups:
-        over.append(rf"\multicolumn{{{width}}}{{c}}{{{heading.translate(LATEX)}}}")
-        rules.append(rf"\cmidrule(lr){{{at}-{at + width - 1}}}")
-        at += width
-    body = [
-        " & ".join(
-            text.translate(LATEX)
-            for text in (row.label + (" †" if row.ours else ""), *(c.cells[i] for c in columns))
-        )
-        + r" \\"
-        for i, row in enumerate(study.rows)
-    ]
-    facts = " ".join(f"{key}: {text.replace('`', '')}." for key, text in about.items())
-    if any(row.ours for row in study.rows):
-        facts += " † ours: the seed has no such row."
-    return "\n".join(
-        [
-            "% Generated by `hovit table`; needs \\usepackage{booktabs,graphicx}.",
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{study.title.translate(LATEX)}. {facts.translate(LATEX)}}}",
-            rf"\label{{tab:{study.id}}}",
-            r"\resizebox{\linewidth}{!}{%",
-            rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
-            r"\toprule",
-            " & ".join(over) + r" \\",
-            " ".join(rules),
-            " & ".join(["", *(c.source.translate(LATEX) for c in columns)]) + r" \\",
-            r"\midrule",
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}}",
-            r"\end{table}",
-            "",
-        ]
-    )
 
 
 def write_index(plan: Plan, root: Path = Path()) -> None:
