@@ -1,21 +1,50 @@
 """What the profiles make of the DAG's jobs, asked of Snakemake itself."""
 
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT
 
 CARD = 78000
+# In place of hovit's commands: a job that makes its files and says what else ran meanwhile. A
+# training waits for company, so that no other pace of the machine makes it miss any.
+STAND_IN = """
+import os, re, sys, time
+from pathlib import Path
+
+rule, name = sys.argv[1:3]
+card = Path("card")
+me = card / f"{rule} {name} {os.getpid()}"
+me.touch()
+present, last = set(), time.monotonic() + (10 if rule == "train" else 0.5)
+while time.monotonic() < last:
+    present |= set(os.listdir(card))
+    if rule == "train" and (len(present) > 1 or Path("met").exists()):
+        Path("met").touch()
+        break
+    time.sleep(0.05)
+with open("company.txt", "a") as file:
+    file.write(f"{rule}:{','.join(sorted(p.split()[0] for p in present - {me.name}))}\\n")
+for path in os.environ["MAKES"].split():
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("made up")
+me.unlink()
+"""
+
+
+def snakemake(root: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "snakemake", "--cores", "8", *args]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
 
 
 def planned(*args: str) -> list[dict[str, str]]:
     """Every job of a dry run: its rule and its resources."""
-    command = [sys.executable, "-m", "snakemake", "-n", "--forceall", "--cores", "4",
-               "results/tables/hovit.md", *args]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = snakemake(ROOT, "-n", "--forceall", "results/tables/hovit.md", *args)
     assert done.returncode == 0, done.stderr
     jobs = []
     for block in re.split(r"\n(?=(?:local)?rule )", done.stdout + done.stderr):
@@ -31,7 +60,7 @@ def profile(name: str) -> dict:
 
 
 @pytest.mark.slow
-def test_a_card_takes_several_trainings_or_one_measurement():
+def test_a_card_takes_several_trainings_or_one_measurement() -> None:
     limit = dict(entry.split("=") for entry in profile("gpu")["resources"])
     assert int(limit["gpu_mb"]) == CARD
     jobs = planned("--workflow-profile", "profiles/gpu", "--config", "scale=proxy")
@@ -43,7 +72,29 @@ def test_a_card_takes_several_trainings_or_one_measurement():
 
 
 @pytest.mark.slow
-def test_slurm_jobs_ask_for_memory_time_and_a_card():
+def test_trainings_share_the_card_and_a_measurement_is_alone_on_it(tmp_path: Path) -> None:
+    """The DAG with jobs that only make their files: what Snakemake lets run side by side."""
+    for name in ("profiles", "config"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    # Threads would keep a measurement alone too: only the card is to do it here.
+    text = re.sub(r"    threads: .*\n", "    threads: 1\n", (ROOT / "Snakefile").read_text())
+    text = re.sub(r'"python -m hovit', r'"MAKES=\'{output}\' python stand_in.py', text)
+    (tmp_path / "Snakefile").write_text(text)
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    (tmp_path / "card").mkdir()
+    done = snakemake(tmp_path, "results/tables/hovit.md", "results/tables/conv_shrink.md",
+                     "--workflow-profile", "profiles/gpu")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    company = [line.split(":") for line in (tmp_path / "company.txt").read_text().splitlines()]
+    assert sum("train" in others.split(",") for rule, others in company if rule == "train") >= 2
+    alone = [others for rule, others in company if rule == "measure"]
+    assert len(alone) == 2
+    assert not any({"train", "measure"} & set(others.split(",")) for others in alone)
+    assert not any("measure" in others for rule, others in company if rule == "train")
+
+
+@pytest.mark.slow
+def test_slurm_jobs_ask_for_memory_time_and_a_card() -> None:
     jobs = planned("--workflow-profile", "profiles/slurm", "--config", "scale=proxy")
     by_rule = {job["rule"]: job for job in jobs}
     assert by_rule["train"]["gpu"] == "1"
@@ -54,3 +105,14 @@ def test_slurm_jobs_ask_for_memory_time_and_a_card():
     assert "gpu" not in by_rule["table"]
     trained = {(job["rule"], i) for i, job in enumerate(jobs) if job["rule"] == "train"}
     assert len(trained) == 19  # one job a run: six rows and the pretraining, three seeds or one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["README.md", "profiles/slurm/config.yaml"])
+def test_account_and_partition_take_no_default_away(text: str) -> None:
+    """On the command line, --default-resources replaces the profile's: all must be said again."""
+    said = re.search(r"--default-resources ((?: ?\w+=\w+)+)", (ROOT / text).read_text())
+    assert said
+    given = dict(pair.split("=") for pair in said[1].split())
+    defaults = dict(entry.split("=") for entry in profile("slurm")["default-resources"])
+    assert given == {"slurm_account": "A", "slurm_partition": "P"} | defaults
