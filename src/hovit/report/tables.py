@@ -44,11 +44,18 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Column:
-    """One column: a heading, what is under it (`reported`, `this run` …), and each row's cell."""
+    """One column: a heading, what is under it (`reported`, `this run` …), and each row's cell.
+
+    Args:
+        metric: what `Results.value` was asked for.
+        results: whom; None where the cells are what the seed printed.
+    """
 
     heading: str
     source: str
     cells: tuple[str, ...]
+    metric: str
+    results: Results | None = None
 
 
 def format_value(value: Value, metric: str) -> str:
@@ -79,9 +86,8 @@ def columns_of(study: Study, sources: list[Results]) -> list[Column]:
     for metric in study.columns:
         heading = HEADINGS[metric][0]
         printed = [row.reported.get(metric) for row in study.rows]
-        columns.append(
-            Column(heading, "reported", tuple(format_printed(p) if p else NOTHING for p in printed))
-        )
+        cells = tuple(format_printed(p) if p else NOTHING for p in printed)
+        columns.append(Column(heading, "reported", cells, f"reported_{metric}"))
         if metric == "latency":
             columns += _latency_columns(study, sources)
             continue
@@ -89,7 +95,7 @@ def columns_of(study: Study, sources: list[Results]) -> list[Column]:
         for results in sources if metric in INEXACT else sources[-1:]:
             values = [results.value(study, row, metric) for row in study.rows]
             cells = tuple(format_value(v, metric) if v else NOTHING for v in values)
-            columns.append(Column(heading, results.states(), cells))
+            columns.append(Column(heading, results.states(), cells, metric, results))
         if metric == "throughput":
             columns += _speedup_columns(study, sources)
     return [column for column in columns if set(column.cells) != {NOTHING}]
@@ -102,31 +108,31 @@ def _latency_columns(study: Study, sources: list[Results]) -> list[Column]:
         for metric in results.batches(study):
             values = [results.value(study, row, metric) for row in study.rows]
             cells = tuple(format_value(v, "latency") if v else NOTHING for v in values)
-            columns.append(Column(HEADINGS["latency"][0], _batch_of(results, metric), cells))
+            source = _batch_of(results, metric)
+            columns.append(Column(HEADINGS["latency"][0], source, cells, metric, results))
     ratios = [(sources[-1], "reported_latency", "reported")]
     ratios += [(r, metric, _batch_of(r, metric)) for r in sources for metric in r.batches(study)]
     for results, metric, source in ratios:
         found = [baseline_ratio(results, study, row, metric) for row in study.rows]
         cells = tuple(f"{ratio:.2f}" if ratio else NOTHING for ratio in found)
-        columns.append(Column(HEADINGS["ratio"][0], source, cells))
+        columns.append(Column(HEADINGS["ratio"][0], source, cells, metric, results))
     return columns
 
 
 def _speedup_columns(study: Study, sources: list[Results]) -> list[Column]:
     """Throughput over the baseline's: as reported, as multiply-adds imply, and as measured."""
-    reported = [
-        baseline_ratio(sources[-1], study, row, "reported_throughput") for row in study.rows
-    ]
-    found = {"reported": reported}
+    asked = [(sources[-1], "reported_throughput", "reported")]
     for results in sources:
-        macs = [baseline_ratio(results, study, row, "macs") for row in study.rows]
-        states = results.states()
-        found[f"{states}, implied by MACs"] = [1 / ratio if ratio else None for ratio in macs]
-        found[states] = [baseline_ratio(results, study, row, "throughput") for row in study.rows]
-    return [
-        Column(HEADINGS["ratio"][0], source, tuple(f"{r:.3f}" if r else NOTHING for r in ratios))
-        for source, ratios in found.items()
-    ]
+        asked.append((results, "macs", f"{results.states()}, implied by MACs"))
+        asked.append((results, "throughput", results.states()))
+    columns = []
+    for results, metric, source in asked:
+        found = [baseline_ratio(results, study, row, metric) for row in study.rows]
+        if metric == "macs":
+            found = [1 / ratio if ratio else None for ratio in found]
+        cells = tuple(f"{ratio:.3f}" if ratio else NOTHING for ratio in found)
+        columns.append(Column(HEADINGS["ratio"][0], source, cells, metric, results))
+    return columns
 
 
 def _batch_of(results: Results, metric: str) -> str:
