@@ -3,12 +3,14 @@
 snakemake --cores all results/tables                       everything, at scale smoke
 snakemake --cores all results/runs                         train and measure only; data/packed: decode only
 snakemake --cores all results/tables/hovit.md              one table
+snakemake --cores all paper/paper.pdf                      the paper, with all that it reads
 snakemake --cores all results/tables --config scale=mini data_root=../shared/data
 """
 
 import os
 import shlex
 import sys
+from pathlib import Path
 
 from hovit.errors import HovitError
 from hovit.evidence import evidence_digest
@@ -17,6 +19,7 @@ from hovit.plan import load_plan
 from hovit.report.figures import FIGURES
 from hovit.report.metrics import metrics_files
 from hovit.report.page import page_code
+from hovit.report.paper import FILES
 from hovit.sources import analysis_code, code_hash
 
 SCALE = config.get("scale", "smoke")
@@ -47,6 +50,11 @@ CONFIG = [
     *expand("config/datasets/{name}.yaml", name=PLAN.catalogue.datasets),
     *expand("config/recipes/{name}.yaml", name=PLAN.catalogue.recipes),
 ]
+PAPER = sorted(
+    str(path)
+    for pattern in ("*.typ", "sections/*.typ", "*.bib", "*.yaml")
+    for path in Path("paper").glob(pattern)
+)
 METRICS = [str(path) for path in metrics_files(PLAN)]
 
 
@@ -293,6 +301,27 @@ rule index:
         code=code_hash("report"),
     shell:
         "python -m hovit index --scale {params.scale} > {log} 2>&1"
+
+
+rule paper:
+    input:
+        records(STUDIES.values()),
+        expand("figures/{figure}.pdf", figure=FIGURES),
+        expand("config/studies/{study}.yaml", study=STUDIES),
+        expand("config/claims/{claims}.yaml", claims=PLAN.catalogue.claims),
+        CONFIG,
+        PAPER,
+    output:
+        "paper/paper.pdf",
+        expand("results/paper/{name}.json", name=FILES),
+    log:
+        "logs/paper.log",
+    params:
+        scale=SCALE,
+        code=code_hash("report"),
+        evidence=EVIDENCE,
+    shell:
+        "python -m hovit paper --scale {params.scale} > {log} 2>&1"
 
 
 rule metrics:

@@ -78,7 +78,6 @@ def measure_record(plan: Plan, study_id: str, device: Device = CPU) -> Record:
 
 
 ANALYSED: dict[str, dict[str, Any]] = {
-    "kept_patches": {"layers": [6], "kept": [[["10", "01"]]]},
     "attention_maps": {"map": [[0.25, 0.25], [0.25, 0.25]], "entropy": 1.386294},
     "head_similarity": {"blocks": [{"block": 1, "heads": 3, "similarity": 60.0}], "mean": 60.0},
     "kept_patches": {"layers": [6], "kept": [[["10", "01"]]]},

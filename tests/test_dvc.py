@@ -63,13 +63,14 @@ def git(root: Path, *args: str) -> str:
 
 
 def shrink(root: Path) -> None:
-    """Leave one study with two rows, no figure, one claim and a few images."""
+    """Leave one study with two rows, no figure, no paper, one claim and a few images."""
     for kind, name, text in (("studies", "hovit", STUDY), ("claims", "tiny", CLAIMS)):
         shutil.rmtree(root / "config" / kind)
         (root / "config" / kind).mkdir()
         (root / f"config/{kind}/{name}.yaml").write_text(text)
     for name in ("sample", "mini", "proxy"):
         (root / f"config/scales/{name}.yaml").unlink()
+    pipeline = (root / "dvc.yaml").read_text()
     edits = {
         "config/scales/smoke.yaml": [
             ("{train: 256, val: 64, test: 128}", "{train: 64, val: 32, test: 32}"),
@@ -80,6 +81,8 @@ def shrink(root: Path) -> None:
         "dvc.yaml": [
             ("--cores all", "--cores 2"),
             ("      - figures:\n          persist: true\n", ""),
+            (pipeline[pipeline.index("  paper:\n") : pipeline.index("  # Last")], ""),
+            ("      - paper/paper.pdf\n      - results/paper\n", ""),
             ("      - figures\n", ""),
             *((f"  - figures/{figure}.png\n", "") for figure in FIGURES),
         ],

@@ -317,6 +317,14 @@ def claims(
 
 
 @app.command()
+def paper(scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
+    """Write results/paper, and compile the paper from it: paper/paper.pdf."""
+    from .report.paper import write_paper
+
+    write_paper(load_plan(scale, weights_file=weights))
+
+
+@app.command()
 def metrics(scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
     """Write what `dvc metrics` and `dvc plots` show, under results/metrics."""
     from .report.metrics import write_metrics

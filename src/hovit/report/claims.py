@@ -64,7 +64,7 @@ def _judge_by(results: Results, claim: Claim, seed: str) -> Verdict:
     for ref in (claim.of, claim.to):
         if ref is None:
             continue
-        value, missing = _value(results, ref, claim.kind == "value")
+        value, missing = referenced(results, ref, claim.kind == "value")
         if value is None:
             return verdict("not measured", None, missing)
         values.append(value)
@@ -123,7 +123,7 @@ def _direction(
     return name, why + (f"; differences up to {noise:.3g} are noise" if noise else "")
 
 
-def _value(results: Results, ref: str, absolute: bool) -> tuple[Value | None, str]:
+def referenced(results: Results, ref: str, absolute: bool) -> tuple[Value | None, str]:
     """(value, why there is none); an absolute accuracy needs the seed's own images."""
     analysis_id, study_id, row_id, metric = split_ref(ref)
     study = results.plan.study(study_id)
