@@ -146,9 +146,10 @@ def drop_least(blocks: list[Any], kept: Channels, importance: Channels, goal: fl
     Every part of every block keeps a channel. Of equals, the first goes.
     """
     order = sorted(
-        (float(importance[key][c]), *key, int(c))
+        (value, *key, c)
         for key, on in kept.items()
-        for c in on.nonzero().flatten()
+        for c, (value, stays) in enumerate(zip(importance[key].tolist(), on.tolist(), strict=True))
+        if stays
     )
     left = remaining(blocks, kept)
     counts = {key: int(on.sum()) for key, on in kept.items()}

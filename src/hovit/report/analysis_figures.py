@@ -86,6 +86,7 @@ def taylor_pruning(results: Results) -> "Canvas":
                 label="paper: Swin-T", **style.look(1))  # fmt: skip
         ax.axhline(4 if part == "ffn_ratio" else 1, color="black", linewidth=0.8)
         ax.set_ylim(bottom=0)
+        ax.set_xticks(range(2, 13, 2))
         ax.set_title(title)
         ax.set_xlabel("Block")
     axes[0].set_ylabel("Channels kept, × width")
@@ -119,7 +120,9 @@ def runtime_breakdown(results: Results) -> "Canvas":
     ax.set_yticks(range(len(found)), names)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
-    ax.set_xlabel("Run time, % (hatched: bound by memory)")
+    record = results.analysis("runtime_breakdown")
+    where = f"; timed on {record.provenance.device}" if record else ""
+    ax.set_xlabel(f"Run time, % (hatched: bound by memory{where})")
     canvas.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     state(canvas, results, [study])
     return canvas
