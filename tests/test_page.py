@@ -336,6 +336,10 @@ def test_nothing_is_wider_than_the_window(tab: Browser, root: Path, width: int) 
 
 @needs_chromium
 def test_it_prints(tab: Browser, tmp_path: Path) -> None:
+    tab.resize(1032)  # A4 landscape less its margins
+    tab.send("Emulation.setEmulatedMedia", media="print")
+    assert tab.js("document.documentElement.scrollWidth") <= 1032
+    tab.send("Emulation.setEmulatedMedia", media="")
     tab.pdf(tmp_path / "page.pdf")
     assert (tmp_path / "page.pdf").read_bytes()[:5] == b"%PDF-"
 

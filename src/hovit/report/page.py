@@ -195,9 +195,6 @@ class Content:
 
     def _row(self, study: Study, row: Row) -> dict[str, Any]:
         """What a row is; `system` is the same for the same model, wherever it stands."""
-        role = row.dataset or study.dataset
-        full = max(self.plan.catalogue.scales.values(), key=lambda scale: scale.rank)
-        images = self.plan.catalogue.datasets.get(full.datasets.get(role, ""))
         return {
             "id": row.id,
             "label": row.label,
@@ -205,9 +202,18 @@ class Content:
             "model": row.model or "",
             "args": row.model_args,
             "system": digest([row.model, row.model_args, row.pretrained])[:12],
-            "task": (images.stands_for or images.title) if images else role,
+            "task": self._seeds_images(row.dataset or study.dataset),
             "base": any(other.baseline == row.id for other in study.rows),
         }
+
+    def _seeds_images(self, role: str) -> str:
+        """What the seed itself used: the largest scale's images, or what they stand for."""
+        scales = sorted(self.plan.catalogue.scales.values(), key=lambda s: s.rank, reverse=True)
+        for scale in scales:
+            if role in scale.datasets:
+                images = self.plan.catalogue.datasets[scale.datasets[role]]
+                return images.stands_for or images.title
+        return role
 
     def _cell(self, study: Study, row: Row, at: int, column: Column) -> dict[str, str]:
         """A cell's text, and the key of its number among `values`; none for what is not there."""

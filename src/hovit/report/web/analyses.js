@@ -1,9 +1,15 @@
 // ---- Analyses: whatever a record's rows hold, shown by its shape
 
-const isSeries = (found) => Array.isArray(found) && found.length > 0 && found.length <= 16 && found.every(Number.isFinite);
-const isLines = (found) => Array.isArray(found) && found.length > 0 && found.every((line) => line && line.constructor === Object);
-const isShort = (found) => ["number", "boolean"].includes(typeof found) || isSeries(found)
-  || (typeof found === "string" && found.length <= 40);
+const isSeries = (found) =>
+  Array.isArray(found) && found.length > 0 && found.length <= 16 && found.every(Number.isFinite);
+const isLines = (found) =>
+  Array.isArray(found) &&
+  found.length > 0 &&
+  found.every((line) => line && line.constructor === Object);
+const isShort = (found) =>
+  ["number", "boolean"].includes(typeof found) ||
+  isSeries(found) ||
+  (typeof found === "string" && found.length <= 40);
 
 function setUpAnalyses() {
   for (const section of $$(".analysis")) {
@@ -14,13 +20,23 @@ function setUpAnalyses() {
 
 /** Matrices as pictures; numbers as one table; lists of objects as a table each. */
 function analysisParts(rows) {
-  const maps = rows.flatMap(([ref, row]) => Object.entries(row)
-    .flatMap(([name, found]) => matrices(found, name)).map(([name, found]) => heatMap(`${rowLabel(ref)}: ${name}`, found)));
-  const lists = [...new Set(rows.flatMap(([, row]) => Object.keys(row).filter((name) => isLines(row[name]))))];
+  const maps = rows.flatMap(([ref, row]) =>
+    Object.entries(row)
+      .flatMap(([name, found]) => matrices(found, name))
+      .map(([name, found]) => heatMap(`${rowLabel(ref)}: ${name}`, found)),
+  );
+  const lists = [
+    ...new Set(rows.flatMap(([, row]) => Object.keys(row).filter((name) => isLines(row[name])))),
+  ];
   return [
     maps.length ? h("div", { class: "maps" }, maps) : "",
     plainTable("numbers", rows),
-    ...lists.map((name) => plainTable(name, rows.flatMap(([ref, row]) => (row[name] ?? []).map((line) => [ref, line])))),
+    ...lists.map((name) =>
+      plainTable(
+        name,
+        rows.flatMap(([ref, row]) => (row[name] ?? []).map((line) => [ref, line])),
+      ),
+    ),
   ].filter(Boolean);
 }
 
@@ -28,19 +44,48 @@ function analysisParts(rows) {
 function matrices(found, name) {
   if (!Array.isArray(found) || !found.length) return [];
   const lines = found.map((line) => (/^[01]{2,}$/.test(line) ? [...line].map(Number) : line));
-  const even = lines.every((line) => Array.isArray(line) && line.length === lines[0].length && line.every(Number.isFinite));
+  const even = lines.every(
+    (line) => Array.isArray(line) && line.length === lines[0].length && line.every(Number.isFinite),
+  );
   if (even && lines.length > 1) return [[name, lines]];
   return found.flatMap((each, i) => matrices(each, `${name} ${i + 1}`));
 }
 
 function plainTable(title, rows) {
-  const names = [...new Set(rows.flatMap(([, row]) => Object.keys(row).filter((name) => isShort(row[name]))))];
+  const names = [
+    ...new Set(rows.flatMap(([, row]) => Object.keys(row).filter((name) => isShort(row[name])))),
+  ];
   if (!names.length) return "";
-  const numeric = (name) => rows.every(([, row]) => !["string", "boolean"].includes(typeof row[name]));
-  const table = h("table", { class: "sortable" },
-    h("thead", {}, h("tr", {}, sortHead("Row", false), names.map((name) => sortHead(name.replaceAll("_", " "), numeric(name))))),
-    h("tbody", {}, rows.map(([ref, row]) => h("tr", {}, h("th", { scope: "row" }, rowLabel(ref)),
-      names.map((name) => h("td", { class: numeric(name) ? "number" : undefined }, write(row[name])))))));
+  const numeric = (name) =>
+    rows.every(([, row]) => !["string", "boolean"].includes(typeof row[name]));
+  const table = h(
+    "table",
+    { class: "sortable" },
+    h(
+      "thead",
+      {},
+      h(
+        "tr",
+        {},
+        sortHead("Row", false),
+        names.map((name) => sortHead(name.replaceAll("_", " "), numeric(name))),
+      ),
+    ),
+    h(
+      "tbody",
+      {},
+      rows.map(([ref, row]) =>
+        h(
+          "tr",
+          {},
+          h("th", { scope: "row" }, rowLabel(ref)),
+          names.map((name) =>
+            h("td", { class: numeric(name) ? "number" : undefined }, write(row[name])),
+          ),
+        ),
+      ),
+    ),
+  );
   const box = h("div", { class: "wide", role: "region", tabindex: 0, "aria-label": title }, table);
   setUpSorting(box);
   return box;
@@ -49,7 +94,7 @@ function plainTable(title, rows) {
 function write(found) {
   if (typeof found === "number") return short(found);
   if (typeof found === "boolean") return found ? "yes" : "no";
-  return Array.isArray(found) ? found.map(short).join(", ") : found ?? "";
+  return Array.isArray(found) ? found.map(short).join(", ") : (found ?? "");
 }
 
 function rowLabel(ref) {
@@ -59,12 +104,32 @@ function rowLabel(ref) {
 
 /** A matrix as squares, darker for more; its range stands below. */
 function heatMap(title, matrix) {
-  const every = matrix.flat(), low = Math.min(...every), high = Math.max(...every);
-  const cells = matrix.flatMap((line, y) => line.map((value, x) => s("rect", {
-    x, y, width: 1.02, height: 1.02, fill: "currentColor", "fill-opacity": high > low ? (value - low) / (high - low) : 0.5,
-  })));
-  return h("figure", {}, s("svg", { viewBox: `0 0 ${matrix[0].length} ${matrix.length}`, role: "img", "aria-label": title }, cells),
-    h("figcaption", {}, title, h("small", {}, ` ${short(low)} to ${short(high)}`)));
+  const every = matrix.flat(),
+    low = Math.min(...every),
+    high = Math.max(...every);
+  const cells = matrix.flatMap((line, y) =>
+    line.map((value, x) =>
+      s("rect", {
+        x,
+        y,
+        width: 1,
+        height: 1,
+        "shape-rendering": "crispEdges",
+        fill: "currentColor",
+        "fill-opacity": high > low ? (value - low) / (high - low) : 0.5,
+      }),
+    ),
+  );
+  return h(
+    "figure",
+    {},
+    s(
+      "svg",
+      { viewBox: `0 0 ${matrix[0].length} ${matrix.length}`, role: "img", "aria-label": title },
+      cells,
+    ),
+    h("figcaption", {}, title, h("small", {}, ` ${short(low)} to ${short(high)}`)),
+  );
 }
 
 // ---- All together
@@ -84,7 +149,9 @@ function setUpPrinting() {
     opened = $$("details.facts:not([open])");
     for (const details of opened) details.open = true;
   });
-  addEventListener("afterprint", () => { for (const details of opened) details.open = false; });
+  addEventListener("afterprint", () => {
+    for (const details of opened) details.open = false;
+  });
 }
 
 setUpTheme();
@@ -95,5 +162,8 @@ setUpAnalyses();
 setUpScatter();
 setUpCurves();
 setUpPrinting();
-setUpStates(() => { keepTabStops(); drawScatter(); });
+setUpStates(() => {
+  keepTabStops();
+  drawScatter();
+});
 setUpDetail();

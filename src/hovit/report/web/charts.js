@@ -13,7 +13,8 @@ function ticks(low, high, log) {
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((digit) => digit * power).find((each) => each >= rough);
   const found = [];
-  for (let tick = Math.ceil(low / step); tick * step <= high + step / 1e6; tick += 1) found.push(tick * step);
+  for (let tick = Math.ceil(low / step); tick * step <= high + step / 1e6; tick += 1)
+    found.push(tick * step);
   return found;
 }
 
@@ -25,7 +26,8 @@ function scaleOf([low, high], from, to, log) {
 }
 
 function rangeOf(numbers, log) {
-  const low = Math.min(...numbers), high = Math.max(...numbers);
+  const low = Math.min(...numbers),
+    high = Math.max(...numbers);
   if (log) return [low / 1.2, high * 1.2];
   const margin = (high - low) * 0.08 || Math.abs(high) * 0.1 || 1;
   return [low >= 0 ? Math.max(0, low - margin) : low - margin, high + margin];
@@ -40,11 +42,19 @@ function frame(box, xs, ys, x, y, titles, { log = false, whole = false } = {}) {
       s("line", { class: "grid", x1: left, x2: width - right, y1: y(tick), y2: y(tick) }),
       s("text", { x: left - 6, y: y(tick) + 4, "text-anchor": "end" }, write(tick)),
     ]),
-    ticks(...xs, log).filter((tick) => !whole || Number.isInteger(tick)).map((tick) => [
-      s("line", { class: "grid", y1: top, y2: height - bottom, x1: x(tick), x2: x(tick) }),
-      s("text", { x: x(tick), y: height - bottom + 16, "text-anchor": "middle" }, write(tick)),
-    ]),
-    s("line", { class: "axis", x1: left, x2: width - right, y1: height - bottom, y2: height - bottom }),
+    ticks(...xs, log)
+      .filter((tick) => !whole || Number.isInteger(tick))
+      .map((tick) => [
+        s("line", { class: "grid", y1: top, y2: height - bottom, x1: x(tick), x2: x(tick) }),
+        s("text", { x: x(tick), y: height - bottom + 16, "text-anchor": "middle" }, write(tick)),
+      ]),
+    s("line", {
+      class: "axis",
+      x1: left,
+      x2: width - right,
+      y1: height - bottom,
+      y2: height - bottom,
+    }),
     s("text", { x: (left + width - right) / 2, y: height - 6, "text-anchor": "middle" }, titles[0]),
     s("text", { x: left, y: top - 10 }, titles[1]),
   ];
@@ -60,7 +70,8 @@ function numberOf(study, row, name, state) {
   const key = `${study}/${row.id}/${own}/${state}`;
   if (DATA.values[key]) return { key, number: DATA.values[key].number };
   if (DATA.metrics[name]?.kind !== "exact") return null;
-  const other = ["run", "evidence", "reported"].map((each) => `${study}/${row.id}/${name}/${each}`)
+  const other = ["run", "evidence", "reported"]
+    .map((each) => `${study}/${row.id}/${name}/${each}`)
     .find((each) => DATA.values[each]);
   return other ? { key: other, number: DATA.values[other].number } : null;
 }
@@ -74,7 +85,7 @@ function parametersOf(study, row, state) {
 
 const deviceOf = (key) => DATA.records[DATA.values[key].records?.[0]]?.device ?? "";
 
-/** What can stand across: ratios and exact counts for all; what a clock gave, a device at a time. */
+/** What can stand across: ratios and exact counts; what a clock gave, a device at a time. */
 function acrossChoices() {
   const found = new Map();
   for (const key of Object.keys(DATA.values)) {
@@ -84,7 +95,10 @@ function acrossChoices() {
     if (kind === "timed" && !part.ratio) {
       if (part.state === "reported") continue; // the seed's device is another one
       const device = deviceOf(key);
-      found.set(`${part.name}|${part.state}|${device}`, `${heading(part)}: ${WHOSE[part.state]}, ${device}`);
+      found.set(
+        `${part.name}|${part.state}|${device}`,
+        `${heading(part)}: ${WHOSE[part.state]}, ${device}`,
+      );
     } else if (part.name !== "latency:ratio") {
       found.set(`${part.name}||`, heading(part));
     }
@@ -92,7 +106,14 @@ function acrossChoices() {
   return [...found].sort((a, b) => rank(a[0]) - rank(b[0]) || a[1].localeCompare(b[1], "en"));
 }
 
-const rank = (choice) => (choice.startsWith("latency_32:ratio") ? 0 : choice.includes(":ratio") ? 1 : choice.endsWith("||") ? 2 : 3);
+const rank = (choice) =>
+  choice.startsWith("latency_32:ratio")
+    ? 0
+    : choice.includes(":ratio")
+      ? 1
+      : choice.endsWith("||")
+        ? 2
+        : 3;
 
 function pointsOf(form) {
   const [name, only, device] = form.x.value.split("|");
@@ -107,7 +128,15 @@ function pointsOf(form) {
         const x = numberOf(study, row, name, state) ?? baselineOf(row, name);
         const id = `${state}/${row.system}`;
         if (!x || !y || found.has(id) || (device && deviceOf(x.key) !== device)) continue;
-        found.set(id, { study, row, state, x: x.number, y: y.number, key: y.key, size: parametersOf(study, row, state) });
+        found.set(id, {
+          study,
+          row,
+          state,
+          x: x.number,
+          y: y.number,
+          key: y.key,
+          size: parametersOf(study, row, state),
+        });
       }
     }
   }
@@ -120,23 +149,42 @@ function baselineOf(row, name) {
 }
 
 function mark(point, x, y, most) {
-  const radius = point.size ? 4 + 14 * Math.sqrt(point.size / most) : 5;
+  const radius = point.size ? 3 + 11 * Math.sqrt(point.size / most) : 5;
   const looks = { class: `dot ${point.state}` };
   if (point.state === "run") return [s("circle", { ...looks, cx: x, cy: y, r: radius }), radius];
   const side = radius * 1.7;
   const turn = point.state === "reported" ? `rotate(45 ${x} ${y})` : undefined;
-  return [s("rect", { ...looks, x: x - side / 2, y: y - side / 2, width: side, height: side, transform: turn }), radius];
+  return [
+    s("rect", {
+      ...looks,
+      x: x - side / 2,
+      y: y - side / 2,
+      width: side,
+      height: side,
+      transform: turn,
+    }),
+    radius,
+  ];
 }
 
 /** Put a label beside its point where no other label is; none where there is no room. */
 function place(text, x, y, radius, taken, box) {
-  const width = text.length * 6, gap = radius + 4;
-  const tries = [[x + gap, y + 4, "start"], [x - gap, y + 4, "end"], [x, y - gap, "middle"], [x, y + gap + 9, "middle"]];
+  const width = text.length * 6,
+    gap = radius + 4;
+  const tries = [
+    [x + gap, y + 4, "start"],
+    [x - gap, y + 4, "end"],
+    [x, y - gap, "middle"],
+    [x, y + gap + 9, "middle"],
+  ];
   for (const [tx, ty, anchor] of tries) {
     const start = anchor === "start" ? tx : anchor === "end" ? tx - width : tx - width / 2;
     const area = [start, ty - 11, start + width, ty + 2];
-    const fits = start > box.left && area[2] < box.width - 4;
-    if (fits && !taken.some((t) => area[0] < t[2] && area[2] > t[0] && area[1] < t[3] && area[3] > t[1])) {
+    const fits = start > box.left && area[2] < box.width - 4 && ty < box.height - box.bottom - 2;
+    if (
+      fits &&
+      !taken.some((t) => area[0] < t[2] && area[2] > t[0] && area[1] < t[3] && area[3] > t[1])
+    ) {
       taken.push(area);
       return s("text", { class: "label", x: tx, y: ty, "text-anchor": anchor }, text);
     }
@@ -151,53 +199,117 @@ function describePoint(point, form) {
 }
 
 function drawScatter() {
-  const form = $("#axes"), place_ = $("#scatter");
+  const form = $("#axes"),
+    chart = $("#scatter");
   const points = form.x.value ? pointsOf(form) : [];
   if (!points.length) {
-    place_.replaceChildren(h("p", { class: "quiet" }, "No system has both numbers with this choice."));
+    chart.replaceChildren(
+      h("p", { class: "quiet" }, "No system has both numbers with this choice."),
+    );
     $("#points").replaceChildren();
     return;
   }
-  const width = Math.max(300, Math.min(1100, place_.clientWidth || 900));
+  const width = Math.max(300, Math.min(1100, chart.clientWidth || 900));
   const box = { width, height: width < 600 ? 380 : 500, left: 46, right: 14, top: 34, bottom: 44 };
   const log = form.log.checked && points.every((point) => point.x > 0);
-  const xs = rangeOf(points.map((p) => p.x), log), ys = rangeOf(points.map((p) => p.y), false);
+  const xs = rangeOf(
+      points.map((p) => p.x),
+      log,
+    ),
+    ys = rangeOf(
+      points.map((p) => p.y),
+      false,
+    );
   const x = scaleOf(xs, box.left, width - box.right, log);
   const y = scaleOf(ys, box.height - box.bottom, box.top, false);
   const most = Math.max(...points.map((p) => p.size ?? 0), 1);
   const titles = [form.x, form.y].map((each) => each.selectedOptions[0].textContent);
-  const across = width < 600 ? titles[0].split(": this run,")[0].split(": evidence,")[0] : titles[0];
+  const across =
+    width < 600 ? titles[0].split(": this run,")[0].split(": evidence,")[0] : titles[0];
   points.sort((a, b) => (b.size ?? 0) - (a.size ?? 0));
   const at = points.map((p) => mark(p, x(p.x), y(p.y), most));
-  const taken = points.map((p, i) => [x(p.x) - at[i][1], y(p.y) - at[i][1], x(p.x) + at[i][1], y(p.y) + at[i][1]]);
+  const taken = points.map((p, i) => [
+    x(p.x) - at[i][1],
+    y(p.y) - at[i][1],
+    x(p.x) + at[i][1],
+    y(p.y) + at[i][1],
+  ]);
   const labels = points.map((p, i) => place(p.row.label, x(p.x), y(p.y), at[i][1], taken, box));
   const links = points.map((p, i) => {
     const text = describePoint(p, form);
-    const a = s("a", { href: link("v", p.key), "aria-label": text.replaceAll("\n", ", ") }, at[i][0], labels[i]);
+    const a = s(
+      "a",
+      { href: link("v", p.key), "aria-label": text.replaceAll("\n", ", ") },
+      at[i][0],
+      labels[i],
+    );
     withTip(a, text);
     return a;
   });
-  place_.replaceChildren(s("svg", { width, height: box.height, viewBox: `0 0 ${width} ${box.height}`, role: "group", "aria-label": `${titles[1]} against ${titles[0]}` },
-    frame(box, xs, ys, x, y, [across, titles[1]], { log }), joins(points, x, y), links));
+  chart.replaceChildren(
+    s(
+      "svg",
+      {
+        width,
+        height: box.height,
+        viewBox: `0 0 ${width} ${box.height}`,
+        role: "group",
+        "aria-label": `${titles[1]} against ${titles[0]}`,
+      },
+      frame(box, xs, ys, x, y, [across, titles[1]], { log }),
+      joins(points, x, y),
+      links,
+    ),
+  );
   $("#points").replaceChildren(pointTable(points, titles));
 }
 
 /** A dotted line through one system's points. */
 function joins(points, x, y) {
   const systems = Map.groupBy ? Map.groupBy(points, (p) => p.row.system) : new Map();
-  return [...systems.values()].filter((same) => same.length > 1).map((same) => s("polyline", {
-    class: "join", fill: "none",
-    points: STATES.flatMap((state) => same.filter((p) => p.state === state)).map((p) => `${x(p.x)},${y(p.y)}`).join(" "),
-  }));
+  return [...systems.values()]
+    .filter((same) => same.length > 1)
+    .map((same) =>
+      s("polyline", {
+        class: "join",
+        fill: "none",
+        points: STATES.flatMap((state) => same.filter((p) => p.state === state))
+          .map((p) => `${x(p.x)},${y(p.y)}`)
+          .join(" "),
+      }),
+    );
 }
 
 function pointTable(points, titles) {
   const heads = ["System", "Whose", titles[1], titles[0], "Parameters, M"];
-  const table = h("table", { class: "sortable" },
-    h("thead", {}, h("tr", {}, heads.map((text, i) => sortHead(text, i > 1)))),
-    h("tbody", {}, points.map((p) => h("tr", {}, h("th", { scope: "row" }, p.row.label), h("td", {}, stateName(p.state)),
-      h("td", { class: "number" }, h("a", { href: link("v", p.key) }, short(p.y))),
-      h("td", { class: "number" }, short(p.x)), h("td", { class: "number" }, p.size ? short(p.size / 1e6) : "")))));
+  const table = h(
+    "table",
+    { class: "sortable" },
+    h(
+      "thead",
+      {},
+      h(
+        "tr",
+        {},
+        heads.map((text, i) => sortHead(text, i > 1)),
+      ),
+    ),
+    h(
+      "tbody",
+      {},
+      points.map((p) =>
+        h(
+          "tr",
+          {},
+          h("th", { scope: "row" }, p.row.label),
+          h("td", {}, stateName(p.state)),
+          h("td", { class: "number" }, h("a", { href: link("v", p.key) }, short(p.y))),
+          h("td", { class: "number" }, short(p.x)),
+          h("td", { class: "number" }, p.size ? short(p.size / 1e6) : ""),
+        ),
+      ),
+    ),
+  );
   const box = h("div", {}, table);
   setUpSorting(box);
   return box;
@@ -212,7 +324,9 @@ function withTip(element, text) {
     tip.style.left = `${Math.max(4, Math.min(at.right + 6, innerWidth - tip.offsetWidth - 8))}px`;
     tip.style.top = `${Math.max(4, Math.min(at.top, innerHeight - tip.offsetHeight - 8))}px`;
   };
-  const hide = () => { tip.hidden = true; };
+  const hide = () => {
+    tip.hidden = true;
+  };
   for (const name of ["pointerenter", "focus"]) element.addEventListener(name, show);
   for (const name of ["pointerleave", "blur", "click"]) element.addEventListener(name, hide);
 }
@@ -234,8 +348,10 @@ function setUpScatter() {
   const form = $("#axes");
   const rows = Object.values(DATA.studies).flatMap((study) => study.rows);
   const across = acrossChoices();
-  const trained = Object.entries(DATA.metrics).filter(([name, { kind }]) => kind === "trained"
-    && Object.keys(DATA.values).some((key) => parse(key).name === name));
+  const trained = Object.entries(DATA.metrics).filter(
+    ([name, { kind }]) =>
+      kind === "trained" && Object.keys(DATA.values).some((key) => parse(key).name === name),
+  );
   form.y.append(...options(trained.map(([name, { heading: text }]) => [name, text])));
   if (trained.some(([name]) => name === "top1")) form.y.value = "top1";
   const tasks = [...new Set(rows.map((row) => row.task))];
@@ -247,7 +363,8 @@ function setUpScatter() {
   };
   form.task.value = tasks.map((task) => [count(task), task]).sort((a, b) => b[0] - a[0])[0][1];
   offerAcross(form, across);
-  for (const field of [form.task, form.y]) field.addEventListener("input", () => offerAcross(form, across));
+  for (const field of [form.task, form.y])
+    field.addEventListener("input", () => offerAcross(form, across));
   form.addEventListener("input", drawScatter);
   form.addEventListener("submit", (event) => event.preventDefault());
   addEventListener("resize", drawScatter);

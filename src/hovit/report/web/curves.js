@@ -1,30 +1,67 @@
 // ---- Training curves, of a table's rows or of one record
 
-const CURVES = [["val_top1", "Validation top-1, %"], ["val_loss", "Validation loss"], ["train_loss", "Training loss"]];
+const CURVES = [
+  ["val_top1", "Validation top-1, %"],
+  ["val_loss", "Validation loss"],
+  ["train_loss", "Training loss"],
+];
 const DASHES = ["", "7 3", "2 3", "9 3 2 3"];
-const look = (i) => ({ class: `c${i % 7}`, "stroke-dasharray": DASHES[Math.floor(i / 7) % DASHES.length] });
+const look = (i) => ({
+  class: `c${i % 7}`,
+  "stroke-dasharray": DASHES[Math.floor(i / 7) % DASHES.length],
+});
 
 /** Lines {label, href, i, histories}: the mean over seeds, and their range as a band. */
 function lineChart(lines, key, title, width = 640) {
-  const drawn = lines.map((line) => ({ ...line, points: overSeeds(line.histories, key) })).filter((l) => l.points.length);
+  const drawn = lines
+    .map((line) => ({ ...line, points: overSeeds(line.histories, key) }))
+    .filter((l) => l.points.length);
   if (!drawn.length) return h("p", { class: "quiet" }, "Nothing was recorded.");
   const box = { width, height: width * 0.5, left: 46, right: 12, top: 30, bottom: 42 };
   const every = drawn.flatMap((line) => line.points);
-  const ys = rangeOf(every.flatMap((p) => [p.low, p.high]), false);
+  const ys = rangeOf(
+    every.flatMap((p) => [p.low, p.high]),
+    false,
+  );
   const xs = [1, Math.max(2, ...every.map((p) => p.epoch))];
   const x = scaleOf(xs, box.left, width - box.right, false);
   const y = scaleOf(ys, box.height - box.bottom, box.top, false);
   const path = (points, value) => points.map((p) => `${x(p.epoch)},${y(value(p))}`);
-  return s("svg", { width, height: box.height, viewBox: `0 0 ${width} ${box.height}`, role: "img", "aria-label": `${title} by epoch` },
+  return s(
+    "svg",
+    {
+      width,
+      height: box.height,
+      viewBox: `0 0 ${width} ${box.height}`,
+      role: "img",
+      "aria-label": `${title} by epoch`,
+    },
     frame(box, xs, ys, x, y, ["Epoch", title], { whole: true }),
     drawn.map((line) => {
       const { class: colour, ...dash } = look(line.i);
-      const band = [...path(line.points, (p) => p.low), ...path(line.points, (p) => p.high).reverse()];
-      return s("g", { class: colour },
+      const band = [
+        ...path(line.points, (p) => p.low),
+        ...path(line.points, (p) => p.high).reverse(),
+      ];
+      return s(
+        "g",
+        { class: colour },
         line.histories.length > 1 ? s("polygon", { class: "band", points: band.join(" ") }) : "",
-        line.points.length > 1 ? s("polyline", { class: "line", ...dash, points: path(line.points, (p) => p.mean).join(" ") })
-          : s("circle", { class: "line", cx: x(line.points[0].epoch), cy: y(line.points[0].mean), r: 3 }));
-    }));
+        line.points.length > 1
+          ? s("polyline", {
+              class: "line",
+              ...dash,
+              points: path(line.points, (p) => p.mean).join(" "),
+            })
+          : s("circle", {
+              class: "line",
+              cx: x(line.points[0].epoch),
+              cy: y(line.points[0].mean),
+              r: 3,
+            }),
+      );
+    }),
+  );
 }
 
 function overSeeds(histories, key) {
@@ -32,20 +69,33 @@ function overSeeds(histories, key) {
   return Array.from({ length }, (_, i) => {
     const found = histories.map((history) => history[i][key]);
     const mean = found.reduce((a, b) => a + b, 0) / found.length;
-    return { epoch: histories[0][i].epoch, mean, low: Math.min(...found), high: Math.max(...found) };
+    return {
+      epoch: histories[0][i].epoch,
+      mean,
+      low: Math.min(...found),
+      high: Math.max(...found),
+    };
   }).filter((p) => Number.isFinite(p.mean));
 }
 
 function historyCharts(record) {
   const lines = [{ i: 0, histories: [record.history] }];
-  return h("div", {}, CURVES.map(([key, title]) => h("div", { class: "chart" }, lineChart(lines, key, title, 480))));
+  return h(
+    "div",
+    {},
+    CURVES.map(([key, title]) => h("div", { class: "chart" }, lineChart(lines, key, title, 480))),
+  );
 }
 
 function studyLines(study, state) {
   const runs = study.contexts[state]?.runs ?? {};
-  return study.rows.filter((row) => runs[row.id]?.some((path) => DATA.records[path].history?.length))
+  return study.rows
+    .filter((row) => runs[row.id]?.some((path) => DATA.records[path].history?.length))
     .map((row, i) => ({
-      label: row.label, i, path: runs[row.id][0], n: runs[row.id].length,
+      label: row.label,
+      i,
+      path: runs[row.id][0],
+      n: runs[row.id].length,
       histories: runs[row.id].map((path) => DATA.records[path].history),
     }));
 }
@@ -55,11 +105,30 @@ function studyCurves(details) {
   const study = DATA.studies[details.dataset.study];
   const states = ["run", "evidence"].filter((state) => studyLines(study, state).length);
   if (!states.length) return h("p", { class: "quiet" }, "No run of this table has a record yet.");
-  const what = h("select", {}, CURVES.map(([key, title]) => h("option", { value: key }, title)));
-  const whose = h("select", {}, states.map((state) => h("option", { value: state }, `${WHOSE[state]}, ${study.contexts[state].scale.split(":")[0]}`)));
-  const chart = h("div", { class: "chart" }), keys = h("ul", { class: "keys-list" });
+  const what = h(
+    "select",
+    {},
+    CURVES.map(([key, title]) => h("option", { value: key }, title)),
+  );
+  const whose = h(
+    "select",
+    {},
+    states.map((state) =>
+      h(
+        "option",
+        { value: state },
+        `${WHOSE[state]}, ${study.contexts[state].scale.split(":")[0]}`,
+      ),
+    ),
+  );
+  const chart = h("div", { class: "chart" }),
+    keys = h("ul", { class: "keys-list" });
   const draw = () => {
-    const on = new Set($$("input", keys).filter((box) => box.checked).map((box) => box.value));
+    const on = new Set(
+      $$("input", keys)
+        .filter((box) => box.checked)
+        .map((box) => box.value),
+    );
     const lines = studyLines(study, whose.value).filter((line) => on.has(String(line.i)));
     const width = Math.min(760, Math.max(300, details.clientWidth));
     chart.replaceChildren(lineChart(lines, what.value, what.selectedOptions[0].textContent, width));
@@ -72,14 +141,41 @@ function studyCurves(details) {
   keys.addEventListener("input", draw);
   whose.addEventListener("input", choose);
   queueMicrotask(choose); // once it is in the page and has a width
-  return h("div", {}, h("div", { class: "tools" }, h("label", { class: "field" }, "Curve ", what),
-    h("label", { class: "field" }, "Of ", whose)), chart, keys);
+  return h(
+    "div",
+    {},
+    h(
+      "div",
+      { class: "tools" },
+      h("label", { class: "field" }, "Curve ", what),
+      h("label", { class: "field" }, "Of ", whose),
+    ),
+    chart,
+    keys,
+  );
 }
 
 function curveKey(line) {
   const { class: colour, ...dash } = look(line.i);
-  return h("li", { class: `key ${colour}` },
-    h("label", {}, h("input", { type: "checkbox", value: line.i, checked: "" }),
-      s("svg", { viewBox: "0 0 28 8", "aria-hidden": "true" }, s("line", { x1: 0, x2: 28, y1: 4, y2: 4, ...dash })), line.label),
-    " ", h("a", { href: link("r", line.path), "aria-label": `record of ${line.label}` }, `n = ${line.n}`));
+  return h(
+    "li",
+    { class: `key ${colour}` },
+    h(
+      "label",
+      {},
+      h("input", { type: "checkbox", value: line.i, checked: "" }),
+      s(
+        "svg",
+        { viewBox: "0 0 28 8", "aria-hidden": "true" },
+        s("line", { x1: 0, x2: 28, y1: 4, y2: 4, ...dash }),
+      ),
+      line.label,
+    ),
+    " ",
+    h(
+      "a",
+      { href: link("r", line.path), "aria-label": `record of ${line.label}` },
+      `n = ${line.n}`,
+    ),
+  );
 }

@@ -6,7 +6,9 @@ const UNIT = {
 };
 
 function fact(term, ...text) {
-  return text.flat().some((t) => t !== undefined && t !== "") ? [h("dt", {}, term), h("dd", {}, text)] : [];
+  return text.flat().some((t) => t !== undefined && t !== "")
+    ? [h("dt", {}, term), h("dd", {}, text)]
+    : [];
 }
 
 /** A command with a button that copies it. */
@@ -46,19 +48,31 @@ function heading(part) {
 const WHOSE = { reported: "reported by the seed", evidence: "evidence", run: "this run" };
 
 function stateName(state) {
-  return h("span", {}, h("i", { class: `mark ${state}`, "aria-hidden": "true" }), ` ${WHOSE[state]}`);
+  return h(
+    "span",
+    {},
+    h("i", { class: `mark ${state}`, "aria-hidden": "true" }),
+    ` ${WHOSE[state]}`,
+  );
 }
 
 function valuePanel(key) {
   const value = DATA.values[key];
   if (!value) return null;
-  const part = parse(key), study = DATA.studies[part.study];
+  const part = parse(key),
+    study = DATA.studies[part.study];
   const row = study.rows.find((each) => each.id === part.row);
   return [
     h("h2", { id: "detail-title" }, `${row.label}: ${heading(part)}`),
     h("p", { class: "quiet" }, stateName(part.state), ` · ${study.title}`),
     h("p", { class: "big" }, value.text),
-    h("dl", {}, part.state === "reported" ? reportedFacts(part, study, row) : measuredFacts(part, value, study)),
+    h(
+      "dl",
+      {},
+      part.state === "reported"
+        ? reportedFacts(part, study, row)
+        : measuredFacts(part, value, study),
+    ),
     beside(part, key),
     (value.records ?? []).map((path) => recordParts(path)),
   ];
@@ -81,21 +95,45 @@ function measuredFacts(part, value, study) {
   const context = study.contexts[part.state];
   const kind = DATA.metrics[part.base]?.kind;
   const record = DATA.records[value.records?.[0]];
-  const devices = [...new Set((value.records ?? []).map((path) => DATA.records[path].device).filter(Boolean))];
+  const devices = [
+    ...new Set((value.records ?? []).map((path) => DATA.records[path].device).filter(Boolean)),
+  ];
   const [spreadIs, nIs] = UNIT[kind] ?? [];
-  const over = part.ratio ? "of both numbers: see them below" : undefined;
+  const both = (value.of ?? []).map((each) => DATA.values[each]).filter(Boolean);
   return [
     fact("Unrounded", part.ratio ? "" : short(value.number)),
     fact("Scale", context.scale),
-    fact("Dataset", kind === "trained" ? context.data[part.row] : images(kind, record, study, part)),
+    fact(
+      "Dataset",
+      kind === "trained" ? context.data[part.row] : images(kind, record, study, part),
+    ),
     fact("Device", devices.join("; ") || "none: it follows from config/"),
-    fact("n", over ?? (nIs && value.n ? `${value.n} ${value.n === 1 ? nIs.slice(0, -1) : nIs}` : "1: exact")),
-    fact("Spread", over ?? (value.spread === undefined ? (nIs ? "none: n = 1" : "none: exact")
-      : `${short(value.spread)} (${spreadIs})`)),
+    fact("n", (part.ratio ? both : [value]).map((each) => count(each.n, nIs)).join(" over ")),
+    fact(
+      "Spread",
+      (part.ratio ? both : [value])
+        .map((each) =>
+          each.spread === undefined
+            ? nIs
+              ? "none: n = 1"
+              : "none: exact"
+            : `${short(each.spread)} (${spreadIs})`,
+        )
+        .join(" over "),
+    ),
     fact("Noise", value.noise === undefined ? "" : `± ${short(value.noise)}, as claims are judged`),
-    fact("Over its baseline", (value.of ?? []).map((each, i) => [i ? (value.inverse ? " under " : " over ") : "",
-      numberLink(each)])),
+    fact(
+      "Over its baseline",
+      (value.of ?? []).map((each, i) => [
+        i ? (value.inverse ? " under " : " over ") : "",
+        numberLink(each),
+      ]),
+    ),
   ];
+}
+
+function count(n, what) {
+  return what && n ? `${n} ${n === 1 ? what.slice(0, -1) : what}` : "1: exact";
 }
 
 /** What stood in for images where nothing was learned. */
@@ -118,33 +156,69 @@ function numberLink(key) {
 
 /** The same number from the other sources. */
 function beside(part, key) {
-  const names = part.batch || part.metric === "latency"
-    ? Object.keys(DATA.values).map(parse).filter((p) => p.base === "latency").map((p) => p.name)
-    : [part.name];
-  const found = [...new Set(names)].flatMap((name) => STATES.map((state) => `${part.study}/${part.row}/${name}/${state}`))
+  const names =
+    part.batch || part.metric === "latency"
+      ? Object.keys(DATA.values)
+          .map(parse)
+          .filter((p) => p.base === "latency")
+          .map((p) => p.name)
+      : [part.name];
+  const found = [...new Set(names)]
+    .flatMap((name) => STATES.map((state) => `${part.study}/${part.row}/${name}/${state}`))
     .filter((each) => each !== key && DATA.values[each] && parse(each).ratio === part.ratio);
   if (!found.length) return "";
-  return [h("h3", {}, "Beside it"), h("ul", {}, found.map((each) => h("li", {}, stateName(parse(each).state), ": ",
-    h("a", { href: link("v", each) }, DATA.values[each].text),
-    parse(each).batch ? ` batch ${parse(each).batch}` : "")))];
+  return [
+    h("h3", {}, "Beside it"),
+    h(
+      "ul",
+      {},
+      found.map((each) =>
+        h(
+          "li",
+          {},
+          stateName(parse(each).state),
+          ": ",
+          h("a", { href: link("v", each) }, DATA.values[each].text),
+          parse(each).batch ? ` batch ${parse(each).batch}` : "",
+        ),
+      ),
+    ),
+  ];
 }
 
 function claimPanel(id) {
   const claim = DATA.claims[id];
   if (!claim) return null;
-  const verdict = h("span", { class: `verdict ${claim.verdict.replaceAll(" ", "-")}` }, `${DATA.symbols[claim.verdict]} ${claim.verdict}`);
+  const verdict = h(
+    "span",
+    { class: `verdict ${claim.verdict.replaceAll(" ", "-")}` },
+    `${DATA.symbols[claim.verdict]} ${claim.verdict}`,
+  );
   return [
     h("h2", { id: "detail-title" }, claim.says),
     h("p", { class: "big" }, verdict),
-    h("dl", {},
-      fact("Why", claim.why), fact("Reported", claim.reported ?? "no number, a comparison"),
+    h(
+      "dl",
+      {},
+      fact("Why", claim.why),
+      fact("Reported", claim.reported ?? "no number, a comparison"),
       fact("Measured", claim.measured || "nothing"),
-      fact("Place", `${claim.seed}: ${claim.place}`), fact("Judged by", claim.source),
-      fact("Check", `${claim.kind} of `, h("code", {}, claim.of), claim.to ? [" against ", h("code", {}, claim.to)] : ""),
-      fact("Tolerance", claim.tolerance === null ? "the last digit printed" : String(claim.tolerance)),
+      fact("Place", `${claim.seed}: ${claim.place}`),
+      fact("Judged by", claim.source),
+      fact(
+        "Check",
+        `${claim.kind} of `,
+        h("code", {}, claim.of),
+        claim.to ? [" against ", h("code", {}, claim.to)] : "",
+      ),
+      fact(
+        "Tolerance",
+        claim.tolerance === null ? "the last digit printed" : String(claim.tolerance),
+      ),
       fact("Numbers", claimNumbers(claim)),
       fact("Written in", h("code", {}, `config/claims/${claim.seed}.yaml`), `, ${claim.id}`),
-      fact("Judge again", command(claimCommand()))),
+      fact("Judge again", command(claimCommand())),
+    ),
     claim.records.map((path) => recordParts(path)),
   ];
 }
@@ -154,9 +228,17 @@ function claimCommand() {
 }
 
 function claimNumbers(claim) {
-  const keys = [claim.of, claim.to].filter(Boolean)
-    .flatMap((ref) => STATES.map((state) => `${ref}/${state}`)).filter((key) => DATA.values[key]); // none of an analysis
-  return keys.length ? h("ul", {}, keys.map((key) => h("li", {}, stateName(parse(key).state), ": ", numberLink(key)))) : "";
+  const keys = [claim.of, claim.to]
+    .filter(Boolean)
+    .flatMap((ref) => STATES.map((state) => `${ref}/${state}`))
+    .filter((key) => DATA.values[key]); // none of an analysis
+  return keys.length
+    ? h(
+        "ul",
+        {},
+        keys.map((key) => h("li", {}, stateName(parse(key).state), ": ", numberLink(key))),
+      )
+    : "";
 }
 
 function recordPanel(path) {
@@ -170,28 +252,63 @@ function recordParts(path, open = false) {
   // The page lies in results/, so that a record beside it opens by a relative address.
   const href = path.startsWith("results/") ? path.slice("results/".length) : `../${path}`;
   const made = record.provenance;
-  return h("section", { class: "record" },
+  return h(
+    "section",
+    { class: "record" },
     h("h3", {}, h("a", { href: href.split("/").map(encodeURIComponent).join("/") }, path)),
-    h("dl", {},
-      fact("Kind", record.kind), fact("Scale", record.scale), fact("Device", record.device),
-      fact("Commit", made ? [h("code", {}, record.commit), record.dirty ? " with uncommitted changes" : ""] : ""),
-      fact("Spec", made ? h("code", {}, record.spec_hash) : ""), fact("Seal", made ? h("code", {}, record.sha256) : ""),
-      fact("Made", made ? `${record.made}, in ${short(made.seconds)} s, ${short(made.peak_memory_mb)} MB at most` : ""),
-      fact("Libraries", made ? Object.entries(made.versions).map(([name, v]) => `${name} ${v}`).join(", ") : ""),
+    h(
+      "dl",
+      {},
+      fact("Kind", record.kind),
+      fact("Scale", record.scale),
+      fact("Device", record.device),
+      fact(
+        "Commit",
+        made ? [h("code", {}, record.commit), record.dirty ? " with uncommitted changes" : ""] : "",
+      ),
+      fact("Spec", made ? h("code", {}, record.spec_hash) : ""),
+      fact("Seal", made ? h("code", {}, record.sha256) : ""),
+      fact(
+        "Made",
+        made
+          ? `${record.made}, in ${short(made.seconds)} s, ${short(made.peak_memory_mb)} MB at most`
+          : "",
+      ),
+      fact(
+        "Libraries",
+        made
+          ? Object.entries(made.versions)
+              .map(([name, v]) => `${name} ${v}`)
+              .join(", ")
+          : "",
+      ),
       fact("Re-make it", command(record.remake)),
-      fact("Look at the code", made ? command(`git show ${record.commit}`) : "")),
+      fact("Look at the code", made ? command(`git show ${record.commit}`) : ""),
+    ),
     record.history?.length ? folded("Curves", () => historyCharts(record), open) : "",
-    made ? folded("Spec", () => h("pre", { tabindex: 0 }, JSON.stringify(record.spec, null, 2))) : "",
-    made ? folded("Results", () => h("pre", { tabindex: 0 }, JSON.stringify(record.results, null, 2))) : "",
-    made ? folded("Provenance", () => h("pre", { tabindex: 0 }, JSON.stringify(made, null, 2))) : "");
+    made
+      ? folded("Spec", () => h("pre", { tabindex: 0 }, JSON.stringify(record.spec, null, 2)))
+      : "",
+    made
+      ? folded("Results", () => h("pre", { tabindex: 0 }, JSON.stringify(record.results, null, 2)))
+      : "",
+    made
+      ? folded("Provenance", () => h("pre", { tabindex: 0 }, JSON.stringify(made, null, 2)))
+      : "",
+  );
 }
 
 /** Made only when it is opened. */
 function folded(title, make, open = false) {
   const details = h("details", {}, h("summary", {}, title));
-  const once = () => { if (details.open && details.childElementCount === 1) details.append(make()); };
+  const once = () => {
+    if (details.open && details.childElementCount === 1) details.append(make());
+  };
   details.addEventListener("toggle", once);
-  if (open) { details.open = true; once(); }
+  if (open) {
+    details.open = true;
+    once();
+  }
   return details;
 }
 
@@ -220,9 +337,12 @@ function followAddress() {
 function setUpDetail() {
   const dialog = $("#detail");
   addEventListener("hashchange", followAddress);
-  dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+  dialog.addEventListener("click", (event) => {
+    if (event.target === dialog) dialog.close();
+  });
   dialog.addEventListener("close", () => {
-    if (/^#[vcr]\//.test(location.hash)) history.replaceState(null, "", location.pathname + location.search);
+    if (/^#[vcr]\//.test(location.hash))
+      history.replaceState(null, "", location.pathname + location.search);
     opener?.focus?.({ preventScroll: true });
   });
   followAddress();

@@ -29,8 +29,20 @@ const shown = (state) => $(`#show-${state}`).checked;
 
 /** A setting that outlives a reload, where the browser allows it. */
 const kept = {
-  get: (name) => { try { return localStorage.getItem(name); } catch { return null; } },
-  set: (name, value) => { try { localStorage.setItem(name, value); } catch { /* not allowed */ } },
+  get: (name) => {
+    try {
+      return localStorage.getItem(name);
+    } catch {
+      return null;
+    }
+  },
+  set: (name, value) => {
+    try {
+      localStorage.setItem(name, value);
+    } catch {
+      /* not allowed */
+    }
+  },
 };
 
 // ---- Light and dark
@@ -88,9 +100,12 @@ function sortBy(table, th) {
   const heads = $$("thead th", table);
   for (const each of heads) each.removeAttribute("aria-sort");
   if (direction !== "none") th.setAttribute("aria-sort", direction);
-  const at = heads.indexOf(th), numeric = th.classList.contains("number");
+  const at = heads.indexOf(th),
+    numeric = th.classList.contains("number");
   const rows = [...table.tBodies[0].rows];
-  rows.forEach((row, i) => { row.dataset.order ??= i; });
+  rows.forEach((row, i) => {
+    row.dataset.order ??= i;
+  });
   const key = new Map(rows.map((row) => [row, sortKey(row.cells[at], numeric)]));
   const inOrder = (a, b) => a.dataset.order - b.dataset.order;
   rows.sort((a, b) => {
@@ -104,7 +119,11 @@ function sortBy(table, th) {
 
 /** The heading of a sortable column. */
 function sortHead(text, numeric) {
-  return h("th", { scope: "col", class: numeric ? "number" : undefined }, h("button", { type: "button" }, h("span", {}, text)));
+  return h(
+    "th",
+    { scope: "col", class: numeric ? "number" : undefined },
+    h("button", { type: "button" }, h("span", {}, text)),
+  );
 }
 
 function setUpSorting(within = document) {
@@ -118,11 +137,15 @@ function setUpSorting(within = document) {
 const usable = (table) => $$("tbody a", table).filter((a) => a.offsetParent !== null);
 
 function moveFocus(event) {
-  const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
+  const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[
+    event.key
+  ];
   const cell = event.target.closest("td, th");
   if (!step || !cell || event.target.tagName !== "A") return;
   const [down, right] = step;
-  let row = cell.parentElement, at = cell.cellIndex, next;
+  let row = cell.parentElement,
+    at = cell.cellIndex,
+    next;
   do {
     if (down) row = down > 0 ? row.nextElementSibling : row.previousElementSibling;
     at += right;
@@ -137,7 +160,9 @@ function moveFocus(event) {
 
 function setUpKeys() {
   for (const table of $$("table.numbers")) {
-    usable(table).forEach((a, i) => { a.tabIndex = i ? -1 : 0; });
+    usable(table).forEach((a, i) => {
+      a.tabIndex = i ? -1 : 0;
+    });
     table.addEventListener("keydown", moveFocus);
     table.addEventListener("focusin", (event) => {
       if (event.target.tagName !== "A") return;
@@ -164,9 +189,10 @@ function filterClaims() {
   const rows = $$("#claims-table tbody tr");
   for (const row of rows) {
     const text = row.textContent.toLowerCase();
-    row.hidden = !verdicts.has(row.dataset.verdict)
-      || Boolean(form.seed.value && form.seed.value !== row.dataset.seed)
-      || !words.every((word) => text.includes(word));
+    row.hidden =
+      !verdicts.has(row.dataset.verdict) ||
+      Boolean(form.seed.value && form.seed.value !== row.dataset.seed) ||
+      !words.every((word) => text.includes(word));
   }
   $("#shown").textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length}`;
 }
