@@ -1,19 +1,25 @@
 """SkipViT: the notation, the algorithm against plainly written ones, and timm's ViT beside it."""
 
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from conftest import small_run
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import hovit.models  # noqa: F401 (registers)
 from hovit.analysis.kept_patches import kept_patches as analysed
+from hovit.errors import OutOfTime
 from hovit.models.schedule import Schedule, keep_count
 from hovit.models.skipvit import SkipViT, kept_patches
 from hovit.models.token_skipping import choose, class_attention, fuse, put_back, take
+from hovit.plan import Plan
+from hovit.training.loop import Options, make_fabric, train
 
 SEED = [  # Table 1
     "6(45%)+fused token",
@@ -26,6 +32,7 @@ SEED = [  # Table 1
     "6(55%)+11",
 ]
 FEW = ["6(45%)+fused", "4,7(30%,30%)+10", "6(55%)+11"]
+TRAINED = {"embed_dim": 24, "num_heads": 3}
 SMALL = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
 
 
@@ -300,6 +307,40 @@ def test_warm_up_ends_exactly_at_its_epoch():
     assert not model.dropping
     model.set_epoch(2, 10)
     assert model.dropping
+
+
+def test_a_resumed_run_ends_its_warm_up_where_it_would_have(
+    plan: Plan, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after every step: each drops, or not, as its epoch says."""
+    run = small_run(
+        plan,
+        "skipvit_small_patch16_224-schedule=6_45___11-warmup=0.15.imagenet.skipvit",
+        epochs=3,
+        recipe={"batch_size": 48, "warmup_epochs": 0.0},
+        model_args={"schedule": "6(45%)+11", "warmup": 0.67} | TRAINED,
+    )
+    dropped: list[bool] = []
+    whole = SkipViT.forward_features
+
+    def noting(model: SkipViT, x: Tensor, **masks: None) -> Tensor:
+        if model.training:
+            dropped.append(model.dropping)
+        return whole(model, x, **masks)
+
+    monkeypatch.setattr(SkipViT, "forward_features", noting)
+    fabric = make_fabric("32-true", accelerator="cpu")
+    straight = train(run, fabric, packed).results
+    assert dropped == [False] * 4 + [True] * 2  # two steps an epoch; 0.67 of 3 is 2
+    shutil.rmtree(packed / run.folder)
+    dropped.clear()
+    for _ in range(6):
+        with pytest.raises(OutOfTime):
+            train(run, fabric, packed, Options(deadline=0.0))
+    results = train(run, fabric, packed).results
+    assert dropped == [False] * 4 + [True] * 2
+    for key in ("top1", "loss", "history"):
+        assert results[key] == straight[key]
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from .attention_figures import (
     attention_length,
     attention_maps,
 )
-from .skipvit_figures import kept_patches, skipvit_accuracy, skipvit_speed
+from .skipvit_figures import kept_patches, skipvit_accuracy, skipvit_speed, skipvit_warmup
 from .tables import baseline_ratio
 from .values import Results, Value, evidence_for, find_evidence, plural
 
@@ -304,6 +304,9 @@ FIGURES = {
     "attention_length": Figure("Growth with the tokens", ("attention_length",), attention_length),
     "skipvit_speed": Figure("What skipping saves, and what arrives", ("skipvit",), skipvit_speed),
     "skipvit_accuracy": Figure("SkipViT: accuracy and speed", ("skipvit",), skipvit_accuracy),
+    "skipvit_warmup": Figure(
+        "SkipViT: with and without a warm-up", ("skipvit_warmup",), skipvit_warmup
+    ),
     "kept_patches": Figure(
         "Which patches SkipViT keeps", ("skipvit",), kept_patches, ("kept_patches",)
     ),

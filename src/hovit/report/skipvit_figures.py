@@ -1,5 +1,7 @@
-"""The figures on SkipViT: what skipping saves and what arrives, accuracy, kept patches."""
+"""The figures on SkipViT: what skipping saves and what arrives, accuracy, warm-up, kept patches."""
 
+import math
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +14,9 @@ from .values import Results
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
+
+CURVES = {"train_loss": "Training loss", "val_loss": "Validation loss",
+          "val_top1": "Validation top-1, %"}  # fmt: skip
 
 
 def _ratios(results: Results, study: Study, row: Row) -> dict[str, float | None]:
@@ -83,6 +88,40 @@ def _points(ax: "Axes", results: Results, study: Study, before: str) -> None:
             spread = top1.spread if top1.n > 1 else None
             look = style.look(i) | {"linestyle": ""}
             ax.errorbar(ratio, top1.mean - base.mean, spread, label=row.label, **look)
+
+
+def skipvit_warmup(results: Results) -> "Canvas":
+    """Training by epoch, with and without a warm-up; a line where dropping begins."""
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    from . import style
+
+    study = results.plan.study("skipvit_warmup")
+    canvas, axes = plt.subplots(1, len(CURVES), figsize=(style.WIDTH, 2.4))
+    for ax, (key, title) in zip(axes, CURVES.items(), strict=True):
+        for i, row in enumerate(study.rows):
+            trained = results.trained(study, row)
+            values = np.array([[e[key] for e in r.results["history"]] for _, r in trained])
+            if values.size:
+                epochs = np.arange(1, values.shape[1] + 1)
+                ax.plot(epochs, values.mean(0), label=row.label, **style.look(i))
+                ax.fill_between(epochs, values.min(0), values.max(0), alpha=0.2, lw=0)
+                if begins := _full_epochs(row, len(epochs)):
+                    ax.axvline(begins + 0.5, color="black", linewidth=0.8, linestyle=":")
+        ax.set_title(title)
+        ax.set_xlabel("Epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    handles, labels = axes[0].get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="outside upper center", ncols=2)
+    state(canvas, results, [study])
+    return canvas
+
+
+def _full_epochs(row: Row, epochs: int) -> int:
+    """The epochs in which nothing is dropped, as the model rounds them (`SkipViT.set_epoch`)."""
+    warmup = Fraction(str(row.model_args.get("warmup", 0)))
+    return math.floor(warmup * epochs + Fraction(1, 2))
 
 
 def kept_patches(results: Results) -> "Canvas":
