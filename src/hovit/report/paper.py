@@ -160,10 +160,9 @@ def _about(results: Results, study: Study, columns: list[Column]) -> list[dict[s
     metrics = {c.metric for c in columns if c.results is results}
     timed = any(m.startswith("latency_") or m == "throughput" for m in metrics)
     trained, counted = bool(metrics & TRAINED), bool(metrics & COUNTED)
-    drop = set() if trained else OF_TRAINING
-    drop |= (set() if timed else OF_TIMING) | {"Commit"}
+    drop = {"Commit"} | (set() if trained else OF_TRAINING) | (set() if timed else OF_TIMING)
     if not (trained or timed or counted):
-        drop |= {"Scale"}
+        drop.add("Scale")
     facts = [
         {"name": name, "text": text.replace("`", "")}
         for name, text in describe(results, study).items()
