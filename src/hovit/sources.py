@@ -46,7 +46,7 @@ ENTRIES = {
     "training": ("loop",),
     "measure": ("cost", "latency", "study"),
     "analysis": ("run",),
-    "report": ("tables", "figures", "claims"),
+    "report": ("tables", "figures", "claims", "paper"),
 }
 # What these decide stands in a record by itself: the spec, the images' fingerprint, the device.
 INDIRECT = {

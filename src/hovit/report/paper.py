@@ -17,7 +17,7 @@ from ..plan import Plan
 from ..sources import code_hash
 from .claims import VERDICTS, Verdict, judge_all, say
 from .figures import FIGURES, FOLDER, _best
-from .tables import HEADINGS, NOTHING, Column, columns_of, describe
+from .tables import NOTHING, Column, columns_of, describe
 from .values import COUNTED, INEXACT, TRAINED, Results, evidence_for, find_evidence, plural
 from .variables import Origin, load_variables, origin, resolve, sources_of
 
@@ -87,7 +87,7 @@ def table(plan: Plan, study: Study, root: Path = Path()) -> dict[str, Any]:
     evidence = evidence_for(study, find_evidence(plan, root))
     larger = evidence and evidence.plan.scale.rank > plan.scale.rank
     sources = [evidence, this] if evidence and larger else [this]
-    columns = _chosen([_asked(c, sources[-1]) for c in columns_of(study, sources)], sources)
+    columns = _chosen(columns_of(study, sources), sources)
     origins = [[_origins(study, column, i) for i in range(len(study.rows))] for column in columns]
     return {
         "title": study.title,
@@ -100,40 +100,41 @@ def table(plan: Plan, study: Study, root: Path = Path()) -> dict[str, Any]:
         ],
         "facts": [fact for results in sources for fact in _about(results, study, columns)],
         "notes": [*study.notes, *(f"{row.label}: {row.note}" for row in study.rows if row.note)],
-        "measured": any(c.metric in INEXACT or "latency_" in c.metric for c in columns
-                        if not c.metric.startswith("reported_")),
+        "measured": any(map(_judged, columns)),
         "origins": [[[asdict(o) for o in cell] for cell in column] for column in origins],
         "sources": _grouped(study, columns, origins),
-    }  # fmt: skip
+    }
 
 
-def _asked(column: Column, results: Results) -> Column:
-    """The column with the metric of which `Results.value` is asked, and who is."""
-    if column.results:
-        return column
-    whose = results if column.ratio else None
-    return replace(column, metric=f"reported_{column.metric}", results=whose)
+def _judged(column: Column) -> bool:
+    """Whether it holds what is trained or timed, at a scale that judges such numbers."""
+    metric = "latency" if _timed(column) else column.metric
+    return column.results is not None and metric in column.results.plan.scale.judges
+
+
+def _timed(column: Column) -> bool:
+    return column.metric.startswith("latency") or column.metric == "throughput"
 
 
 def _chosen(columns: list[Column], sources: list[Results]) -> list[Column]:
     """Of columns that say the same at two scales, the first source's."""
-    best = {(c.heading, c.metric) for c in columns if c.results is sources[0]}
+    best = {(c.metric, c.ratio) for c in columns if c.results is sources[0]}
     return [
         column
         for column in columns
         if column.results is None
         or column.results is sources[0]
-        or (column.heading, column.metric) not in best
+        or (column.metric, column.ratio) not in best
     ]
 
 
 def _label(column: Column) -> list[str]:
     """What stands under a column's heading, a line each: whose, and at which batch."""
-    if column.metric.startswith("reported_") or column.results is None:
+    if column.results is None:
         return ["reported"]
     timed = column.metric.startswith("latency_")
     if not timed and column.metric not in INEXACT | COUNTED:
-        return ["by MACs"] if column.heading == HEADINGS["ratio"][0] else ["counted"]
+        return ["by MACs"] if column.ratio else ["counted"]
     scale = column.results.plan.scale.id
     return [scale, f"batch {column.metric.removeprefix('latency_')}"] if timed else [scale]
 
@@ -143,12 +144,12 @@ def _origins(study: Study, column: Column, i: int) -> list[Origin]:
     row = study.rows[i]
     if column.cells[i] == NOTHING:
         return []
+    rows = (row, study.row(row.baseline)) if column.ratio and row.baseline else (row,)
     if column.results is None:
-        field = f"rows.{row.id}.{column.metric.replace('_', '.', 1)}"
-        return [Origin((f"config/studies/{study.id}.yaml",), field)]
-    ratio = column.heading == HEADINGS["ratio"][0] and row.baseline
+        file = (f"config/studies/{study.id}.yaml",)
+        return [Origin(file, f"rows.{each.id}.reported.{column.metric}") for each in rows]
     found = []
-    for each in (row, study.row(str(row.baseline))) if ratio else (row,):
+    for each in rows:
         value = column.results.value(study, each, column.metric)
         assert value is not None, (study.id, each.id, column.metric)
         found.append(origin(column.results, study, each, column.metric, value))
@@ -157,13 +158,12 @@ def _origins(study: Study, column: Column, i: int) -> list[Origin]:
 
 def _about(results: Results, study: Study, columns: list[Column]) -> list[dict[str, str]]:
     """What stands under a table of what its columns took from these results."""
-    metrics = {c.metric for c in columns if c.results is results}
-    timed = any(m.startswith("latency_") or m == "throughput" for m in metrics)
+    own = [column for column in columns if column.results is results]
+    metrics, timed = {column.metric for column in own}, any(map(_timed, own))
     trained, counted = bool(metrics & TRAINED), bool(metrics & COUNTED)
-    drop = set() if trained else OF_TRAINING
-    drop |= (set() if timed else OF_TIMING) | {"Commit"}
+    drop = {"Commit"} | (set() if trained else OF_TRAINING) | (set() if timed else OF_TIMING)
     if not (trained or timed or counted):
-        drop |= {"Scale"}
+        drop.add("Scale")
     facts = [
         {"name": name, "text": text.replace("`", "")}
         for name, text in describe(results, study).items()
