@@ -223,7 +223,8 @@ class Study(Strict):
     source: Source
     kind: Literal["models", "data"] = "models"
     trained: bool = True  # else its models are only measured
-    workload: Literal["inference", "training"] = "inference"  # what is timed: a pass, or a step
+    # What is timed: a pass, one in ONNX Runtime (always on the CPU), or a training step.
+    workload: Literal["inference", "onnx", "training"] = "inference"
     batches: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
     threads: Annotated[int, Field(ge=1)] | None = None  # of the CPU, timed; None: the scale's
     dataset: Role = "pets"

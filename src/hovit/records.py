@@ -21,7 +21,15 @@ from .files import digest, read_json, write_json
 from .reading import explain
 
 SCHEMA_VERSION = 1
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "lightning-fabric", "hovit")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "lightning-fabric",
+    "onnxruntime",
+    "hovit",
+)
 
 
 class Device(Strict):

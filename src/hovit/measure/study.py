@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..plan import Plan
 from ..records import Device, Record, make_provenance, write_record
 from ..sources import code_hash
 from .cost import cost
-from .latency import Samples, TrainingStep, measure_latency, summary
+from .latency import Samples, TrainingStep, forward_ms, measure_latency, summary
 
 
 def study_code(plan: Plan, study: Study) -> str:
@@ -37,7 +38,8 @@ def measure_study(
     Args:
         plan: the catalogue at a scale.
         study: whose rows.
-        device: where latency is measured; with a CPU, threads are set as the scale says.
+        device: where latency is measured (ONNX Runtime's: always on the CPU); with a CPU, threads
+            are set as the study or else the scale says.
         root: top of the artifact.
         deadline: `time.monotonic()` after which to stop.
 
@@ -46,6 +48,7 @@ def measure_study(
         HovitError: if an interrupted measurement was begun on another device, or its file changed.
     """
     begin = time.monotonic()
+    device = torch.device("cpu") if study.workload == "onnx" else device
     torch.manual_seed(0)
     # Else convolutions alone would run in TF32, and HoViT's ideas put them in place of linears.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -120,10 +123,20 @@ def _latency(
         rounds=settings["rounds"],
         warmup=settings["warmup"],
         samples=_resume(partial, begun),
-        **({"timer": TrainingStep()} if settings.get("workload") == "training" else {}),
+        timer=_timer(settings.get("workload", "inference")),
         after_round=after_round,
     )
     return {name: samples[names[0]] for names in same.values() for name in names}
+
+
+def _timer(workload: str) -> Callable[..., float]:
+    if workload == "training":
+        return TrainingStep()
+    if workload == "onnx":
+        from .onnx_runtime import OnnxPass  # not needed, and not quick to import, for the others
+
+        return OnnxPass()
+    return forward_ms
 
 
 def _resume(partial: Path, begun: dict[str, Any]) -> Samples | None:

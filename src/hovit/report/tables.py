@@ -228,8 +228,9 @@ def _measuring(results: Results, study: Study) -> dict[str, str]:
             size += f", {most} px at most"
         size += ", " if size else ""
         what = "whole training steps (AdamW), " if study.workload == "training" else ""
+        how = "ONNX Runtime" if study.workload == "onnx" else "eager"
         lines["Latency"] = (
-            f"{device}; {what}{size}{setting['precision']}, eager, interleaved, "
+            f"{device}; {what}{size}{setting['precision']}, {how}, interleaved, "
             f"median of {setting['rounds']} rounds (spread in the CSV); × is the ratio to the "
             "row's baseline"
         )

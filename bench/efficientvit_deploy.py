@@ -1,0 +1,175 @@
+"""What each step of `hovit.models.deploy` buys EfficientViT, against timm's model as timm fuses it.
+
+Every form of a model carries the same weights, and its outputs are checked against timm's to 1e-4
+first. Each round times all forms in turn, in another order every time; told is each form's speed
+over that of timm's fusion in the same round (median of the rounds' ratios, quartiles, n):
+
+    timm            timm's model as it is
+    timm fused      the baseline: timm.utils.reparameterize_model
+    timm fused cl   the baseline with weights and images in channels-last order
+    folded          ours: BatchNorm and identities folded, activations in place
+    folded cl       ours, likewise in channels-last order
+    deployed        ours, whole: 1 x 1 convolutions as linears, the convolution on Q as a product
+    ... compiled    after torch.compile (--compile)
+
+A shared machine disturbs single rounds: trust the median, and its quartiles.
+
+    python bench/efficientvit_deploy.py --model m0 --model m5 --rounds 30
+    python bench/efficientvit_deploy.py --model m0 --batch 1 --compile
+"""
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import timm
+import torch
+from timm.utils.model import reparameterize_model
+from torch import Tensor, nn
+
+import hovit.models  # noqa: F401 (registers)
+from hovit.device import describe_device, pick_device
+from hovit.errors import HovitError
+from hovit.files import write_json
+from hovit.models.deploy import INFERENCE, deploy
+
+BASELINE = "timm fused"
+TOLERANCE = 1e-4  # of the outputs' norm
+
+
+@torch.no_grad()
+def lively(model: nn.Module) -> nn.Module:
+    """Other BN statistics and weights than the initial ones, of which some are 0."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            for tensor in (module.weight, module.running_var):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+            for tensor in (module.bias, module.running_mean):
+                nn.init.uniform_(tensor, -0.3, 0.3)
+    return model.eval()
+
+
+def forms(size: str, device: torch.device) -> dict[str, nn.Module]:
+    """Every form of a model, with the same weights; the names end in `cl` if channels-last."""
+    torch.manual_seed(0)
+    theirs = lively(timm.create_model(f"efficientvit_{size}")).to(device)
+    ours = timm.create_model(f"efficientvit_paper_{size}").eval().to(device)
+    ours.load_state_dict(theirs.state_dict())
+    with patch.dict(INFERENCE, clear=True):
+        folded = [deploy(ours) for _ in range(2)]
+    fused = [reparameterize_model(theirs) for _ in range(2)]
+    return {
+        "timm": theirs,
+        BASELINE: fused[0],
+        f"{BASELINE} cl": fused[1].to(memory_format=torch.channels_last),
+        "folded": folded[0].to(memory_format=torch.contiguous_format),
+        "folded cl": folded[1],
+        "deployed": deploy(ours),
+    }
+
+
+def runner(model: nn.Module, x: Tensor, expected: Tensor) -> Callable[[], Any]:
+    """One pass of a model, once it has been seen to give the expected outputs.
+
+    Raises:
+        HovitError: if it does not.
+    """
+    error = float((model(x) - expected).norm() / expected.norm())
+    if not error <= TOLERANCE:
+        raise HovitError(f"{type(model).__name__}: outputs differ by {error:.2g} of their norm")
+    return lambda: model(x)
+
+
+def seconds(run: Callable[[], Any], passes: int, device: torch.device) -> float:
+    """Wall time of one of some passes, until the device has done them."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(passes):
+        run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - begin) / passes
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+    q1, median, q3 = (float(v) for v in np.percentile(values, [25, 50, 75]))
+    return {"median": median, "q1": q1, "q3": q3, "n": len(values)}
+
+
+@torch.inference_mode()
+def compare(size: str, batch: int, options: argparse.Namespace, device: torch.device) -> Any:
+    """Seconds a pass of every form, and its speed over the baseline's, by form."""
+    x = torch.randn(batch, 3, options.image_size, options.image_size, device=device)
+    orders = {True: x.contiguous(memory_format=torch.channels_last), False: x}
+    models = forms(size, device)
+    if options.compile:
+        for name in (BASELINE, f"{BASELINE} cl", "folded", "deployed"):
+            models[f"{name} compiled"] = torch.compile(models[name])  # type: ignore[assignment]
+    expected = models["timm"](x)
+    runs = {name: runner(m, orders[" cl" in name], expected) for name, m in models.items()}
+    for run in runs.values():
+        seconds(run, 3, device)  # warm-up
+    passes = max(1, round(options.seconds / seconds(runs[BASELINE], 3, device)))
+    order, taken = random.Random(0), {name: list[float]() for name in runs}
+    for _ in range(options.rounds):
+        for name in order.sample(list(runs), len(runs)):
+            taken[name].append(seconds(runs[name], passes, device))
+    pairs = {name: zip(taken[BASELINE], times, strict=True) for name, times in taken.items()}
+    return {
+        name: {"seconds": summary(taken[name]), "speedup": summary([b / t for b, t in pair])}
+        for name, pair in pairs.items()
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    sizes, batches = [f"m{i}" for i in range(6)], [1, 16]
+    parser.add_argument("--model", action="append", choices=sizes, help="again for more")
+    parser.add_argument("--batch", action="append", type=int, help="again for more (1 and 16)")
+    parser.add_argument("--image-size", type=int, default=224, help="pixels a side (224)")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=0.1, help="of one measurement, about")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU (1)")
+    parser.add_argument("--compile", action="store_true", help="compiled forms too")
+    parser.add_argument("--device", default="cpu", help="auto, cpu (default) or cuda")
+    parser.add_argument("--out", type=Path, default=Path("results/bench/efficientvit_deploy.json"))
+    options = parser.parse_args(argv)
+
+    torch.set_num_threads(options.threads)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    device = pick_device(options.device)
+    where = describe_device(device)
+    print(
+        f"{options.image_size} px, n = {options.rounds}, on {where.name}, {where.threads} threads"
+    )
+    found: dict[str, Any] = {}
+    for size in options.model or sizes:
+        for batch in options.batch or batches:
+            torch.compiler.reset()
+            found[f"{size} batch {batch}"] = rows = compare(size, batch, options, device)
+            print(f"\n{size}, batch {batch}: speed over timm's fusion, milliseconds a pass")
+            for name, row in rows.items():
+                s = row["speedup"]
+                quartiles = f"({s['q1']:.2f} to {s['q3']:.2f})"
+                milliseconds = 1e3 * row["seconds"]["median"]
+                print(f"{name:24}{s['median']:6.2f}  {quartiles:16}{milliseconds:9.2f}", flush=True)
+    asked = {key: value for key, value in vars(options).items() if key != "out"}
+    result = {"options": asked, "device": where.model_dump(), "torch": torch.__version__}
+    write_json(options.out, result | {"models": found})
+    print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except HovitError as error:
+        sys.exit(f"error: {error}")

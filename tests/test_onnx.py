@@ -1,0 +1,89 @@
+"""Models in ONNX Runtime: PyTorch's outputs on real images, a time, and one line for what fails."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+
+import hovit.models  # noqa: F401 (registers)
+from hovit.errors import HovitError
+from hovit.measure import onnx_runtime
+from hovit.measure.onnx_runtime import OnnxPass, run, session
+from hovit.models.deploy import deploy
+
+
+@pytest.fixture(autouse=True)
+def _one_core_and_one_seed():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def digits(count: int, size: int) -> torch.Tensor:
+    """[count, 3, size, size] in [-1, 1]: scikit-learn's digits, enlarged."""
+    images = torch.tensor(load_digits().images[:count], dtype=torch.float32)[:, None] / 8 - 1
+    return F.interpolate(images, (size, size), mode="bilinear").expand(-1, 3, -1, -1).contiguous()
+
+
+@torch.no_grad()
+def as_trained(model: nn.Module, images: torch.Tensor) -> None:
+    """BN weights that hide nothing, and these images' statistics: outputs then follow the image.
+
+    At a model's initial weights they hardly do, and a model blind to its image would pass.
+    """
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            nn.init.uniform_(m.bias, -0.3, 0.3)
+            m.momentum = None
+    model.train()(images)
+    model.eval()
+
+
+@pytest.mark.parametrize("form", [lambda m: m, deploy], ids=["as it is", "deployed"])
+def test_outputs_on_real_images_are_pytorchs_to_1e_4(form):
+    model = timm.create_model("efficientvit_paper_m0", num_classes=10, img_size=64, depth=(1, 1, 1))
+    as_trained(model, digits(64, 64))
+    model = form(model.eval())
+    images = digits(8, 64)
+    made = session(model, images[:4])
+    for some in images.split(4):  # the second batch is not the one that it was exported with
+        with torch.no_grad():
+            expected = model(some)
+        apart = (expected - expected.mean(0)).norm()  # what the image decides
+        assert apart > 0.1 * expected.norm()
+        assert (run(made, some) - expected).norm() <= 1e-4 * apart
+
+
+def test_a_pass_takes_time_and_is_exported_once_for_each_shape(monkeypatch):
+    exported = []
+
+    def counted(model, *inputs):
+        exported.append(inputs[0].shape[0])
+        return session(model, *inputs)
+
+    monkeypatch.setattr(onnx_runtime, "session", counted)
+    timer, model = OnnxPass(), nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    times = [timer(model, torch.randn(batch, 3, 16, 16)) for batch in (1, 2, 1, 2)]
+    assert all(t > 0 for t in times)
+    assert exported == [1, 2]
+
+
+def test_what_cannot_be_exported_is_one_line():
+    class Reads(nn.Module):
+        """Its graph depends on the values."""
+
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(HovitError, match="Reads does not run in ONNX Runtime") as caught:
+        session(Reads(), torch.randn(1, 3, 8, 8))
+    assert "\n" not in str(caught.value)
+
+
+def test_other_outputs_are_never_timed(monkeypatch):
+    wrong = nn.Conv2d(3, 4, 3)
+    monkeypatch.setattr(onnx_runtime, "session", lambda model, *inputs: session(wrong, *inputs))
+    with pytest.raises(HovitError, match="outputs differ from PyTorch's"):
+        OnnxPass()(nn.Conv2d(3, 4, 3).eval(), torch.randn(1, 3, 8, 8))
