@@ -31,7 +31,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("Snakefile", "profiles", "config"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, root / name)
-    for kind in ("studies", "claims"):
+    for kind in ("studies", "claims", "analyses"):
         shutil.rmtree(root / "config" / kind)
         (root / "config" / kind).mkdir()
     (root / "config/studies/tiny.yaml").write_text(STUDY)

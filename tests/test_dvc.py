@@ -68,6 +68,8 @@ def shrink(root: Path) -> None:
         shutil.rmtree(root / "config" / kind)
         (root / "config" / kind).mkdir()
         (root / f"config/{kind}/{name}.yaml").write_text(text)
+    shutil.rmtree(root / "config/analyses")
+    (root / "config/analyses").mkdir()
     for name in ("sample", "mini", "proxy"):
         (root / f"config/scales/{name}.yaml").unlink()
     pipeline = (root / "dvc.yaml").read_text()
