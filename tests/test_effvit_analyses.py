@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT
-from made_up import write_all
+from made_up import analysis_record
 from torch import nn
 
 import hovit.models  # noqa: F401
@@ -31,7 +31,9 @@ from hovit.errors import HovitError
 from hovit.factory import create_model
 from hovit.models.mhsa_share import halves, places, with_mhsa_share
 from hovit.plan import load_plan
-from hovit.report.claims import judge_all
+from hovit.records import write_record
+from hovit.report.claims import Verdict, judge
+from hovit.report.values import Results
 
 SWIN: dict[str, Any] = {"img_size": 56, "embed_dim": 24, "depths": (2, 2), "num_heads": (3, 6),
                         "num_classes": 5}  # fmt: skip
@@ -313,16 +315,22 @@ def test_csv_has_every_number() -> None:
                          "s/b,map,,,,,0.25,0.75"]  # fmt: skip
 
 
+def judged(scale: str, root: Path) -> dict[str, Verdict]:
+    """The claims on analyses, by made-up records of the analyses alone."""
+    plan = load_plan(scale, ROOT / "config")
+    for name in plan.claimed_analyses:
+        write_record(root / plan.analysed(plan.analysis(name)), analysis_record(plan, name))
+    claims = plan.catalogue.claims["efficientvit_analyses"].claims
+    sources = [Results(plan, root)]
+    return {c.id: judge(sources, c, "efficientvit") for c in claims if ":" in c.of}
+
+
 def test_claims_on_analyses_are_judged_by_their_record(tmp_path: Path) -> None:
-    plan = load_plan("mini", ROOT / "config")
-    write_all(plan, tmp_path)
-    verdicts = {v.id: v for v in judge_all(plan, tmp_path)}
+    verdicts = judged("mini", tmp_path)
     assert verdicts["taylor-qk-less-than-v"].verdict == "reproduced"  # made up: 50 against 90
     assert verdicts["head-splits-swin"].verdict == "within noise"  # made up: alike
     assert verdicts["taylor-v-late"].records == ("results/runs/mini/analysis/taylor_pruning.json",)
-    smoke = load_plan("smoke", ROOT / "config")
-    write_all(smoke, tmp_path)
-    found = {v.id: v for v in judge_all(smoke, tmp_path)}["taylor-v-late"]
+    found = judged("smoke", tmp_path)["taylor-v-late"]
     assert (found.verdict, found.why) == ("not measured", "scale smoke does not judge analyses")
 
 
