@@ -1,31 +1,48 @@
 #!/usr/bin/env bash
 # The smoke DAG through a real Slurm of one node: bash tests/slurm.sh [TARGET]
-# As root on Debian; installs slurm-wlm and munge, writes /etc/slurm/slurm.conf, and stops both when
-# it ends. One training is killed while it runs: Slurm tells Snakemake, which runs it again. The
-# checkout is a copy in a folder with a space in its name. Not part of `make test`.
+# As root on Debian; installs slurm-wlm and munge, and writes /etc/slurm/. The node claims two cards,
+# so that profiles/slurm is used as it stands. One training is killed while it runs: it must run
+# again, and come to what a run without Slurm comes to, to the bit. The checkout is a copy in a
+# folder with a space and a quote in its name, and is moved at the end: nothing must be left to do.
+# Every process started here is stopped, whatever happens. Not part of `make test`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source_dir=$PWD
 target=${1:-results/tables/conv_shrink.md}
-state=$(mktemp -d)
-[ -x .venv/bin/snakemake ] || { echo "error: no .venv here: run make setup first" >&2; exit 1; }
-[ "$(id -u)" = 0 ] || { echo "error: tests/slurm.sh installs and starts Slurm: run it as root" >&2; exit 1; }
-[ ! -e /etc/slurm/slurm.conf ] || grep -q "^ClusterName=hovit$" /etc/slurm/slurm.conf ||
-    { echo "error: /etc/slurm/slurm.conf is of another cluster: run this on a machine without Slurm" >&2; exit 1; }
-command -v slurmctld >/dev/null && command -v munged >/dev/null ||
-    { apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge; } >"$state/apt.log"
+export PATH="$PWD/.venv/bin:$PATH"
 
+fail() { echo "error: $*" >&2; exit 1; }
+[ -x .venv/bin/snakemake ] || fail "no .venv here: run make setup first"
+[ "$(id -u)" = 0 ] || fail "tests/slurm.sh installs and starts Slurm: run it as root"
+! pgrep -x 'slurm(ctl)?d' >/dev/null || fail "Slurm runs here already: use a machine without"
+for conf in /etc/slurm/slurm.conf /etc/slurm/gres.conf; do
+    [ ! -e $conf ] || head -1 $conf | grep -q 'tests/slurm.sh$' || fail "$conf is of another cluster"
+done
+command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null ||
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+        apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null; }
+
+state=$(mktemp -d)
+checkout="$state/it's a folder/hovit copy"
+started=() # process ids, the last to be stopped first
+run=
 stop() {
-    pkill -x slurmd || true
-    pkill -x slurmctld || true
-    pkill -x munged || true
-    sleep 2 # until they have written what they write at their end
-    rm -rf /etc/slurm/slurm.conf "$state"
+    # not TERM: Snakemake would wait for its jobs, and ask a Slurm that is gone
+    [ -z "$run" ] || kill -KILL "$run" 2>/dev/null || true
+    for _ in $(seq 20); do # slurmd leaves its jobs behind: they go first
+        jobs=$(timeout 5 squeue -h -o %i 2>/dev/null) && [ -n "$jobs" ] || break
+        xargs scancel --quiet <<<"$jobs" || true
+        sleep 1
+    done
+    for pid in "${started[@]}"; do kill "$pid" 2>/dev/null || true; done
+    wait # until they have written what they write at their end
+    rm -rf /etc/slurm/slurm.conf /etc/slurm/gres.conf "$state"
 }
 trap stop EXIT
+trap 'exit 130' INT TERM
 
-mkdir -p /etc/slurm /run/munge "$state/ctld" "$state/d"
+mkdir -p /etc/slurm /run/munge "$state/ctld" "$state/d" "$checkout"
 cat >/etc/slurm/slurm.conf <<CONF
+# by tests/slurm.sh
 ClusterName=hovit
 SlurmctldHost=localhost
 SlurmUser=root
@@ -40,46 +57,85 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
+GresTypes=gpu
 SlurmdParameters=config_overrides
 ReturnToService=2
 MpiDefault=none
 SwitchType=switch/none
-NodeName=localhost CPUs=$(nproc) RealMemory=$(awk '/MemTotal/ {print int($2 / 1200)}' /proc/meminfo) State=UNKNOWN
+NodeName=localhost CPUs=$(nproc) RealMemory=$(awk '/MemTotal/ {print int($2 / 1200)}' /proc/meminfo) Gres=gpu:2 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=1440 State=UP
 CONF
+printf '%s\n' '# by tests/slurm.sh' 'Name=gpu File=/dev/null' 'Name=gpu File=/dev/zero' >/etc/slurm/gres.conf
 chown munge: /run/munge
-pgrep -x munged >/dev/null || runuser -u munge -- munged
+if ! timeout 5 munge -n >/dev/null 2>&1; then
+    setpriv --reuid munge --regid munge --clear-groups munged --foreground 2>"$state/munged.log" &
+    started+=($!)
+fi
 slurmctld -D >"$state/ctld.log" 2>&1 &
+started+=($!)
 slurmd -D >"$state/d.log" 2>&1 &
-for _ in $(seq 30); do sinfo -h -o %t 2>/dev/null | grep -q idle && break; sleep 1; done
-sinfo
+started+=($!)
+ready=
+for _ in $(seq 30); do
+    timeout 5 sinfo -h -o %t 2>/dev/null | grep -q idle && { ready=1; break; }
+    sleep 1
+done
+[ -n "$ready" ] || { tail "$state"/*.log; fail "Slurm did not start"; }
+sinfo -o "%P %a %t %c CPUs, %m MB, %G"
 
-checkout="$state/a folder/hovit copy"
-mkdir -p "$checkout"
 git ls-files -coz --exclude-standard | xargs -0 cp --parents -t "$checkout"
 cd "$checkout"
-sed -i 's/^set-resources:/&\n  - train:gpu=0\n  - measure:gpu=0\n  - analyse:gpu=0/' profiles/slurm/config.yaml
-export PYTHONPATH="$checkout/src" PATH="$source_dir/.venv/bin:$PATH"
+export PYTHONPATH="$checkout/src"
 snakemake "$target" --workflow-profile profiles/slurm --jobs 4 --latency-wait 5 \
-    --slurm-no-account --slurm-status-command squeue \
+    --slurm-no-account --slurm-status-command squeue --slurm-init-seconds-before-status-checks 5 \
     --default-resources slurm_partition=main mem_mb=2000 runtime=30 >"$state/snakemake.log" 2>&1 &
 run=$!
 
+training() { # "JOB RUN SEED" of a training under way in this checkout, if there is one
+    local pid words
+    for pid in $(pgrep -f 'hovit train'); do
+        [ "$(readlink "/proc/$pid/cwd")" = "$checkout" ] || continue
+        mapfile -d '' -t words <"/proc/$pid/cmdline" || continue # python -m hovit train RUN --seed N
+        [ "${words[3]:-}" = train ] || continue
+        tr '\0' '\n' <"/proc/$pid/environ" | sed -n "s/^SLURM_JOB_ID=\(.*\)/\1 ${words[4]} ${words[6]}/p"
+        return
+    done 2>/dev/null
+}
 killed=
 while kill -0 $run 2>/dev/null; do
+    running=$(squeue -h -t R -o %k)
+    if grep -q '^rule_measure' <<<"$running" && [ "$(wc -l <<<"$running")" -gt 1 ]; then
+        fail "a measurement ran beside another job: $running"
+    fi
     if [ -z "$killed" ]; then
-        training=$(pgrep -f "hovit train .* --scale smoke" | tail -1 || true)
-        job=$(squeue -h -t R -o "%i %k" | awk '/rule_train/ {print $1; exit}')
-        if [ -n "$job" ] && [ -n "$training" ]; then
-            scancel --signal=KILL --full "$job" && killed=$job && echo "killed Slurm's job $killed, a training, while it ran"
+        read -r job id seed < <(training) || true
+        if [ -n "${job:-}" ]; then
+            scontrol show job "$job" | grep -q 'Tres.*gpu:1' || fail "the training asked for no card"
+            scancel --signal=KILL --full "$job" && killed=$job
+            echo "killed Slurm's job $job while it trained $id, seed $seed"
         fi
     fi
     sleep 1
 done
-wait $run || { tail -40 "$state/snakemake.log"; echo "error: the DAG failed" >&2; exit 1; }
-tail -3 "$state/snakemake.log"
-[ -n "$killed" ] || { echo "error: no job was killed: nothing is shown of retries" >&2; exit 1; }
-grep -q "Trying to restart job" "$state/snakemake.log" || { echo "error: the killed job was not run again" >&2; exit 1; }
+wait $run || { tail -40 "$state/snakemake.log"; fail "the DAG failed"; }
+run=
+[ -n "$killed" ] || fail "no job was killed: nothing is shown of retries"
+grep -q "Trying to restart job" "$state/snakemake.log" || fail "the killed job was not run again"
 cat "$target"
-snakemake -n "$target" --cores 1 2>&1 | grep -q "Nothing to be done" || { echo "error: something is left to do" >&2; exit 1; }
-echo "ok: $(grep -c 'has been submitted with SLURM jobid' "$state/snakemake.log") jobs through Slurm, one of them killed and run again"
+
+nothing_to_do() {
+    snakemake -n "$target" --cores 1 2>&1 | grep -q "Nothing to be done" || fail "$1: something is left to do"
+}
+nothing_to_do "after Slurm"
+cd "$state"
+mv "$checkout" "$state/moved"
+cd moved
+export PYTHONPATH="$PWD/src"
+nothing_to_do "after a move"
+folder=results/runs/smoke/$id/seed$seed
+mv "$folder" "$state/by slurm"
+snakemake --cores 1 "$folder/record.json" >"$state/local.log" 2>&1 || { tail -40 "$state/local.log"; fail "the local run failed"; }
+for file in weights.safetensors predictions.csv.gz; do
+    cmp "$state/by slurm/$file" "$folder/$file" || fail "$folder/$file is other without Slurm"
+done
+echo "ok: $(grep -c 'has been submitted with SLURM jobid' "$state/snakemake.log") jobs through Slurm; $id, killed and run again, is what it is without Slurm, to the bit"
