@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..catalogue import Row, Study
+from .claims import ratio_noise
 from .tables import baseline_ratio
 from .values import Results, plural
 
@@ -26,6 +27,7 @@ def attention_curves(results: Results) -> "Canvas":
 
     studies = [results.plan.study(name) for name in ("levit_attention", "swin_similarity")]
     cells = [(study, _rows(results, study)) for study in studies]
+    cells = [(s, [r for r in rows if results.trained(s, r)] or rows) for s, rows in cells]
     lines = [(s, rows[i : i + 4]) for s, rows in cells for i in range(0, len(rows), 4)]
     canvas, axes = plt.subplots(
         len(lines), 4, figsize=(style.WIDTH, 1.7 * len(lines)), sharex=True, squeeze=False
@@ -59,7 +61,10 @@ def _rows(results: Results, study: Study) -> list[Row]:
 
 
 def attention_latency(results: Results) -> "Canvas":
-    """Each attention's latency over dot product's: in the deck's models, and by itself."""
+    """Each attention's latency over dot product's: in the deck's models, and by itself.
+
+    Error bars: half the inter-quartile range of the rounds' ratios.
+    """
     import matplotlib.pyplot as plt
 
     from . import style
@@ -98,23 +103,33 @@ def _bars(ax: "Axes", results: Results, study: Study, rows: list[Row]) -> None:
         },
     }
     shades = (style.OURS, "#56B4E9", "#009E73")
-    height = 0.8 / len(metrics)
+    height, most = 0.8 / len(metrics), 1.0
     for i, metric in enumerate(metrics):
         look = looks.get(metric) or {
             "color": shades[(i - 1) % 3],
             "label": f"{results.states()}, batch {metric.removeprefix('latency_')}",
         }
         ratios = [baseline_ratio(results, study, row, metric) or 0.0 for row in rows]
+        errors = [ratio_error(results, study, row, metric) for row in rows]
+        most = max(most, *ratios)
         at = [n + (i - (len(metrics) - 1) / 2) * height for n in range(len(rows))]
-        ax.barh(at, ratios, height, **look)
+        ax.barh(at, ratios, height, xerr=errors, error_kw={"elinewidth": 0.7}, **look)
     ax.axvline(1, color="black", linewidth=0.8)
     ax.set_yticks(range(len(rows)), [_short(row.label) for row in rows], fontsize=5.5)
     ax.invert_yaxis()
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_minor_locator(NullLocator())
     ax.grid(axis="y", visible=False)
+    if most > 2:
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_locator(NullLocator())
+
+
+def ratio_error(results: Results, study: Study, row: Row, metric: str) -> float:
+    """Half the inter-quartile range of the rounds' ratios to the baseline; 0 without rounds."""
+    own = results.value(study, row, metric)
+    base = results.value(study, study.row(row.baseline), metric) if row.baseline else None
+    return ratio_noise(own, base) if own and base and own.samples else 0.0
 
 
 def _short(label: str) -> str:
@@ -183,14 +198,18 @@ def attention_maps(results: Results) -> "Canvas":
     return canvas
 
 
+def seeds(results: Results, studies: list[Study]) -> list[str]:
+    """How many seeds there are records of: `n = 1 to 3 seeds`; nothing where none."""
+    rows = [(study, row) for study in studies if study.trained for row in study.rows]
+    found = sorted({len(results.trained(study, row)) for study, row in rows} - {0})
+    least = f"{found[0]} to " if found and found[0] < found[-1] else ""
+    return [f"n = {least}{plural(found[-1], 'seed')}"] if found else []
+
+
 def state(canvas: "Canvas", results: Results, studies: list[Study]) -> None:
     """Say under the figure what was run: scale, images, device and seeds, by study."""
     facts = list(dict.fromkeys(results.where(study) for study in studies))
-    trained = [(s, row) for s in studies for row in s.rows if s.trained]
-    seeds = sorted({len(results.trained(study, row)) for study, row in trained} - {0})
-    if seeds:
-        least = f"{seeds[0]} to " if seeds[0] < seeds[-1] else ""
-        facts.append(f"n = {least}{plural(seeds[-1], 'seed')}")
+    facts += seeds(results, studies)
     if results.problems:
         facts.append(f"{plural(len(results.problems), 'record')} not used: see the tables")
     canvas.supxlabel(" · ".join(facts), fontsize=5.5, color="#555555")

@@ -90,13 +90,13 @@ def _against(kind: str, a: Value, b: Value) -> tuple[float, float]:
     """(a held against b as the claim's kind does it, the noise of that)."""
     if kind in ("less", "greater", "keeps"):
         if a.samples and len(a.samples) == len(b.samples):  # rounds in pairs: drift cancels
-            return a.mean - b.mean, _ratio_noise(a, b) * b.mean
+            return a.mean - b.mean, ratio_noise(a, b) * b.mean
         return a.mean - b.mean, math.hypot(a.noise, b.noise)
-    ratio, noise = a.mean / b.mean, _ratio_noise(a, b)
+    ratio, noise = a.mean / b.mean, ratio_noise(a, b)
     return (ratio, noise) if kind == "ratio" else (100 * (1 - ratio), 100 * noise)
 
 
-def _ratio_noise(a: Value, b: Value) -> float:
+def ratio_noise(a: Value, b: Value) -> float:
     """Half the inter-quartile range of the rounds' ratios; without rounds, by both noises."""
     if a.samples and len(a.samples) == len(b.samples):
         ratios = [x / y for x, y in zip(a.samples, b.samples, strict=True)]

@@ -17,6 +17,8 @@ from .attention_figures import (
     attention_latency,
     attention_length,
     attention_maps,
+    ratio_error,
+    seeds,
 )
 from .skipvit_figures import kept_patches, skipvit_accuracy, skipvit_speed, skipvit_warmup
 from .tables import baseline_ratio
@@ -64,8 +66,12 @@ def draw(plan: Plan, name: str, root: Path = Path()) -> None:
 
 def _best(plan: Plan, figure: Figure, root: Path) -> Results:
     """This run's results, or evidence of a larger scale: what a figure is drawn from."""
+    this = Results(plan, root)
     found = evidence_for(plan.study(figure.studies[0]), find_evidence(plan, root))
-    return found if found and found.plan.scale.rank > plan.scale.rank else Results(plan, root)
+    if found is None or found.plan.scale.rank <= plan.scale.rank:
+        return this
+    whole = all(found.analysis(name) for name in figure.analyses)
+    return found if whole else this
 
 
 def _state(canvas: "Canvas", results: Results, study: Study, latency: bool = True) -> None:
@@ -75,11 +81,11 @@ def _state(canvas: "Canvas", results: Results, study: Study, latency: bool = Tru
     studies = [plan.study(name) for name in IDEAS] if latency else []
     devices = {str(results.latency_device(each)) for each in studies} - {"None"}
     device = " and ".join(sorted(devices))
-    parts = [f"{results.states()}, scale {plan.scale.id}"]
+    parts = [results.states() if results.is_evidence else f"this run, {plan.scale.id}"]
     if runs:
         parts += [f"{runs[0].dataset.title}, {runs[0].image_size} px"]
         parts += [plural(runs[0].recipe.epochs, "epoch")]
-        parts += [f"n = {plural(len({run.seed for run in runs}), 'seed')}"]
+        parts += seeds(results, [study])
     if device:
         parts += [f"latency on {device}, at {plan.measure_spec(study)['latency']['image_size']} px"]
     canvas.supxlabel(" · ".join(parts), fontsize=6, color="#555555")
@@ -97,23 +103,24 @@ def training_curves(results: Results) -> "Canvas":
     from . import style
 
     study = results.plan.study("hovit")
-    canvas, axes = plt.subplots(2, 3, figsize=(style.WIDTH, 4.2), sharex=True)
+    sets = [[r for r in study.rows if str(r.model).startswith("l_") == it] for it in (False, True)]
+    shown = [rows for rows in sets if any(results.trained(study, r) for r in rows)] or sets
+    size = (style.WIDTH, 0.3 + 1.95 * len(shown))
+    canvas, axes = plt.subplots(len(shown), 3, figsize=size, sharex=True, squeeze=False)
     columns = (("train_loss", "Training loss"), ("val_loss", "Validation loss"),
                ("val_top1", "Validation top-1, %"))  # fmt: skip
-    for line, launched in enumerate((False, True)):
-        rows = [r for r in study.rows if str(r.model).startswith("l_") == launched]
+    for line, rows in enumerate(shown):
         for column, (key, title) in enumerate(columns):
             ax = axes[line][column]
             for row in rows:
                 names = [_family(r) for r in study.rows]
                 _curve(ax, results, study, row, key, style.look(names.index(_family(row))))
-            if line:
-                ax.set_xlabel("Epoch")
-                ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-            else:
-                ax.set_title(title)
-        axes[line][0].set_ylabel("With the Launcher" if launched else "From scratch")
+            ax.set_title("" if line else title)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes[line][0].set_ylabel("From scratch" if rows is sets[0] else "With the Launcher")
         axes[line][2].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for ax in axes[-1]:
+        ax.set_xlabel("Epoch")
     _state(canvas, results, study, latency=False)
     return canvas
 
@@ -145,7 +152,10 @@ def _curve(
 
 
 def five_ideas(results: Results) -> "Canvas":
-    """Each idea against LeViT: latency as a ratio to its baseline, and accuracy."""
+    """Each idea against LeViT: latency as a ratio to its baseline, and accuracy.
+
+    Error bars: half the inter-quartile range of the rounds' ratios; standard deviation over seeds.
+    """
     import matplotlib.pyplot as plt
     import numpy as np
 
@@ -153,7 +163,7 @@ def five_ideas(results: Results) -> "Canvas":
 
     rows = _idea_rows(results.plan)
     y = np.arange(len(rows))[::-1]
-    size = (style.WIDTH, 0.27 * len(rows) + 1.1)
+    size = (style.WIDTH, 0.2 * len(rows) + 1.1)
     canvas, (left, right) = plt.subplots(1, 2, figsize=size, sharey=True)
     looks: dict[str, dict[str, Any]] = {
         "reported_latency": {"color": style.REPORTED, "marker": "D", "mfc": "white"},
@@ -165,7 +175,9 @@ def five_ideas(results: Results) -> "Canvas":
         ratios = [baseline_ratio(results, study, row, metric) for study, row in rows]
         label = names.get(metric, f"{results.states()}, batch {metric.removeprefix('latency_')}")
         look = looks.get(metric, {"color": "#009E73", "marker": "^"})
-        left.plot([r if r else np.nan for r in ratios], y, linestyle="", label=label, **look)
+        errors = [ratio_error(results, study, row, metric) for study, row in rows]
+        means = [r if r else np.nan for r in ratios]
+        left.errorbar(means, y, xerr=errors, linestyle="", elinewidth=0.8, label=label, **look)
     left.axvline(1, color="black", linewidth=0.8)
     left.set_xlabel("Latency, × its baseline (left is faster)")
     for label, metric, look in (

@@ -15,6 +15,7 @@ from ..errors import HovitError, one_line
 from ..files import atomic, write_json
 from ..plan import Plan
 from ..sources import code_hash
+from .attention_figures import seeds
 from .claims import VERDICTS, Verdict, judge_all, say
 from .figures import FIGURES, FOLDER, _best
 from .tables import NOTHING, Column, columns_of, describe
@@ -215,10 +216,7 @@ def _figures(plan: Plan, root: Path) -> dict[str, Any]:
         results = _best(plan, figure, root)
         studies = [plan.study(study) for study in figure.studies]
         facts = list(dict.fromkeys(results.where(study) for study in studies))
-        seeds = sorted({len(results.trained(s, r)) for s in studies for r in s.rows} - {0})
-        if seeds:
-            least = f"{seeds[0]} to " if seeds[0] < seeds[-1] else ""
-            facts.append(f"n = {least}{plural(seeds[-1], 'seed')}")
+        facts += seeds(results, studies)
         path = FOLDER / f"{name}.pdf"
         found[name] = {
             "title": figure.title,
@@ -239,8 +237,8 @@ def _costs(results: Results) -> list[dict[str, Any]]:
     """What a scale's records took: by device, the runs trained and the measurements."""
     plan = results.plan
     found = []
-    for seeds in plan.runs.values():
-        for run in seeds.values():
+    for each in plan.runs.values():
+        for run in each.values():
             code = code_hash("training", run.model)
             record = results.record(run.folder / "record.json", run.spec_hash, code)
             found += [("training", record)] if record else []
