@@ -44,21 +44,21 @@ TOLERANCE = 1e-4  # of the outputs' norm
 
 
 @torch.no_grad()
-def lively(model: nn.Module) -> nn.Module:
-    """Other BN statistics and weights than the initial ones, of which some are 0."""
+def as_trained(model: nn.Module) -> nn.Module:
+    """BN weights that hide nothing, and statistics of images: outputs then follow the image."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            for tensor in (module.weight, module.running_var):
-                nn.init.uniform_(tensor, 0.5, 1.5)
-            for tensor in (module.bias, module.running_mean):
-                nn.init.uniform_(tensor, -0.3, 0.3)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.3, 0.3)
+            module.momentum = None
+    model.train()(torch.randn(16, 3, 224, 224))
     return model.eval()
 
 
 def forms(size: str, device: torch.device) -> dict[str, nn.Module]:
     """Every form of a model, with the same weights; the names end in `cl` if channels-last."""
     torch.manual_seed(0)
-    theirs = lively(timm.create_model(f"efficientvit_{size}")).to(device)
+    theirs = as_trained(timm.create_model(f"efficientvit_{size}")).to(device)
     ours = timm.create_model(f"efficientvit_paper_{size}").eval().to(device)
     ours.load_state_dict(theirs.state_dict())
     with patch.dict(INFERENCE, clear=True):
@@ -74,7 +74,7 @@ def forms(size: str, device: torch.device) -> dict[str, nn.Module]:
     }
 
 
-def runner(model: nn.Module, x: Tensor, expected: Tensor) -> Callable[[], Any]:
+def runner(name: str, model: nn.Module, x: Tensor, expected: Tensor) -> Callable[[], Any]:
     """One pass of a model, once it has been seen to give the expected outputs.
 
     Raises:
@@ -82,7 +82,7 @@ def runner(model: nn.Module, x: Tensor, expected: Tensor) -> Callable[[], Any]:
     """
     error = float((model(x) - expected).norm() / expected.norm())
     if not error <= TOLERANCE:
-        raise HovitError(f"{type(model).__name__}: outputs differ by {error:.2g} of their norm")
+        raise HovitError(f"{name}: outputs differ by {error:.2g} of their norm")
     return lambda: model(x)
 
 
@@ -113,7 +113,7 @@ def compare(size: str, batch: int, options: argparse.Namespace, device: torch.de
         for name in (BASELINE, f"{BASELINE} cl", "folded", "deployed"):
             models[f"{name} compiled"] = torch.compile(models[name])  # type: ignore[assignment]
     expected = models["timm"](x)
-    runs = {name: runner(m, orders[" cl" in name], expected) for name, m in models.items()}
+    runs = {name: runner(name, m, orders[" cl" in name], expected) for name, m in models.items()}
     for run in runs.values():
         seconds(run, 3, device)  # warm-up
     passes = max(1, round(options.seconds / seconds(runs[BASELINE], 3, device)))

@@ -82,6 +82,23 @@ def test_larger_images(px):
     agree(model, deploy(model), torch.randn(1, 3, px, px))
 
 
+@pytest.mark.slow
+def test_compiled_too():
+    """Inductor once gave NaN for two chained baddbmm, at batches of more than one."""
+    model = timm.create_model("efficientvit_paper_m0", num_classes=10)
+    for m in model.modules():
+        if isinstance(m, _BatchNorm):
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            m.momentum = None
+    with torch.no_grad():  # the images' own statistics: outputs then follow the image
+        model.train()(torch.randn(8, 3, 224, 224))
+    deployed = deploy(model)
+    x = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        expected, found = deployed(x), torch.compile(deployed)(x)
+    assert (found - expected).norm() <= 1e-4 * (expected - expected.mean(0)).norm()
+
+
 def test_a_batch_norm_that_cannot_be_folded_is_named():
     class Late(nn.Module):
         """BN after something that is no layer."""

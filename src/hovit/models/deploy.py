@@ -351,8 +351,9 @@ class TokenAttention(nn.Module):
             feat = share + outs[-1].view(share.shape) if outs else share
             qkv = F.linear(feat, head.weight, head.bias).view(-1, n, sum(self.dims))
             q, k, v = qkv.split(self.dims, dim=2)  # [windows, N, d]
-            q = q.permute(2, 0, 1).contiguous()  # without it, baddbmm goes channel by channel
-            q = torch.baddbmm(head.q_bias, q, head.q_matrix)  # [qk, windows, N]
+            q = q.permute(2, 0, 1).contiguous()  # without it, bmm goes channel by channel
+            # Not baddbmm: with the next one, Inductor (torch 2.15, CPU) compiles the pair to NaN.
+            q = torch.bmm(q, head.q_matrix).add_(head.q_bias)  # [qk, windows, N]
             scores = torch.baddbmm(head.scores, q.permute(1, 2, 0), k.transpose(1, 2))
             outs.append(torch.bmm(scores.softmax(dim=-1), v))
         return torch.cat(outs, dim=2).flatten(0, 1)
