@@ -19,7 +19,7 @@ from .values import COUNTED, INEXACT, TRAINED, Results, Value, find_evidence, pl
 VARIABLES = Path("paper/variables.yaml")
 MISSING = "not measured"
 KINDS = Literal["value", "ratio", "share", "reduction", "difference"]
-CIRCUMSTANCES = ("device", "n", "scale", "dataset")
+CIRCUMSTANCES = ("device", "n", "scale", "dataset", "model")
 DECIMALS = {"ratio": 2, "share": 1, "reduction": 1, "difference": 0}
 
 
@@ -53,11 +53,13 @@ class Origin:
     n: str = ""
     scale: str = ""
     dataset: str = ""
+    model: str = ""  # what stands in for the row's own
 
     def where(self) -> str:
         """In one line, for the text: scale, images, n, device; what it lacks is left out."""
         scale = f"scale {self.scale}" if self.scale else ""
-        return ", ".join(filter(None, (scale, self.dataset, self.n, self.device)))
+        model = f"{self.model} in its model's place" if self.model else ""
+        return ", ".join(filter(None, (scale, model, self.dataset, self.n, self.device)))
 
 
 def sources_of(plan: Plan, root: Path = Path()) -> list[Results]:
@@ -75,17 +77,19 @@ def origin(results: Results, study: Study, row: Row, metric: str, value: Value) 
         return Origin((f"config/studies/{study.id}.yaml",), f"rows.{row.id}.{key}")
     if metric in COUNTED:
         return Origin(records, "images", scale=scale)
+    model = results.plan.model_of(row)
+    model = "" if model == row.model else model
     if metric in TRAINED:
         trained = results.trained(study, row)
         run = trained[0][0]
         devices = sorted({str(record.provenance.device) for _, record in trained})
         dataset = f"{run.dataset.title} at {run.image_size} px"
         n = f"n = {plural(len(trained), 'seed')}"
-        return Origin(records, f"results.{metric}", "; ".join(devices), n, scale, dataset)
+        return Origin(records, f"results.{metric}", "; ".join(devices), n, scale, dataset, model)
     device = str(results.latency_device(study) or "") if metric in INEXACT or value.n > 1 else ""
     n = f"median of {plural(value.n, 'round')}" if value.n > 1 else ""
     return Origin(records, f"results.rows.{row.id}.{_field(results, study, metric)}", device, n,
-                  scale)  # fmt: skip
+                  scale, model=model)  # fmt: skip
 
 
 def _field(results: Results, study: Study, metric: str) -> str:
