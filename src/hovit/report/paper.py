@@ -98,7 +98,7 @@ def table(plan: Plan, study: Study, root: Path = Path()) -> dict[str, Any]:
             {"label": row.label, "ours": row.ours, "cells": [c.cells[i] for c in columns]}
             for i, row in enumerate(study.rows)
         ],
-        "facts": [fact for results in sources for fact in _about(results, study, columns)],
+        "facts": _about(sources, study, columns),
         "notes": [*study.notes, *(f"{row.label}: {row.note}" for row in study.rows if row.note)],
         "measured": any(map(_judged, columns)),
         "origins": [[[asdict(o) for o in cell] for cell in column] for column in origins],
@@ -156,25 +156,23 @@ def _origins(study: Study, column: Column, i: int) -> list[Origin]:
     return found
 
 
-def _about(results: Results, study: Study, columns: list[Column]) -> list[dict[str, str]]:
-    """What stands under a table of what its columns took from these results."""
-    own = [column for column in columns if column.results is results]
-    metrics, timed = {column.metric for column in own}, any(map(_timed, own))
-    trained, counted = bool(metrics & TRAINED), bool(metrics & COUNTED)
-    drop = {"Commit"} | (set() if trained else OF_TRAINING) | (set() if timed else OF_TIMING)
-    if not (trained or timed or counted):
-        drop.add("Scale")
-    facts = [
-        {"name": name, "text": text.replace("`", "")}
-        for name, text in describe(results, study).items()
-        if name not in drop and (name != "Counted at" or not results.is_evidence)
-    ]
-    if results.problems:
-        many = plural(len(results.problems), "record")
-        facts.append(
-            {"name": "Not used", "text": f"{many}, named under the table in results/tables"}
+def _about(sources: list[Results], study: Study, columns: list[Column]) -> list[dict[str, str]]:
+    """What stands under a table of where its columns come from; what two say alike stands once."""
+    facts: dict[tuple[str, str], None] = {}
+    for results in sources:
+        own = [column for column in columns if column.results is results]
+        metrics, timed = {column.metric for column in own}, any(map(_timed, own))
+        trained = bool(metrics & TRAINED)
+        drop = {"Commit"} | (set() if trained else OF_TRAINING) | (set() if timed else OF_TIMING)
+        if not (trained or timed or metrics & COUNTED):
+            drop.add("Scale")
+        told = {k: text.replace("`", "") for k, text in describe(results, study).items()}
+        facts |= dict.fromkeys((name, told[name]) for name in told if name not in drop)
+    if many := sum(len(results.problems) for results in sources):
+        facts[("Not used", f"{plural(many, 'record')}, named in results/tables/{study.id}.md")] = (
+            None
         )
-    return facts
+    return [{"name": name, "text": text} for name, text in facts]
 
 
 def _grouped(
