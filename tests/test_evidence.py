@@ -18,7 +18,7 @@ from hovit.errors import HovitError
 from hovit.evidence import EVIDENCE, add, records_in, verify
 from hovit.files import write_json
 from hovit.plan import Plan, load_plan
-from hovit.predictions import predictions_digest, write_predictions
+from hovit.predictions import metrics, predictions_digest, write_predictions
 from hovit.records import read_record, write_record
 from hovit.report.claims import judge_all
 from hovit.report.tables import write_table
@@ -158,9 +158,9 @@ def test_another_record_of_the_same_run_is_not_overwritten(
 ) -> None:
     add(catalogue, [here / "elsewhere"], here)
     path = here / "elsewhere" / RUN
-    table = made_up_predictions(50)
+    table = made_up_predictions(read_record(path).results["top1"] + 5)
     write_predictions(path.parent / "predictions.csv.gz", table)
-    mutate(path, top1=50.0, predictions_sha256=predictions_digest(table))
+    mutate(path, top1=metrics(table)[1], predictions_sha256=predictions_digest(table))
     with pytest.raises(HovitError, match="another record of this run is there"):
         add(catalogue, [here / "elsewhere"], here)
 

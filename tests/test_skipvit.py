@@ -315,7 +315,7 @@ def test_a_resumed_run_ends_its_warm_up_where_it_would_have(
     """Stopped after every step: each drops, or not, as its epoch says."""
     run = small_run(
         plan,
-        "skipvit_small_patch16_224-schedule=6_45___11-warmup=0.15.imagenet.skipvit",
+        "skipvit_tiny_patch16_224-schedule=6_45___11-warmup=0.15.imagenet.skipvit",
         epochs=3,
         recipe={"batch_size": 48, "warmup_epochs": 0.0},
         model_args={"schedule": "6(45%)+11", "warmup": 0.67} | TRAINED,
@@ -345,12 +345,23 @@ def test_a_resumed_run_ends_its_warm_up_where_it_would_have(
 
 @torch.no_grad()
 def test_in_its_warm_up_it_is_timms():
-    model, theirs = small("6(45%)+11", warmup=0.5).eval(), plain().eval()
+    model, theirs = small("6(45%)+11", warmup=0.5), plain()
     x = torch.randn(2, 3, 32, 32)
     model.set_epoch(0, 10)
     assert torch.equal(model(x), theirs(x))
     model.set_epoch(5, 10)
     assert not torch.equal(model(x), theirs(x))
+
+
+@torch.no_grad()
+def test_the_warm_up_is_of_training_alone():
+    """So that an epoch of the warm-up is validated as it would be used."""
+    model = small("6(45%)+11", warmup=0.5).eval()
+    x = torch.randn(2, 3, 32, 32)
+    model.set_epoch(9, 10)
+    after = model(x)
+    model.set_epoch(0, 10)
+    assert torch.equal(model(x), after)
 
 
 @pytest.mark.parametrize("warmup", [-0.1, 1.5])

@@ -30,7 +30,8 @@ class SkipViT(VisionTransformer):
     """timm's ViT that skips tokens. Its modules, parameters and their names are timm's.
 
     With an empty schedule, in the warm-up, and where a ratio is too small to drop one token, it
-    is timm's to the bit. Otherwise it drops, in training and at evaluation alike.
+    is timm's to the bit. Otherwise it drops, in training and at evaluation alike. The warm-up is
+    of training alone: the epochs are compared as the model that is used in the end (ours).
 
     Args:
         schedule: in the seed's notation (`Schedule.parse`); `''` drops nothing.
@@ -72,7 +73,7 @@ class SkipViT(VisionTransformer):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """[B, 3, H, W] -> [B, N, C] tokens of the last layer: fewer than ViT's if none returned."""
-        if not (self.dropping and self.ratios):
+        if not self._drops():
             return super().forward_features(x, attn_mask, is_causal)
         if attn_mask is not None or is_causal:
             raise ValueError("a model that drops tokens takes no attention mask")
@@ -84,9 +85,12 @@ class SkipViT(VisionTransformer):
         Raises:
             ValueError: while it drops: a layer in between has no grid of features.
         """
-        if self.dropping and self.ratios:
+        if self._drops():
             raise ValueError("no grid of features in a layer that skips tokens: use schedule=''")
         return super().forward_intermediates(x, *args, **kwargs)
+
+    def _drops(self) -> bool:
+        return bool(self.ratios) and (self.dropping or not self.training)
 
     def _embed(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, N, C], the first layer's input."""
@@ -166,8 +170,7 @@ def kept_patches(model: SkipViT, x: Tensor) -> Tensor:
         raise ValueError("kept_patches needs the model in evaluation mode: model.eval()")
     x, schedule = model._embed(x), model.schedule
     indices: dict[int, Tensor] = {}
-    if model.dropping:
-        model._skip(x, indices)
+    model._skip(x, indices)
     prefix, (batch, n, _) = model.num_prefix_tokens, x.shape
     kept = torch.ones(batch, len(model.blocks), n - prefix, dtype=torch.bool, device=x.device)
     places = torch.arange(n, device=x.device).expand(batch, n)  # of each token, in the whole
