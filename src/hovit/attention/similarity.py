@@ -34,7 +34,8 @@ def euclidean(q: Tensor, k: Tensor) -> Tensor:
     q, k = q.flatten(0, -3), k.flatten(0, -3)
     norms = _square(q)[..., None] + _square(k)[..., None, :]
     squares = torch.baddbmm(norms, q, k.transpose(-2, -1), beta=scale, alpha=-2 * scale)
-    return -squares.clamp_(min=_least(squares)).sqrt_().unflatten(0, lead)
+    roots = squares.clamp_(min=_least(squares)).sqrt_()
+    return (-roots if roots.requires_grad else roots.neg_()).unflatten(0, lead)
 
 
 def sqeuclidean(q: Tensor, k: Tensor) -> Tensor:
