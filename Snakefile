@@ -39,9 +39,7 @@ SETTINGS = {
 EXPORTS = " ".join(f"{key}={shlex.quote(value)}" for key, value in SETTINGS.items())
 shell.prefix(f"set -euo pipefail; export {EXPORTS}; ")
 
-PACKS = {
-    run.pack.id: run.pack for seeds in PLAN.runs.values() for run in seeds.values()
-}
+PACKS = PLAN.packs
 STUDIES = PLAN.catalogue.studies
 EVIDENCE = evidence_digest()
 # What a report says of images and recipes.
@@ -201,7 +199,7 @@ rule analyse:
             for name in ("weights.safetensors", "record.json")
         ],
         lambda w: [
-            run.pack.folder / "images.npy"
+            PLAN.analysis_pack(PLAN.analysis(w.analysis), run).folder / "images.npy"
             for run in PLAN.analysed_runs(PLAN.analysis(w.analysis)).values()
         ],
     output:

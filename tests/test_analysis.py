@@ -84,3 +84,19 @@ def test_an_unknown_analysis_is_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(ROOT)
     with pytest.raises(HovitError, match="no analysis 'nosuch' in config/analyses; there are att"):
         CliRunner().invoke(app, ["analyse", "nosuch"], catch_exceptions=False)
+
+
+def test_pictures_show_the_scales_photographs() -> None:
+    """Where a scale names some; what it finds in numbers stays on the runs' own images."""
+    mini, smoke = (load_plan(scale, ROOT / "config") for scale in ("mini", "smoke"))
+    kept, pruned = mini.analysis("kept_patches"), mini.analysis("taylor_pruning")
+    (run, *_) = mini.analysed_runs(kept).values()
+    assert mini.analysis_pack(kept, run).id == "oxford-iiit-pet-sample-224px"
+    assert mini.analysis_pack(kept, run).id in mini.packs
+    assert mini.analysis_spec(kept)["photographs"]
+    (other, *_) = mini.analysed_runs(pruned).values()
+    assert mini.analysis_pack(pruned, other) == other.pack
+    assert "photographs" not in mini.analysis_spec(pruned)
+    for run in smoke.analysed_runs(kept).values():
+        assert smoke.analysis_pack(kept, run) == run.pack
+    assert "photographs" not in smoke.analysis_spec(kept)

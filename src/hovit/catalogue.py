@@ -158,6 +158,7 @@ class Scale(Strict):
     title: Text
     rank: Annotated[int, Field(ge=0)]  # the larger, the more its evidence counts
     datasets: dict[Role, Name]
+    photographs: Name | None = None  # whose test images pictures show; None: a run's own
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
     image_size: Annotated[int, Field(ge=32)] | None = None  # at most; None: the recipe's
     epoch_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -363,6 +364,8 @@ def _check_references(catalogue: Catalogue, root: Path) -> None:
     for scale in catalogue.scales.values():
         for role, dataset in scale.datasets.items():
             must(catalogue.datasets, dataset, f"scales/{scale.id}.yaml: datasets.{role}")
+        if scale.photographs:
+            must(catalogue.datasets, scale.photographs, f"scales/{scale.id}.yaml: photographs")
         for name, weights in scale.weights.items():
             if weights.row:
                 study_id, row_id = weights.row.split("/")

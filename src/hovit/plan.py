@@ -26,6 +26,7 @@ from .errors import HovitError
 from .files import digest, file_digest
 
 RUNS = Path("results/runs")
+PICTURES = ("attention_maps", "kept_patches")  # analyses that show an image beside what they find
 
 
 class Weights(Strict):
@@ -355,10 +356,30 @@ class Plan:
                 found[ref] = runs[0]
         return found
 
+    def analysis_pack(self, analysis: Analysis, run: Run) -> Pack:
+        """The images on which a run is analysed: its own, or in a picture the scale's photographs.
+
+        An analysis that takes classes, too, or whose numbers stand for the run's data has its own.
+        """
+        if self.scale.photographs is None or analysis.kind not in PICTURES:
+            return run.pack
+        return Pack(self.catalogue.datasets[self.scale.photographs], run.image_size)
+
+    @cached_property
+    def packs(self) -> dict[str, Pack]:
+        """Every pack of the scale: id -> pack."""
+        found = [run.pack for seeds in self.runs.values() for run in seeds.values()]
+        for analysis in self.catalogue.analyses.values():
+            runs = self.analysed_runs(analysis).values()
+            found += [self.analysis_pack(analysis, run) for run in runs]
+        return {pack.id: pack for pack in found}
+
     def analysis_spec(self, analysis: Analysis) -> dict[str, Any]:
         """All that decides what an analysis finds."""
         runs = self.analysed_runs(analysis)
-        return {
+        packs = {ref: self.analysis_pack(analysis, run) for ref, run in runs.items()}
+        others = {ref: p.spec_hash for ref, p in packs.items() if p != runs[ref].pack}
+        return ({"photographs": others} if others else {}) | {
             "kind": analysis.kind,
             "images": analysis.images,
             "args": analysis.args,
@@ -395,5 +416,4 @@ def all_packs(root: Path = Path("config")) -> dict[str, Pack]:
     """The packs of every scale: id -> pack."""
     catalogue = load_catalogue(root)
     plans = [Plan(catalogue, scale) for scale in catalogue.scales.values()]
-    runs = [run for plan in plans for seeds in plan.runs.values() for run in seeds.values()]
-    return {run.pack.id: run.pack for run in runs}
+    return {pack.id: pack for plan in plans for pack in plan.packs.values()}

@@ -15,7 +15,7 @@ from ..device import describe_device, peak_memory_mb
 from ..errors import HovitError, one_line
 from ..factory import create_model
 from ..files import digest, file_digest, write_text
-from ..plan import Plan, Run
+from ..plan import Pack, Plan
 from ..records import Record, make_provenance, write_record
 from ..sources import analysis_code
 from ..training.checkpoint import load_weights
@@ -57,7 +57,8 @@ def analyse(plan: Plan, analysis: Analysis, device: torch.device, root: Path = P
             raise HovitError(f"{weights}: not there: train {run.id} first")
         net = create_model(run.model, run.dataset.num_classes, run.image_size, **run.model_args)
         net.load_state_dict(load_weights(weights))
-        images, labels, indices = _images(run, analysis.images, root)
+        pack = plan.analysis_pack(analysis, run)
+        images, labels, indices = _images(pack, analysis.images, root)
         inputs = [images, labels] if analysis.kind in LABELLED else [images]
         try:
             on_device = [each.to(device) for each in inputs]
@@ -101,9 +102,9 @@ def to_csv(rows: dict[str, Any]) -> str:
     return pd.DataFrame(lines).to_csv(index=False, lineterminator="\n")
 
 
-def _images(run: Run, count: int, root: Path) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """A run's first test images, as its model takes them, their classes and places in the pack."""
-    packed = open_pack(run.pack, root / run.pack.folder)
+def _images(pack: Pack, count: int, root: Path) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """The first test images, as a model takes them, their classes and places in the pack."""
+    packed = open_pack(pack, root / pack.folder)
     indices = [int(i) for i in packed.splits["test"][:count]]
-    images = to_input(torch.from_numpy(packed.images[indices]), run.image_size)
+    images = to_input(torch.from_numpy(packed.images[indices]), pack.image_size)
     return images, torch.from_numpy(packed.labels[indices]), indices

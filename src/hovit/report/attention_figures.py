@@ -171,7 +171,7 @@ def attention_maps(results: Results) -> "Canvas":
 
     from . import style
 
-    study = results.plan.study("levit_attention")
+    study, analysis = results.plan.study("levit_attention"), results.plan.analysis("attention_maps")
     record = results.analysis("attention_maps")
     found = record.results["rows"] if record else {}
     canvas, axes = plt.subplots(1, len(found) + 1, figsize=(style.WIDTH, 1.6), squeeze=False)
@@ -185,8 +185,8 @@ def attention_maps(results: Results) -> "Canvas":
         ax.set_title(f"{label}\nentropy {row['entropy']:.2f}", fontsize=5.5)
     if found:
         ref, row = next(iter(found.items()))
-        run = results.plan.analysed_runs(results.plan.analysis("attention_maps"))[ref]
-        path = results.root / run.pack.folder / "images.npy"
+        run = results.plan.analysed_runs(analysis)[ref]
+        path = results.root / results.plan.analysis_pack(analysis, run).folder / "images.npy"
         if path.exists():  # evidence comes without its images
             axes[0][0].imshow(np.load(path, mmap_mode="r")[row["images"][0]])
             axes[0][0].set_title("test image", fontsize=5.5)

@@ -140,8 +140,8 @@ def kept_patches(results: Results) -> "Canvas":
         ax.set_axis_off()
     for line, (ref, n) in zip(axes, shown, strict=False):
         row = found[ref]
-        pack = results.plan.analysed_runs(analysis)[ref].pack.folder
-        path = results.root / pack / "images.npy"
+        run = results.plan.analysed_runs(analysis)[ref]
+        path = results.root / results.plan.analysis_pack(analysis, run).folder / "images.npy"
         image = np.load(path, mmap_mode="r")[row["images"][n]] if path.exists() else None
         if image is not None:  # evidence comes without its images
             line[0].imshow(image)
