@@ -317,6 +317,14 @@ def claims(
 
 
 @app.command()
+def readme() -> None:
+    """Write README's table and figure of results from the committed evidence."""
+    from .report.front import write_front
+
+    write_front(load_plan())
+
+
+@app.command()
 def paper(scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
     """Write results/paper, and compile the paper from it: paper/paper.pdf."""
     from .report.paper import write_paper

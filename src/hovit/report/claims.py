@@ -73,7 +73,7 @@ def _judge_by(results: Results, claim: Claim, seed: str) -> Verdict:
     if claim.to is None:
         number, noise = values[0].mean, values[0].noise
     else:
-        number, noise = _against(claim.kind, *values)
+        number, noise = against(claim.kind, *values)
     if claim.reported is None:
         name, why = _direction(claim, number, noise, *values)
         return verdict(name, number, why, *values)
@@ -86,7 +86,7 @@ def _judge_by(results: Results, claim: Claim, seed: str) -> Verdict:
     return verdict(name, number, f"{say(number)} against {claim.reported}{allowed}", *values)
 
 
-def _against(kind: str, a: Value, b: Value) -> tuple[float, float]:
+def against(kind: str, a: Value, b: Value) -> tuple[float, float]:
     """(a held against b as the claim's kind does it, the noise of that)."""
     if kind in ("less", "greater", "keeps"):
         if a.samples and len(a.samples) == len(b.samples):  # rounds in pairs: drift cancels
