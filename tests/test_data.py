@@ -1,9 +1,12 @@
 """Images: read, checked, split, packed and made into batches; broken ones are named in one line."""
 
+import hashlib
+import io
 import itertools
 import os
 import shutil
 import struct
+import tarfile
 import warnings
 import zipfile
 import zlib
@@ -20,6 +23,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.io import loadmat, savemat
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms
 
@@ -329,6 +333,7 @@ def test_pets_of_more_breeds_than_num_classes_are_refused():
         ("oxford_iiit_pet", "torchvision.datasets.oxford_iiit_pet.download_and_extract_archive"),
         ("cifar10", "torchvision.datasets.cifar.download_and_extract_archive"),
         ("cifar100", "torchvision.datasets.cifar.download_and_extract_archive"),
+        ("flowers102", "torchvision.datasets.flowers102.download_and_extract_archive"),
     ],
 )
 @pytest.mark.parametrize(
@@ -390,6 +395,164 @@ def test_cifar_keeps_its_test_set_untouched(monkeypatch, reader, classes):
     source = zip(parts[True].data, parts[True].targets, strict=True)
     assert mine == {(i.tobytes(), y) for i, y in source}
     assert not np.array_equal(pack.images[rest], parts[True].data)
+
+
+# Oxford 102 Flower, with splits of its own, and Stanford Cars, which nobody downloads any more
+
+KINDS = (1, 2, 5, 40, 101, 102)  # of the 102 flowers, those that these six have
+FLOWERS = dataset("flowers102", len(KINDS), split={"train": 0.9})
+
+
+def make_flowers(monkeypatch: pytest.MonkeyPatch, **labels: int) -> Path:
+    """Four images of each of six flowers, as published: an archive, and two files of labels.
+
+    Their checksums take the place of the real ones'.
+    """
+    base = Path("flowers-102")
+    base.mkdir()
+    of_image = [KINDS[i % len(KINDS)] for i in range(24)]
+    with tarfile.open(base / "102flowers.tgz", "w:gz") as archive:
+        for i in range(1, 25):
+            data = io.BytesIO()
+            picture(i, 40, 30).save(data, "jpeg")
+            member = tarfile.TarInfo(f"jpg/image_{i:05d}.jpg")
+            member.size = data.tell()
+            data.seek(0)
+            archive.addfile(member, data)
+    of_image[0] = labels.get("first", of_image[0])
+    savemat(base / "imagelabels.mat", {"labels": np.array([of_image], dtype=np.uint8)})
+    ids = {"trnid": [22, 8, 15, 1, 12, 5], "valid": [2, 9, 16, 23, 6]}  # splits are no ranges
+    ids["tstid"] = sorted(set(range(1, 25)) - set(ids["trnid"]) - set(ids["valid"]))
+    if "twice" in labels:
+        ids["tstid"][0] = ids["trnid"][0]
+    savemat(base / "setid.mat", ids)
+    sums = {
+        part: (name, hashlib.md5((base / name).read_bytes()).hexdigest())
+        for part, (name, _) in torchvision.datasets.Flowers102._file_dict.items()
+    }
+    monkeypatch.setattr(torchvision.datasets.Flowers102, "_file_dict", sums)
+    return base
+
+
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+
+
+def test_flowers_keep_their_own_three_splits(monkeypatch):
+    base = make_flowers(monkeypatch)
+    no_network(monkeypatch)
+    pack = packed(FLOWERS)
+    assert pack.meta["images"] == {"train": 6, "val": 5, "test": 13}
+    table = manifest(FLOWERS)
+    ids = loadmat(base / "setid.mat", squeeze_me=True)
+    for split, name in (("train", "trnid"), ("val", "valid"), ("test", "tstid")):
+        paths = table["path"][table["split"] == split]
+        assert sorted(int(path[-9:-4]) for path in paths) == sorted(ids[name])
+    numbers = [int(path[-9:-4]) for path in table["path"]]
+    assert pack.labels.tolist() == [(i - 1) % len(KINDS) for i in numbers]
+    assert set(table["class"]) >= {"001 pink primrose", "102 blackberry lily"}
+    # shuffled, by the seed
+    train = [
+        number for number, split in zip(numbers, table["split"], strict=True) if split != "test"
+    ]
+    assert train[:6] != sorted(train[:6])
+
+    (base / "102flowers.tgz").unlink()  # once unpacked
+    shutil.rmtree("data")
+    assert packed(FLOWERS).meta["fingerprint"] == pack.meta["fingerprint"]
+
+
+@pytest.mark.parametrize("name", ["102flowers.tgz", "imagelabels.mat", "setid.mat"])
+@pytest.mark.parametrize("spoil", [Path.unlink, _truncate])
+def test_flowers_by_hand_that_are_not_whole_say_what_belongs_there(monkeypatch, name, spoil):
+    base = make_flowers(monkeypatch)
+    no_network(monkeypatch)
+    spoil(base / name)
+    refused(FLOWERS, "flowers-102/102flowers.tgz", "imagelabels.mat", "setid.mat", "by hand")
+
+
+def test_a_wrong_flower_is_named(monkeypatch):
+    base = make_flowers(monkeypatch, first=103)
+    refused(FLOWERS, "image_00001.jpg", "class 103", "1..102")
+    shutil.rmtree(base)
+    base = make_flowers(monkeypatch, twice=1)
+    refused(FLOWERS, "listed 2 times")
+    shutil.rmtree(base)
+    base = make_flowers(monkeypatch)
+    packed(FLOWERS)
+    shutil.rmtree("data")
+    (base / "jpg/image_00007.jpg").unlink()
+    refused(FLOWERS, "image_00007.jpg", "cannot be decoded")
+
+
+CARS = dataset("stanford_cars", 4, split={"train": 0.75})
+MODELS = ["AM General Hummer SUV 2000", "Ram C/V Cargo Van Minivan 2012", "Audi TT, 2011", "smart"]
+
+
+def make_cars(train: int = 8, **labels: int) -> Path:
+    """A few images of four cars in the published layout; annotations as Matlab's structs."""
+    base = Path("stanford_cars")
+    (base / "devkit").mkdir(parents=True)
+    for split, where in (
+        ("train", "devkit/cars_train_annos"),
+        ("test", "cars_test_annos_withlabels"),
+    ):
+        (base / f"cars_{split}").mkdir()
+        rows = []
+        for i in range(1, (train if split == "train" else 5) + 1):
+            name = f"{i:05d}.jpg"
+            picture(i + 100 * (split == "test"), 40, 30).save(base / f"cars_{split}/{name}")
+            number = labels.get(f"{split}_{i}", i % 4 + 1)
+            rows.append((3, 3, 37, 27, np.uint8(number), name))
+        fields = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname")
+        array = np.array([rows], dtype=[(field, object) for field in fields])
+        savemat(base / f"{where}.mat", {"annotations": array})
+    savemat(base / "devkit/cars_meta.mat", {"class_names": np.array([MODELS], dtype=object)})
+    return base
+
+
+def test_cars_keep_their_test_set_untouched():
+    make_cars()
+    pack = packed(CARS)
+    assert pack.meta["images"] == {"train": 6, "val": 2, "test": 5}
+    table = manifest(CARS)
+    for path, split, label in zip(table["path"], table["split"], table["label"], strict=True):
+        assert (Path(path).parent.name == "cars_test") == (split == "test")
+        assert label == int(Path(path).stem) % 4
+    assert set(table["class"]) == {f"{i:03d} {name}" for i, name in enumerate(MODELS, 1)}
+
+
+PARTS = ["cars_train", "cars_test", "cars_test_annos_withlabels.mat", "devkit/cars_meta.mat",
+         "devkit/cars_train_annos.mat"]  # fmt: skip
+
+
+@pytest.mark.parametrize("missing", PARTS)
+def test_cars_that_are_not_there_say_where_they_go(missing):
+    path = make_cars() / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    refused(CARS, f"stanford_cars/{missing}: not found", "download is gone", *PARTS)
+
+
+def _no_struct(path: Path) -> None:
+    savemat(path, {"other": [1, 2]})
+
+
+@pytest.mark.parametrize("spoil", [_empty, _truncate, _no_image, _no_struct])
+@pytest.mark.parametrize("name", PARTS[2:])
+def test_labels_of_cars_that_cannot_be_read_are_named(name, spoil):
+    spoil(make_cars() / name)
+    refused(CARS, name, "cannot be read")
+
+
+def test_a_wrong_car_is_named():
+    base = make_cars(train_3=5)
+    refused(CARS, "cars_train/00003.jpg", "class 5", "1..4")
+    shutil.rmtree(base)
+    (make_cars() / "cars_test/00002.jpg").unlink()
+    refused(CARS, "cars_test/00002.jpg", "cannot be decoded")
 
 
 # Image folders and zips of them

@@ -46,7 +46,7 @@ Metric = Literal[
     "images_test",
     "gigabytes",
 ]
-Role = Literal["pets", "cifar10", "cifar100", "imagenet", "pretrain"]
+Role = Literal["pets", "cifar10", "cifar100", "flowers", "cars", "imagenet", "pretrain", "upstream"]
 Plain = StrictBool | StrictInt | FiniteFloat | StrictStr
 Argument = Plain | tuple[Plain, ...]  # what a model may be told
 # What the study, the scale or the row's other keys say to timm.create_model.
@@ -65,7 +65,8 @@ class Strict(BaseModel):
 
 class Split(Strict):
     """Shares of the images, rounded down; the rest is the test split (or, with a test set of its
-    own, the validation split)."""
+    own, the validation split). A source with a validation set of its own keeps it: the seed only
+    shuffles then."""
 
     train: Fraction
     val: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -85,7 +86,15 @@ class Dataset(Strict):
     title: Text
     about: Text
     stands_for: Text | None = None  # the seed's own images, where these are others
-    reader: Literal["digits", "oxford_iiit_pet", "cifar10", "cifar100", "image_folder"]
+    reader: Literal[
+        "digits",
+        "oxford_iiit_pet",
+        "cifar10",
+        "cifar100",
+        "flowers102",
+        "stanford_cars",
+        "image_folder",
+    ]
     num_classes: Annotated[int, Field(ge=2)]
     files: tuple[Text, ...] = ()  # under the data root: folders or zips, joined
     test_files: tuple[Text, ...] = ()  # image_folder only: a test set of its own
@@ -164,6 +173,7 @@ class Scale(Strict):
     epoch_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
     limit: Limit = Limit()
     models: dict[Name, ModelStandIn] = {}  # the seed's -> what is trained and timed in its place
+    epochs: dict[Name, Annotated[int, Field(ge=1)]] = {}  # recipe -> instead of by the factor
     batch_sizes: dict[Name, Annotated[int, Field(ge=2)]] = {}  # recipe -> instead of its own
     weights: dict[Name, WeightsFrom]  # pretrained model -> where from
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
@@ -196,7 +206,7 @@ class Row(Strict):
     label: Text
     model: Name | None = None
     model_args: dict[str, Argument] = {}
-    pretrained: Name | None = None  # ResNet50 inside (or being) the model starts from these
+    pretrained: Name | None = None  # the model, or the ResNet50 inside it, starts from these
     recipe: Name | None = None  # None: the study's
     dataset: Role | None = None  # None: the study's; in a `data` study: of which the row tells
     image_size: Annotated[int, Field(ge=32)] | None = None  # None: the study's
@@ -366,6 +376,9 @@ def _check_references(catalogue: Catalogue, root: Path) -> None:
             must(catalogue.datasets, dataset, f"scales/{scale.id}.yaml: datasets.{role}")
         if scale.photographs:
             must(catalogue.datasets, scale.photographs, f"scales/{scale.id}.yaml: photographs")
+        for key, recipes in (("epochs", scale.epochs), ("batch_sizes", scale.batch_sizes)):
+            for recipe in recipes:
+                must(catalogue.recipes, recipe, f"scales/{scale.id}.yaml: {key}")
         for name, weights in scale.weights.items():
             if weights.row:
                 study_id, row_id = weights.row.split("/")

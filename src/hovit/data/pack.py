@@ -81,7 +81,10 @@ def prepare(pack: plan.Pack, data_root: Path, folder: Path | None = None) -> dic
 
 
 def _draw(dataset: Dataset, items: list[Item]) -> tuple[list[Item], list[Item]]:
-    """The images that take part, shuffled by the seed: (to be split, the source's own test set)."""
+    """The images that take part, shuffled by the seed: (to be split, the source's own test set).
+
+    Those of the source's own validation set, if it has one, come after those for training.
+    """
     rng = np.random.default_rng(dataset.split.seed)
     names = sorted({item.label for item in items})
     if dataset.classes:
@@ -107,7 +110,7 @@ def _draw(dataset: Dataset, items: list[Item]) -> tuple[list[Item], list[Item]]:
                 f"{dataset.id}: {len(to_split):,} images found, {dataset.images:,} needed"
             )
         to_split = to_split[: dataset.images]
-    return to_split, own_test
+    return sorted(to_split, key=lambda item: item.val), own_test
 
 
 def _label_numbers(dataset: Dataset, items: Sequence[Item]) -> dict[str, int]:
@@ -131,7 +134,10 @@ def _write(
     pack: plan.Pack, items: list[Item], own_test: list[Item], folder: Path
 ) -> dict[str, Any]:
     dataset = pack.dataset
-    sizes = split_sizes(len(items), dataset.split, has_test=bool(own_test))
+    own_val = sum(item.val for item in items)
+    sizes = (len(items) - own_val, own_val, 0)
+    if not own_val:
+        sizes = split_sizes(len(items), dataset.split, has_test=bool(own_test))
     everything = [*items, *own_test]
     splits = np.repeat(SPLITS, [sizes[0], sizes[1], sizes[2] + len(own_test)])
     numbers = _label_numbers(dataset, everything)

@@ -1,7 +1,9 @@
 """Where images come from: one reader a source, each giving the same plain items.
 
-Sources: scikit-learn's digits; Oxford-IIIT Pet (Parkhi et al., 2012) and CIFAR-10/100 (Krizhevsky,
-2009) through torchvision, which downloads and checks sums; any ImageFolder tree or a zip of one.
+Sources: scikit-learn's digits; Oxford-IIIT Pet (Parkhi et al., 2012), CIFAR-10/100 (Krizhevsky,
+2009) and Oxford 102 Flower (Nilsback and Zisserman, 2008) through torchvision, which downloads and
+checks sums; Stanford Cars (Krause et al., 2013), likewise read but no more to be downloaded; any
+ImageFolder tree or a zip of one.
 """
 
 import io
@@ -37,12 +39,14 @@ class Item:
         label: its class, by name; sorted names give the label numbers.
         load: opens it (and may fail).
         test: whether it belongs to the source's own test set.
+        val: whether it belongs to the source's own validation set.
     """
 
     path: str
     label: str
     load: Callable[[], Image.Image]
     test: bool = False
+    val: bool = False
 
 
 def read_items(dataset: Dataset, data_root: Path) -> list[Item]:
@@ -78,7 +82,12 @@ def _digits(dataset: Dataset, data_root: Path) -> list[Item]:
     ]
 
 
-def _download(build: Callable[[], list[Item]], dataset: Dataset, data_root: Path) -> list[Item]:
+def _download(
+    build: Callable[[], list[Item]],
+    dataset: Dataset,
+    data_root: Path,
+    what: str = "its archives or folders",
+) -> list[Item]:
     """Run a torchvision reader; a failed download or a wrong checksum becomes one line."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENCE)  # torchvision sets none, and would wait for ever
@@ -89,7 +98,7 @@ def _download(build: Callable[[], list[Item]], dataset: Dataset, data_root: Path
             raise HovitError(f"{dataset.id}: {data_root}: {one_line(error)}") from None
         raise HovitError(
             f"{dataset.id}: torchvision could not get it into {data_root} ({one_line(error)}); "
-            "without a network, put its archives or folders there by hand"
+            f"without a network, put {what} there by hand"
         ) from None
     finally:
         socket.setdefaulttimeout(before)
@@ -162,6 +171,62 @@ def _cifar(dataset: Dataset, data_root: Path) -> list[Item]:
         return items
 
     return _download(build, dataset, data_root)
+
+
+FLOWERS = ("flowers-102/102flowers.tgz", "flowers-102/imagelabels.mat", "flowers-102/setid.mat")
+
+
+def _flowers102(dataset: Dataset, data_root: Path) -> list[Item]:
+    from torchvision.datasets import Flowers102
+
+    def build() -> list[Item]:
+        items = []
+        for split in ("train", "val", "test"):
+            flowers = Flowers102(str(data_root), split, download=True)
+            items += [
+                _numbered(path, number, Flowers102.classes, split)
+                for path, number in zip(flowers._image_files, flowers._labels, strict=True)
+            ]
+        return sorted(items, key=lambda item: item.path)
+
+    return _download(build, dataset, data_root, ", ".join(FLOWERS))
+
+
+CARS = (
+    "cars_train", "cars_test", "cars_test_annos_withlabels.mat", "devkit/cars_meta.mat",
+    "devkit/cars_train_annos.mat",
+)  # fmt: skip
+
+
+def _stanford_cars(dataset: Dataset, data_root: Path) -> list[Item]:
+    from torchvision.datasets import StanfordCars
+
+    base = data_root / "stanford_cars"
+    if missing := [name for name in CARS if not (base / name).exists()]:
+        raise HovitError(
+            f"{dataset.id}: {base / missing[0]}: not found, and its authors' download is gone; get "
+            f"the images and labels elsewhere and put into {base}: {', '.join(CARS)}"
+        )
+    items = []
+    for split in ("train", "test"):
+        try:
+            cars = StanfordCars(str(data_root), split)
+            found = [(Path(path), int(number)) for path, number in cars._samples]
+        except Exception as error:  # scipy's reader stumbles in many ways
+            labels = base / CARS[2 if split == "test" else 4]
+            raise HovitError(
+                f"{labels}, or {base / CARS[3]}: cannot be read ({one_line(error)})"
+            ) from None
+        items += [_numbered(path, number, cars.classes, split) for path, number in found]
+    return sorted(items, key=lambda item: item.path)
+
+
+def _numbered(path: Path, number: int, names: Sequence[str], split: str) -> Item:
+    """An image whose class is a number, from 0, with its source's name for it."""
+    if not 0 <= number < len(names):
+        raise HovitError(f"{path}: labelled as class {number + 1}, outside 1..{len(names)}")
+    label = f"{number + 1:03d} {names[number]}"
+    return Item(str(path), label, lambda: Image.open(path), split == "test", split == "val")
 
 
 def _image_folder(dataset: Dataset, data_root: Path) -> list[Item]:
@@ -266,5 +331,7 @@ READERS: dict[str, Callable[[Dataset, Path], list[Item]]] = {
     "oxford_iiit_pet": _oxford_iiit_pet,
     "cifar10": _cifar,
     "cifar100": _cifar,
+    "flowers102": _flowers102,
+    "stanford_cars": _stanford_cars,
     "image_folder": _image_folder,
 }
