@@ -65,7 +65,7 @@ def test_every_table_in_three_forms(plan: Plan, root: Path) -> None:
         if study.kind == "models":
             facts = ["Scale", *["Data", "Seeds"] * study.trained]
             if any(row.pretrained for row in study.rows):
-                facts.append("ResNet50 of the Launcher from")
+                facts.append("Pretrained weights from")
             for fact in facts:
                 assert f"**{fact}**" in text
     write_index(plan, root)

@@ -26,7 +26,7 @@ OUT = Path("results/paper")
 TEXT = Path("paper/paper.typ")
 PDF = Path("paper/paper.pdf")
 FILES = ("variables", "tables", "figures", "claims", "costs")
-OF_TRAINING = {"Data", "Images", "Trained on", "Recipe", "Seeds", "ResNet50 of the Launcher from"}
+OF_TRAINING = {"Data", "Images", "Trained on", "Recipe", "Seeds", "Pretrained weights from"}
 OF_TIMING = {"Latency", "Throughput"}
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 
 from ..catalogue import Row, Study
 from ..files import write_text
-from ..plan import Plan
+from ..plan import Plan, Run
 from .latex import to_latex
 from .values import INEXACT, Results, Value, evidence_for, find_evidence, plural
 
@@ -159,7 +159,7 @@ def baseline_ratio(results: Results, study: Study, row: Row, metric: str) -> flo
 
 
 def describe(results: Results, study: Study) -> dict[str, str]:
-    """What every table states: scale, data, device, seeds, what the Launcher started from."""
+    """What every table states: scale, data, device, seeds, what models started from."""
     plan = results.plan
     scale = plan.scale
     lines = {"Scale": f"`{scale.id}`: {scale.title}"}
@@ -186,15 +186,11 @@ def _training(results: Results, study: Study) -> dict[str, str]:
     rows = plan.rows_run(study)
     runs = [run for row in rows for run in plan.runs_of(study, row)]
     trained = [record for row in rows for _, record in results.trained(study, row)]
-    dataset = runs[0].dataset
-    stands = f"; stands in for {dataset.stands_for}" if dataset.stands_for else ""
-    lines["Data"] = f"{dataset.title} — {dataset.about}{stands}"
+    lines["Data"] = "; ".join(dict.fromkeys(_images_of(run) for run in runs))
+    if none := {row.dataset or study.dataset for row in study.rows} - {run.role for run in runs}:
+        lines["Not run"] = f"{', '.join(sorted(none))}: this scale has no such images"
     if trained:
-        counts = trained[0].results
-        lines["Images"] = (
-            f"{counts['images_train']:,} / {counts['images_val']:,} / {counts['images_test']:,} "
-            f"(train / validation / test) at {runs[0].image_size} px"
-        )
+        lines["Images"] = _image_counts(results, study, rows)
         devices = sorted({str(record.provenance.device) for record in trained})
         versions = sorted({r.provenance.versions.get("torch", "?") for r in trained})
         lines["Trained on"] = (
@@ -212,8 +208,26 @@ def _training(results: Results, study: Study) -> dict[str, str]:
     if any(row.pretrained for row in rows):
         with_records = [row for row in rows if results.trained(study, row)]
         started = sorted({results.weights_from(study, row) for row in with_records} - {""})
-        lines["ResNet50 of the Launcher from"] = "; ".join(started) or "no row was trained yet"
+        lines["Pretrained weights from"] = "; ".join(started) or "no row was trained yet"
     return lines
+
+
+def _images_of(run: Run) -> str:
+    """What a run's images are, and whose they stand for."""
+    stands = f"; stands in for {run.dataset.stands_for}" if run.dataset.stands_for else ""
+    return f"{run.dataset.title} — {run.dataset.about}{stands}"
+
+
+def _image_counts(results: Results, study: Study, rows: list[Row]) -> str:
+    """Images of each split and their size; for each dataset, if there are several."""
+    counts = {}
+    for row in rows:
+        for run, record in results.trained(study, row)[:1]:
+            splits = (record.results[f"images_{split}"] for split in ("train", "val", "test"))
+            counts[run.dataset.title] = " / ".join(f"{n:,}" for n in splits)
+    found = [f"{title} {n}" for title, n in counts.items()] if len(counts) > 1 else counts.values()
+    size = results.plan.runs_of(study, rows[0])[0].image_size
+    return f"{', '.join(found)} (train / validation / test) at {size} px"
 
 
 def _measuring(results: Results, study: Study) -> dict[str, str]:
