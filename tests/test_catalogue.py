@@ -8,9 +8,11 @@ import string
 import subprocess
 import sys
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import timm
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -102,7 +104,9 @@ MISTAKES = {
     "a key twice": (DECK, "epochs: 50", "epochs: 50\nepochs: 5", "not valid YAML: key 'epochs' is given twice"),
     "a key twice, nested": (DEPTH, "seed: hovit", "seed: hovit, seed: ours", "not valid YAML: key 'seed' is given twice"),
     "unknown recipe": (DEPTH, "columns:", "recipe: nosuch\ncolumns:", "depth.yaml: recipe: 'nosuch' is not defined; allowed: deck, deck_100, deck_32, efficientvit, "
-            "pretrain, skipvit"),
+            "finetune, pretrain, skipvit"),
+    "epochs of an unknown recipe": (SMOKE, "epochs: {finetune: 1}", "epochs: {nosuch: 1}", "smoke.yaml: epochs: 'nosuch' is not defined; allowed: deck"),
+    "a batch of an unknown recipe": (SMOKE, "batch_sizes: {skipvit: 64", "batch_sizes: {nosuch: 64", "smoke.yaml: batch_sizes: 'nosuch' is not defined; allowed: deck"),
     "unknown recipe of a row": (DEPTH, "ours: true", "recipe: nosuch", "depth.yaml: rows[1].recipe: 'nosuch' is not defined; allowed: deck"),
     "unknown role": (DEPTH, "columns:", "dataset: cats\ncolumns:", "depth.yaml: dataset: input should be 'pets', 'cifar10'"),
     "unknown role of a scale": (SMOKE, "pets: digits", "cats: digits", "smoke.yaml: datasets.cats"),
@@ -306,12 +310,14 @@ def test_seeds_are_the_scales_and_folders_are_apart(plans, scale):
     plan = plans[scale]
     for run_id, by_seed in plan.runs.items():
         first = next(iter(by_seed.values()))
-        wanted = plan.scale.seeds[:1] if first.role == "pretrain" else plan.scale.seeds
+        once = first.role in ("pretrain", "upstream")
+        wanted = plan.scale.seeds[:1] if once else plan.scale.seeds
         assert tuple(by_seed) == wanted, run_id
         assert len({run.spec_hash for run in by_seed.values()}) == len(wanted)
     runs = [run for by_seed in plan.runs.values() for run in by_seed.values()]
     assert len({run.folder for run in runs}) == len(runs)
-    assert len({run.spec_hash for run in runs}) == len(runs)
+    # at smoke the digits play every role
+    assert len({(run.role, run.spec_hash) for run in runs}) == len(runs)
 
 
 def test_a_scale_shrinks_the_recipe(plans):
@@ -321,6 +327,18 @@ def test_a_scale_shrinks_the_recipe(plans):
     pretrain = plans["proxy"].run(RESNET)
     assert (pretrain.recipe.epochs, pretrain.image_size, pretrain.seed) == (60, 64, 0)
     assert smoke.pack.id == "digits-64px"
+
+
+def test_a_scale_may_say_a_recipes_epochs_itself(plans):
+    full, short = (
+        plans[s].run("efficientvit_paper_m5-pretrained.pets.finetune") for s in ("paper", "mini")
+    )
+    assert (full.recipe.epochs, full.recipe.batch_size) == (300, 256)
+    assert (full.recipe.lr, full.recipe.weight_decay) == (1e-3, 1e-8)
+    assert full.recipe.warmup_epochs == 5
+    assert short.recipe.epochs == plans["mini"].scale.epochs["finetune"] == 3
+    assert short.recipe.warmup_epochs == pytest.approx(5 * 3 / 300)
+    assert short.image_size == 96
 
 
 def test_a_scale_without_a_dataset_has_no_runs_of_it(plans):
@@ -357,6 +375,7 @@ EDITS = [  # file, text, its replacement, whose specs change
     (SMOKE, "weights:", "precision: bf16-mixed\nweights:", {"hovit", "resnet", "launcher"}),
     (SMOKE, "{row: pretraining/resnet50}", "{timm: resnet50.a1_in1k}", {"launcher"}),
     (SMOKE, "rounds: ", "rounds: 1", set()),
+    (SMOKE, "epochs: {finetune: 1}", "epochs: {deck: 2}", {"hovit", "launcher"}),
     (SMOKE, 'title: "', 'title: "Other ', set()),
     (DECK, 'title: "', 'title: "Other ', set()),
     ("recipes/pretrain.yaml", 'title: "', 'title: "Other ', set()),
@@ -388,8 +407,44 @@ def test_launchers_start_from_the_scales_resnet50(plans, scale):
         else:
             assert upstream is plan.run(RESNET)
             assert run.weights.spec == upstream.spec_hash
-    assert plan.upstreams == (set() if scale == "paper" else {RESNET})
+    assert (RESNET in plan.upstreams) == (scale != "paper")
     assert plan.upstream(plan.run("hovit.pets.deck")) is None
+
+
+TIMM = {  # row's model -> timm's weights, at scale paper
+    "efficientvit_paper_m5": "efficientvit_m5.r224_in1k",
+    "mobilenetv3_large_100": "mobilenetv3_large_100.ra_in1k",
+    "vit_small_patch16_224": "vit_small_patch16_224.augreg_in1k",
+}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_downstream_models_start_from_their_own_weights(plans, scale):
+    plan = plans[scale]
+    study = plan.study("efficientvit_downstream")
+    runs = [run for row in study.rows for run in plan.runs_of(study, row)]
+    assert {run.model for run in runs} == TIMM.keys()
+    for run in runs:
+        upstream = plan.upstream(run)
+        if scale == "paper":
+            assert run.weights.timm == TIMM[run.model]
+            assert timm.get_pretrained_cfg(run.weights.timm).hf_hub_id
+            continue
+        assert (upstream.model, upstream.role) == (run.model, "upstream")
+        assert upstream.image_size == run.image_size  # nothing is interpolated
+        assert run.weights.spec == upstream.spec_hash
+    roles = {run.role for run in runs}
+    assert roles >= {"pets"}
+    assert ({"flowers", "cars"} <= roles) == (scale == "paper")
+
+
+@pytest.mark.parametrize("scale", ["mini", "proxy"])
+def test_stand_ins_share_no_class_with_what_models_are_pretrained_on(plans, scale):
+    datasets, catalogue = plans[scale].scale.datasets, plans[scale].catalogue.datasets
+    first, last = catalogue[datasets["upstream"]].classes
+    for role in ("pets", "cifar100"):
+        begin, end = catalogue[datasets[role]].classes
+        assert end <= first or last <= begin
 
 
 def test_what_others_start_from_comes_first(plans):
@@ -409,16 +464,29 @@ def test_model_args_are_part_of_the_id(plans):
     assert ids == [f"levit_deck_dropout-drop_rate={p}.pets.deck" for p in (0.1, 0.3, 0.5)]
 
 
-def test_given_weights_stand_in_for_every_scales(tmp_path):
+def test_given_weights_stand_in_for_a_scales_resnet50(tmp_path):
     file = tmp_path / "a.safetensors"
     file.write_bytes(b"1")
     plan = load_plan("smoke", CONFIG, file)
-    assert plan.upstreams == set()
+    assert RESNET not in plan.upstreams
+    assert plan.upstream(plan.run("vit_small_patch16_224-pretrained.pets.finetune"))
     one = plan.run("l_hovit.pets.deck")
     file.write_bytes(b"2")
     two = load_plan("smoke", CONFIG, file).run("l_hovit.pets.deck")
     assert one.weights.sha256 != two.weights.sha256
     assert one.spec_hash != two.spec_hash
+
+
+def test_a_folder_of_weights_has_each_models_own(tmp_path):
+    for name in ("resnet50", "efficientvit_m5"):
+        (tmp_path / f"{name}.safetensors").write_bytes(name.encode())
+    plan = load_plan("smoke", CONFIG, tmp_path)
+    given = {name: sha256(name.encode()).hexdigest() for name in ("resnet50", "efficientvit_m5")}
+    assert plan.run("l_hovit.pets.deck").weights.sha256 == given["resnet50"]
+    m5 = plan.run("efficientvit_paper_m5-pretrained.pets.finetune")
+    assert m5.weights.sha256 == given["efficientvit_m5"]
+    vit = plan.run("vit_small_patch16_224-pretrained.pets.finetune")
+    assert vit.weights.run == "vit_small_patch16_224.upstream.efficientvit"  # has no file
 
 
 def test_printed_numbers_keep_their_digits():

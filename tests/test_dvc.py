@@ -76,7 +76,11 @@ def shrink(root: Path) -> None:
     edits = {
         "config/scales/smoke.yaml": [
             ("{train: 256, val: 64, test: 128}", "{train: 64, val: 32, test: 32}"),
-            ("  resnet50: {row: pretraining/resnet50}", "  resnet50: {timm: resnet50.a1_in1k}"),
+            ("{row: pretraining/resnet50}", "{timm: resnet50.a1_in1k}"),
+            *(
+                (f"{{row: efficientvit_pretraining/{row}}}", "{timm: resnet50.a1_in1k}")
+                for row in ("m5", "mobilenetv3", "vit_small")
+            ),
             ("rounds: 10", "rounds: 3"),
         ],
         "Snakefile": [("figure=FIGURES, ext", "figure=[], ext")],  # they need more studies

@@ -13,10 +13,12 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, small_run
+from safetensors.torch import save_file
 
 from hovit.catalogue import Recipe
 from hovit.errors import HovitError, OutOfTime
-from hovit.plan import Plan, Run, Weights
+from hovit.factory import create_model
+from hovit.plan import Plan, Run, Weights, load_plan
 from hovit.sweep import parse_budget
 from hovit.training.checkpoint import load_weights, save_weights
 from hovit.training.loop import (
@@ -221,11 +223,67 @@ def test_wrong_weights_are_named(plan: Plan, tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
     save_weights(path, timm.create_model("resnet18", num_classes=7))
     model = timm.create_model("resnet50", num_classes=10)
-    with pytest.raises(HovitError, match="not the weights of resnet50's ResNet50"):
+    with pytest.raises(HovitError, match="not the weights of resnet50 at 64 px"):
         load_pretrained(model, pretrained_run(plan, "resnet50"), Path(), path)
     path.write_bytes(b"\x80\x04K\x01.")  # a pickle
     with pytest.raises(HovitError, match="not a readable safetensors"):
         load_pretrained(model, pretrained_run(plan, "resnet50"), Path(), path)
+
+
+@pytest.mark.parametrize("launcher", [True, False])
+def test_weights_of_another_model_in_a_folder_are_named(
+    plan: Plan, tmp_path: Path, launcher: bool
+) -> None:
+    path = tmp_path / "resnet50.safetensors"
+    save_weights(path, timm.create_model("resnet18", num_classes=7))
+    given = load_plan("smoke", ROOT / "config", tmp_path)
+    name = "l_hovit" if launcher else "resnet50"
+    run = given.run("l_hovit.pets.deck" if launcher else "resnet50-pretrained.pets.deck")
+    part = "l_hovit's ResNet50" if launcher else "resnet50"
+    with pytest.raises(HovitError, match=f"resnet50.safetensors: not the weights of {part} at"):
+        load_pretrained(timm.create_model(name, num_classes=10), run, tmp_path, tmp_path)
+    path.unlink()
+    with pytest.raises(HovitError, match=r"no \.safetensors in it with sha256 .* any more"):
+        load_pretrained(timm.create_model(name, num_classes=10), run, tmp_path, tmp_path)
+
+
+DOWNSTREAM = {  # model -> (the name of its weights, whose weights they may be, its classifier)
+    "efficientvit_paper_m5": ("efficientvit_m5", "efficientvit_m5", "head.linear."),
+    "mobilenetv3_large_100": ("mobilenetv3_large_100", "mobilenetv3_large_100", "classifier."),
+    "vit_small_patch16_224": ("vit_small_patch16_224", "vit_small_patch16_224", "head."),
+}
+
+
+@pytest.mark.parametrize("name", DOWNSTREAM)
+def test_all_but_the_classifier_is_taken(tmp_path: Path, name: str) -> None:
+    """timm's own model gives, ours (or timm's) takes, with other classes."""
+    pretrained, source, classifier = DOWNSTREAM[name]
+    giver = create_model(source, 7, 64)
+    state = {k: v.clone() for k, v in giver.state_dict().items()}
+    if name == "efficientvit_paper_m5":  # as older files of timm's have it
+        state["stages.0.blocks.0.mixer.m.attn.attention_bias_idxs"] = torch.zeros(4, 4).long()
+        made = dict(create_model(name, 10, 64).named_buffers()).keys()
+        assert "stages.0.blocks.0.mixer.m.attn.attention_bias_idxs" in made
+    save_file(state, tmp_path / f"{pretrained}.safetensors")
+    run = load_plan("smoke", ROOT / "config", tmp_path).run(f"{name}-pretrained.pets.finetune")
+    model = create_model(name, 10, 64)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    digest = load_pretrained(model, run, tmp_path, tmp_path)
+    assert run.weights is not None
+    assert digest == run.weights.sha256
+    for key, tensor in model.state_dict().items():
+        expected = before[key] if key.startswith(classifier) else state[key]
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=0)
+
+
+def test_weights_of_another_image_size_are_named(tmp_path: Path) -> None:
+    giver = create_model("efficientvit_paper_m5", 7, 224)
+    save_weights(tmp_path / "efficientvit_m5.safetensors", giver)
+    plan = load_plan("smoke", ROOT / "config", tmp_path)
+    run = plan.run("efficientvit_paper_m5-pretrained.pets.finetune")
+    model = create_model("efficientvit_paper_m5", 10, 64)
+    with pytest.raises(HovitError, match=r"efficientvit_paper_m5 at 64 px: .*attention_biases"):
+        load_pretrained(model, run, tmp_path, tmp_path)
 
 
 def test_a_missing_pretraining_run_says_what_to_do(plan: Plan, tmp_path: Path) -> None:
@@ -241,7 +299,7 @@ def test_offline_timm_weights_have_one_clear_line(
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(HovitError, match=r"--weights FILE\.safetensors") as error:
+    with pytest.raises(HovitError, match=r"as resnet50\.safetensors .*--weights FOLDER") as error:
         download_timm("resnet50.a1_in1k")
     assert "\n" not in str(error.value)
     with pytest.raises(HovitError, match="no weights"):

@@ -30,7 +30,9 @@ ScaleOption = Annotated[str, typer.Option(help="One of config/scales.")]
 WeightsOption = Annotated[
     Path | None,
     typer.Option(
-        envvar="HOVIT_WEIGHTS", help="Pretrained ResNet50 as .safetensors, in place of the scale's."
+        envvar="HOVIT_WEIGHTS",
+        help="Pretrained ResNet50 as .safetensors, or a folder of MODEL.safetensors, in place of "
+        "the scale's.",
     ),
 ]
 DataRoot = Annotated[

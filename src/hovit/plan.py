@@ -27,10 +27,11 @@ from .files import digest, file_digest
 
 RUNS = Path("results/runs")
 PICTURES = ("attention_maps", "kept_patches")  # analyses that show an image beside what they find
+PRETRAINING = ("pretrain", "upstream")  # roles of what others start from: one seed is enough
 
 
 class Weights(Strict):
-    """Where ResNet50's weights come from: exactly one of a run, timm's hub, a file."""
+    """Where pretrained weights come from: exactly one of a run, timm's hub, a file."""
 
     run: str | None = None
     seed: int = 0
@@ -111,13 +112,15 @@ class Plan:
     Args:
         catalogue: all of `config/`.
         scale: the scale.
-        weights_file: safetensors that stand in for every pretrained model (`--weights`).
+        weights_file: what `--weights` names: ResNet50's weights, or a folder of NAME.safetensors,
+            each in the place of the scale's own for the pretrained model of that name.
     """
 
     catalogue: Catalogue
     scale: Scale
     weights_file: Path | None = None
     _runs: dict[tuple[str, str, int], Run] = field(default_factory=dict, compare=False, repr=False)
+    _sha256: dict[Path, str] = field(default_factory=dict, compare=False, repr=False)
 
     def study(self, study_id: str) -> Study:
         """The study of that id.
@@ -138,7 +141,7 @@ class Plan:
         role = row.dataset or study.dataset
         if row.model is None or not study.trained or role not in self.scale.datasets:
             return []
-        seeds = self.scale.seeds[:1] if role == "pretrain" else self.scale.seeds
+        seeds = self.scale.seeds[:1] if role in PRETRAINING else self.scale.seeds
         return [self._run(study, row, seed) for seed in seeds]
 
     def _run(self, study: Study, row: Row, seed: int) -> Run:
@@ -149,7 +152,8 @@ class Plan:
     def _resolve(self, study: Study, row: Row, seed: int) -> Run:
         role = row.dataset or study.dataset
         recipe = self.catalogue.recipes[row.recipe or study.recipe]
-        factor = self.scale.epoch_factor
+        epochs = self.scale.epochs.get(recipe.id)
+        factor = epochs / recipe.epochs if epochs else self.scale.epoch_factor
         size = min(self.scale.image_size or recipe.image_size, recipe.image_size)
         model = str(row.model)
         if stand_in := self.scale.models.get(model):
@@ -180,14 +184,19 @@ class Plan:
             weights=self._weights(row.pretrained) if row.pretrained else None,
         )
 
-    @cached_property
-    def _file_sha256(self) -> str:
-        assert self.weights_file is not None
-        return file_digest(self.weights_file)
+    def _given(self, name: str) -> Path | None:
+        """The file that `--weights` has for a pretrained model; one file alone is ResNet50's."""
+        given = self.weights_file
+        if given is None or not given.is_dir():
+            return given if name == "resnet50" else None
+        path = given / f"{name}.safetensors"
+        return path if path.exists() else None
 
     def _weights(self, name: str) -> Weights:
-        if self.weights_file:
-            return Weights(sha256=self._file_sha256)
+        if path := self._given(name):
+            if path not in self._sha256:
+                self._sha256[path] = file_digest(path)
+            return Weights(sha256=self._sha256[path])
         source = self.scale.weights.get(name)
         if source is None:
             raise HovitError(f"config/scales/{self.scale.id}.yaml: weights.{name}: not given")
@@ -405,8 +414,11 @@ def load_plan(
         known = ", ".join(catalogue.scales)
         raise HovitError(f"no scale {scale!r} in {root}/scales; there are {known}")
     path = Path(weights_file) if weights_file else None
-    if path is not None and path.suffix != ".safetensors":
-        raise HovitError(f"{path}: weights must be a .safetensors file (pickles are not opened)")
+    if path is not None and path.suffix != ".safetensors" and not path.is_dir():
+        raise HovitError(
+            f"{path}: weights must be a .safetensors file, or a folder of them (pickles are not "
+            "opened)"
+        )
     plan = Plan(catalogue, catalogue.scales[scale], path)
     plan.runs  # noqa: B018 (resolves and checks every run now)
     return plan
