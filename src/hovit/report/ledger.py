@@ -11,7 +11,7 @@ from typing import Any
 from ..catalogue import Row, Study
 from ..plan import Plan
 from .tables import SCALES, format_printed
-from .values import INEXACT, Results, find_evidence, plural
+from .values import INEXACT, Results, find_evidence
 
 REASONS = {
     "data": "needs images or a training that no scale has",
@@ -83,7 +83,7 @@ def ledger_tally(rest: dict[str, Any]) -> str:
     counts = [cell["same"] for cell in rest["cells"] if cell["same"] is not None]
     return (
         f"{len(rest['not_checkable'])} not checkable ({by_reason(rest)}); "
-        f"{len(rest['cells'])} reported cells, {plural(len(counts), 'count')} among them: "
+        f"{len(rest['cells'])} reported cells, {len(counts)} of them counted here: "
         f"{counts.count(True)} as printed, {counts.count(False)} not"
     )
 
