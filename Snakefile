@@ -259,7 +259,7 @@ rule judge:
     input:
         lambda w: records(PLAN.claimed),
         analyses(PLAN.claimed_analyses),
-        expand("config/studies/{study}.yaml", study=[s.id for s in PLAN.claimed]),
+        expand("config/studies/{study}.yaml", study=STUDIES),
         expand("config/claims/{claims}.yaml", claims=PLAN.catalogue.claims),
         CONFIG,
     output:

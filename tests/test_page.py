@@ -10,6 +10,7 @@ import pytest
 from browser import CHROMIUM, Browser
 from conftest import ROOT
 from made_up import GPU, measure_record, train_record, write_all
+from markupsafe import escape
 
 from hovit.files import write_text
 from hovit.plan import Plan, load_plan
@@ -49,6 +50,9 @@ def data_of(root: Path) -> dict:
 def test_every_claim_table_and_number_is_there(plan: Plan, root: Path) -> None:
     text, data = (root / PAGE).read_text(), data_of(root)
     assert list(data["claims"]) == [v.id for v in judge_all(plan, root)]
+    for name, file in plan.catalogue.claims.items():
+        assert all(data["claims"][claim.id]["file"] == name for claim in file.claims)
+        assert all(str(escape(entry.says)) in text for entry in file.not_checkable)
     results = Results(plan, root)
     for study in plan.catalogue.studies.values():
         assert f'id="t-{study.id}"' in text

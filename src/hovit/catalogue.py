@@ -291,19 +291,23 @@ class Claim(Strict):
     """One sentence of a seed as a check over records.
 
     kind `value`: of = reported; `ratio`: of / to = reported; `reduction`: 100 (1 - of / to) percent
-    = reported; `less` and `greater`: of against to; `keeps`: of is at least to, less `tolerance`.
-    A reported number is met within `tolerance`; unless told, within one unit of its last decimal,
-    and whole numbers exactly.
+    = reported; `difference`: of - to = reported; `less` and `greater`: of against to; `keeps`: of
+    is at least to, less `tolerance`. A reported number is met within `tolerance`; unless told,
+    within one unit of its last decimal, and whole numbers exactly.
+
+    Args:
+        device: where a time must have been taken to judge a sentence that names its device.
     """
 
     id: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
     says: Text
     place: Text
-    kind: Literal["value", "ratio", "reduction", "less", "greater", "keeps"]
+    kind: Literal["value", "ratio", "reduction", "difference", "less", "greater", "keeps"]
     of: Ref
     to: Ref | None = None
     reported: Printed | None = None
     tolerance: Annotated[float, Field(ge=0)] | None = None
+    device: Literal["cpu", "cuda"] | None = None
     note: str = ""
 
     @model_validator(mode="after")
@@ -311,16 +315,44 @@ class Claim(Strict):
         if (self.kind == "value") != (self.to is None):
             raise ValueError("`to` belongs to every kind but `value`")
         if (self.kind in ("less", "greater", "keeps")) != (self.reported is None):
-            raise ValueError("`reported` belongs to value, ratio and reduction")
+            raise ValueError("`reported` belongs to value, ratio, reduction and difference")
+        return self
+
+    @model_validator(mode="after")
+    def _times(self) -> "Claim":
+        timed = self.of.rpartition("/")[2].startswith(("latency", "throughput"))
+        if timed and (
+            self.kind in ("value", "difference") or (self.kind == "keeps" and self.tolerance)
+        ):
+            raise ValueError("a time is judged by ratio or rank alone: the device is another")
+        if self.device and not timed:
+            raise ValueError("`device` belongs to what is timed")
         return self
 
 
+class NotChecked(Strict):
+    """A sentence or number of a seed that no record here can judge.
+
+    reason `data`: it needs images or a training that no scale has; `hardware`: it is of a device
+    that is not here; `unsaid`: the seed does not say what was done or meant; `undone`: it could be
+    checked, but no study does; `setting`: it says how something is built or trained, which
+    configuration and tests hold; `others`: it is about others' work; `opinion`: a judgement, an
+    explanation or a wish.
+    """
+
+    says: Text
+    place: Text
+    reason: Literal["data", "hardware", "unsaid", "undone", "setting", "others", "opinion"]
+    why: Text
+
+
 class Claims(Strict):
-    """The claims of one seed."""
+    """The claims of one seed, and what in it cannot be checked here."""
 
     id: Name
     seed: Literal["hovit", "skipvit", "efficientvit"]
     claims: tuple[Claim, ...]
+    not_checkable: tuple[NotChecked, ...] = ()
 
 
 KINDS: dict[str, type[Strict]] = {

@@ -13,10 +13,13 @@ from ..catalogue import Catalogue, Claim, split_ref
 from ..errors import HovitError
 from ..files import read_json, write_json, write_text
 from ..plan import Plan
+from .ledger import last_digit, ledger, ledger_lines, ledger_tally
+from .tables import SCALES
 from .values import INEXACT, TRAINED, Results, Value, find_evidence
 
 VERDICTS = ("reproduced", "contradicted", "within noise", "not measured")
 ACCEPTED = Path("results/verdicts.json")
+KINDS = {"cpu": "a CPU", "cuda": "a GPU"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ def _judge_by(results: Results, claim: Claim, seed: str) -> Verdict:
 
     def verdict(name: str, measured: float | None, why: str, *values: Value) -> Verdict:
         records = sorted({str(path) for value in values for path in value.paths})
-        why = f"{why}. {claim.note}" if claim.note else why
+        stand_ins = _stand_ins(results, claim) if measured is not None else []
+        why = ". ".join(filter(None, (why, claim.note, *stand_ins)))
         return Verdict(
             claim.id, seed, claim.says, claim.place, claim.reported, name, measured, why, source,
             tuple(records),
@@ -64,14 +68,17 @@ def _judge_by(results: Results, claim: Claim, seed: str) -> Verdict:
     for ref in (claim.of, claim.to):
         if ref is None:
             continue
-        value, missing = referenced(results, ref, claim.kind == "value")
+        value, missing = referenced(results, ref, claim.kind in ("value", "difference"))
         if value is None:
             return verdict("not measured", None, missing)
         values.append(value)
+    if claim.device and (where := _elsewhere(results, claim)):
+        return verdict("not measured", None, where, *values)
     if claim.kind in ("ratio", "reduction") and not values[1].mean:
         return verdict("not measured", None, f"{claim.to} is 0", *values)
     if claim.to is None:
-        number, noise = values[0].mean, values[0].noise
+        unit = SCALES.get(split_ref(claim.of)[3], 1.0)  # as a table has it, and the seed
+        number, noise = values[0].mean * unit, values[0].noise * unit
     else:
         number, noise = against(claim.kind, *values)
     if claim.reported is None:
@@ -79,16 +86,33 @@ def _judge_by(results: Results, claim: Claim, seed: str) -> Verdict:
         return verdict(name, number, why, *values)
     low, high = _range(claim.reported)
     off = max(low - number, number - high, 0.0)
-    tolerance = claim.tolerance if claim.tolerance is not None else _last_digit(claim.reported)
+    tolerance = claim.tolerance if claim.tolerance is not None else last_digit(claim.reported)
     holds = off <= tolerance + 1e-9
     name = "reproduced" if holds else "within noise" if off <= tolerance + noise else "contradicted"
     allowed = f" ± {tolerance:g}" if tolerance else ""
     return verdict(name, number, f"{say(number)} against {claim.reported}{allowed}", *values)
 
 
+def _stand_ins(results: Results, claim: Claim) -> list[str]:
+    """What the scale trains and times in the place of the claim's models, in words."""
+    refs = [split_ref(ref) for ref in (claim.of, claim.to) if ref]
+    found = [ref for ref in refs if not ref[3].startswith("reported_")]
+    named = {str(results.plan.study(study).row(row).model) for _, study, row, _ in found}
+    there = results.plan.scale.models
+    return [f"{there[name].model} stands in for {name}" for name in sorted(named & set(there))]
+
+
+def _elsewhere(results: Results, claim: Claim) -> str:
+    """Where the times were taken, if not on the kind of device that the sentence names."""
+    device = results.latency_device(results.plan.study(split_ref(claim.of)[1]))
+    if device and device.kind == claim.device:
+        return ""
+    return f"timed on {device or 'no device'}, but said of {KINDS[claim.device or '']}"
+
+
 def against(kind: str, a: Value, b: Value) -> tuple[float, float]:
     """(a held against b as the claim's kind does it, the noise of that)."""
-    if kind in ("less", "greater", "keeps"):
+    if kind in ("less", "greater", "keeps", "difference"):
         if a.samples and len(a.samples) == len(b.samples):  # rounds in pairs: drift cancels
             return a.mean - b.mean, ratio_noise(a, b) * b.mean
         return a.mean - b.mean, math.hypot(a.noise, b.noise)
@@ -147,12 +171,6 @@ def referenced(results: Results, ref: str, absolute: bool) -> tuple[Value | None
 def say(number: float) -> str:
     """Whole numbers whole, others to four decimals."""
     return f"{number:,.0f}" if number == int(number) else f"{number:,.4f}"
-
-
-def _last_digit(printed: str) -> float:
-    """One unit of the last decimal of a printed number; 0 for a whole one."""
-    decimals = len(printed.partition("–")[0].partition(".")[2])
-    return 10.0**-decimals if decimals else 0.0
 
 
 def _range(printed: str) -> tuple[float, float]:
@@ -225,10 +243,11 @@ def check_accepted(plan: Plan, root: Path = Path()) -> list[str]:
 def write_claims(plan: Plan, root: Path = Path()) -> str:
     """Write `results/claims.json` and `.md`; gives the tally."""
     verdicts = judge_all(plan, root)
+    rest = ledger(plan, root)
     scale = {"id": plan.scale.id, "title": plan.scale.title}
     write_json(
         root / "results/claims.json",
-        {"scale": scale, "tally": tally(verdicts), "claims": [asdict(v) for v in verdicts]},
+        {"scale": scale, "tally": tally(verdicts), "claims": [asdict(v) for v in verdicts], **rest},
     )
     lines = [
         "# Claims of the seeds, judged by this run's records",
@@ -248,5 +267,5 @@ def write_claims(plan: Plan, root: Path = Path()) -> str:
         cells = (f"**{v.verdict}**", v.says, v.place, v.reported or "", measured, v.why,
                  v.source)  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
-    write_text(root / "results/claims.md", "\n".join([*lines, ""]))
-    return tally(verdicts)
+    write_text(root / "results/claims.md", "\n".join([*lines, *ledger_lines(rest), ""]))
+    return f"{tally(verdicts)}\n{ledger_tally(rest)}"

@@ -20,6 +20,7 @@ from ..records import Record, read_record
 from ..sources import code_hash
 from .claims import VERDICTS, Verdict, judge_all, say, tally
 from .explain import remake_command
+from .ledger import REASONS, ledger, ledger_tally
 from .tables import HEADINGS, NOTHING, SCALES, Column, columns_of, describe, format_printed
 from .values import COUNTED, TRAINED, Results, Value, evidence_for, find_evidence
 
@@ -112,6 +113,7 @@ class Content:
         verdicts = judge_all(self.plan, self.root)
         claims = [self._claim(verdict) for verdict in verdicts]
         analyses = self._analyses()
+        rest = ledger(self.plan, self.root)
         problems = [p for results in (self.run, *self.evidence) for p in results.problems]
         data = {
             "scale": self.plan.scale.id,
@@ -130,6 +132,9 @@ class Content:
             "symbols": SYMBOLS,
             "seeds": sorted({verdict.seed for verdict in verdicts}),
             "claims": claims,
+            "not_checkable": rest["not_checkable"],
+            "reasons": REASONS,
+            "rest": ledger_tally(rest),
             "studies": studies,
             "analyses": analyses,
             "records": data["records"],
@@ -139,8 +144,8 @@ class Content:
         }
 
     def _claim(self, verdict: Verdict) -> dict[str, Any]:
-        claim = next(
-            c for file in self.plan.catalogue.claims.values() for c in file.claims
+        file, claim = next(
+            (file, c) for file in self.plan.catalogue.claims.values() for c in file.claims
             if c.id == verdict.id
         )  # fmt: skip
         for path in verdict.records:
@@ -148,7 +153,8 @@ class Content:
         measured = "" if verdict.measured is None else say(verdict.measured)
         parts = {"kind": claim.kind, "of": claim.of, "to": claim.to, "tolerance": claim.tolerance}
         reported = verdict.reported and format_printed(verdict.reported)
-        shown = {"reported": reported, "measured": measured, "records": list(verdict.records)}
+        shown = {"reported": reported, "measured": measured, "records": list(verdict.records),
+                 "file": file.id}  # fmt: skip
         return asdict(verdict) | parts | shown
 
     def _study(self, study: Study) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The paper: `results/paper/*.json` from records, and from them `paper/paper.pdf`, by Typst.
 
 The text is `paper/**/*.typ`. It holds no number: `variables.json` has each by its name,
-`tables.json` every study's table with the record behind each cell, `figures.json`, `claims.json`
-and `costs.json` the rest. The same records and text give the same bytes.
+`tables.json` every study's table with the record behind each cell, `figures.json`, `claims.json`,
+`ledger.json` and `costs.json` the rest. The same records and text give the same bytes.
 """
 
 import re
@@ -18,6 +18,7 @@ from ..sources import code_hash
 from .attention_figures import seeds
 from .claims import VERDICTS, Verdict, judge_all, say
 from .figures import FIGURES, FOLDER, _best
+from .ledger import REASONS, ledger
 from .tables import NOTHING, Column, columns_of, describe
 from .values import COUNTED, INEXACT, TRAINED, Results, evidence_for, find_evidence, plural
 from .variables import Origin, load_variables, origin, resolve, sources_of
@@ -25,7 +26,7 @@ from .variables import Origin, load_variables, origin, resolve, sources_of
 OUT = Path("results/paper")
 TEXT = Path("paper/paper.typ")
 PDF = Path("paper/paper.pdf")
-FILES = ("variables", "tables", "figures", "claims", "costs")
+FILES = ("variables", "tables", "figures", "claims", "ledger", "costs")
 OF_TRAINING = {"Data", "Images", "Trained on", "Recipe", "Seeds", "Pretrained weights from"}
 OF_TIMING = {"Latency", "Throughput"}
 
@@ -40,9 +41,10 @@ def write_paper(plan: Plan, root: Path = Path()) -> None:
     verdicts = judge_all(plan, root)
     sources = sources_of(plan, root)
     costs = [line for results in sources for line in _costs(results)]
+    rest = ledger(plan, root)
     tables = {study.id: table(plan, study, root) for study in plan.catalogue.studies.values()}
     named = {name: resolve(sources, name, v) for name, v in load_variables(root).items()}
-    clash = sorted(named.keys() & (facts := _facts(plan, verdicts, tables, costs)).keys())
+    clash = sorted(named.keys() & (facts := _facts(plan, verdicts, tables, costs, rest)).keys())
     if clash:
         raise HovitError(f"paper/variables.yaml: {clash[0]}: the name is taken")
     for name, value in {
@@ -50,6 +52,7 @@ def write_paper(plan: Plan, root: Path = Path()) -> None:
         "tables": tables,
         "figures": _figures(plan, root),
         "claims": {v.id: _claim(v) for v in verdicts},
+        "ledger": {"reasons": REASONS, "not_checkable": rest["not_checkable"]},
         "costs": {"lines": costs},
     }.items():
         write_json(root / OUT / f"{name}.json", value)
@@ -259,12 +262,18 @@ def _costs(results: Results) -> list[dict[str, Any]]:
 
 
 def _facts(
-    plan: Plan, verdicts: list[Verdict], tables: dict[str, Any], costs: list[dict[str, Any]]
+    plan: Plan,
+    verdicts: list[Verdict],
+    tables: dict[str, Any],
+    costs: list[dict[str, Any]],
+    rest: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """The variables that are counted over everything, and not in one cell."""
     claims = ("results/claims.json",)
     numbers = {
         "claims": (len(verdicts), claims),
+        "not-checkable": (len(rest["not_checkable"]), claims),
+        "reported-cells": (len(rest["cells"]), claims),
         "tables": (len(tables), ("config/studies",)),
         "cells": (sum(bool(c) for t in tables.values() for col in t["origins"] for c in col),
                   ("results/paper/tables.json",)),

@@ -216,7 +216,7 @@ function claimPanel(id) {
         claim.tolerance === null ? "the last digit printed" : String(claim.tolerance),
       ),
       fact("Numbers", claimNumbers(claim)),
-      fact("Written in", h("code", {}, `config/claims/${claim.seed}.yaml`), `, ${claim.id}`),
+      fact("Written in", h("code", {}, `config/claims/${claim.file}.yaml`), `, ${claim.id}`),
       fact("Judge again", command(claimCommand())),
     ),
     claim.records.map((path) => recordParts(path)),
