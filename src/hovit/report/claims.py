@@ -6,7 +6,7 @@ number that the catalogue says the seeds reported: whatever differs from it is n
 
 import math
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..catalogue import Catalogue, Claim, split_ref
@@ -19,6 +19,7 @@ from .values import INEXACT, TRAINED, Results, Value, find_evidence
 
 VERDICTS = ("reproduced", "contradicted", "within noise", "not measured")
 ACCEPTED = Path("results/verdicts.json")
+TIMED = ("runtime_breakdown",)  # kinds of analysis that take times
 KINDS = {"cpu": "a CPU", "cuda": "a GPU"}
 
 
@@ -49,7 +50,9 @@ class Verdict:
 def judge(sources: list[Results], claim: Claim, seed: str) -> Verdict:
     """Hold one claim against the records: this run's, or else the first evidence that can tell."""
     verdicts = [_judge_by(results, claim, seed) for results in sources]
-    return next((v for v in verdicts if v.verdict != "not measured"), verdicts[0])
+    reasons = "; ".join(dict.fromkeys(v.why for v in verdicts))  # why none of them can tell
+    none = replace(verdicts[0], why=reasons)
+    return next((v for v in verdicts if v.verdict != "not measured"), none)
 
 
 def _judge_by(results: Results, claim: Claim, seed: str) -> Verdict:
@@ -152,8 +155,9 @@ def referenced(results: Results, ref: str, absolute: bool) -> tuple[Value | None
     analysis_id, study_id, row_id, metric = split_ref(ref)
     study = results.plan.study(study_id)
     scale = results.plan.scale
-    if analysis_id:  # of trained models: as far as their accuracy can be judged
-        if "top1" not in scale.judges:
+    if analysis_id:  # of time, or of trained models: as far as their accuracy can be judged
+        timed = results.plan.analysis(analysis_id).kind in TIMED
+        if ("latency" if timed else "top1") not in scale.judges:
             return None, f"scale {scale.id} does not judge analyses"
         found = results.analysed_value(analysis_id, f"{study_id}/{row_id}", metric)
         return found, f"no record of {ref} at scale {scale.id}"
