@@ -8,7 +8,7 @@ DATA =
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup tables page claims test lint format lock dag clean
+.PHONY: help setup tables page paper claims test lint format lock dag clean
 
 MIN_PYTHON = $(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
 IN_VENV = PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -36,6 +36,9 @@ tables: setup ## Run the whole DAG; SCALE=mini and DATA=../shared/data are optio
 
 page: setup ## Write results/index.html, the tables and all else that it shows as one page
 	$(IN_VENV) snakemake --cores all page$(CONFIG)
+
+paper: setup ## Compile paper/paper.pdf, tables and figures and all
+	$(IN_VENV) snakemake --cores all paper/paper.pdf$(CONFIG)
 
 claims: setup ## Judge the claims; fails where one is not as results/verdicts.json says
 	$(IN_VENV) snakemake --cores all claims$(CONFIG)
