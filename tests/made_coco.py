@@ -55,8 +55,8 @@ def make_split(root: Path, split: str, count: int, side: int, seed: int) -> None
                           "bbox": [x, y, size, size], "area": size * size, "iscrowd": 0,
                           "segmentation": [[x, y, x + size, y, x, y + size]]})  # fmt: skip
         image.save(root / split / listed[-1]["file_name"], quality=95)
-    found.append(found[-1] | {"id": len(found) + 1, "bbox": [0, 0, 40, 100], "area": 4000,
-                              "iscrowd": 1, "segmentation": {"size": [1, 1], "counts": "0"}})  # fmt: skip
+    crowd = {"bbox": [0, 0, 40, 100], "area": 4000, "iscrowd": 1, "segmentation": {"counts": "0"}}
+    found.append(found[-1] | {"id": len(found) + 1} | crowd)
     names = [{"id": id_, "name": name} for id_, (name, _) in CATEGORIES.items()]
     content = {"images": listed, "annotations": found, "categories": names}
     (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))

@@ -98,7 +98,7 @@ def _ids(path: Path, what: str, entries: list[dict[str, Any]]) -> list[int]:
     for entry in entries:
         number = entry.get("id")
         if type(number) is not int:
-            raise HovitError(f"{path}: a {what} without a whole number as its id")
+            raise HovitError(f"{path}: {what}: each one's id must be a whole number")
         if number in seen:
             raise HovitError(f"{path}: {what} {number} is listed twice")
         seen.add(number)
