@@ -27,7 +27,7 @@ from hovit.detection.model import STRIDES, make_backbone, retinanet
 from hovit.detection.train import _Job, learning_rate, make_optimizer, train
 from hovit.errors import HovitError, OutOfTime
 from hovit.files import digest, file_digest, read_json, write_json
-from hovit.plan import Plan, Run, load_plan
+from hovit.plan import Plan, Run, Weights, load_plan
 from hovit.records import read_record, write_record
 from hovit.training.checkpoint import load_weights, save_weights
 from hovit.training.loop import Options, make_fabric
@@ -102,23 +102,18 @@ def test_a_backbone_of_another_form_is_refused(name: str, says: str) -> None:
         make_backbone(name)
 
 
-def test_weights_of_the_classifier_start_the_backbone(
-    paper: Plan, run: Run, tmp_path: Path
-) -> None:
+def test_weights_of_the_classifier_start_the_backbone(run: Run, tmp_path: Path) -> None:
     other = make_backbone("efficientvit_paper_m4", **TINY)
     other.reset_classifier(11)
-    path = tmp_path / "efficientvit_paper_m4.safetensors"
+    path = tmp_path / "efficientvit_m4.safetensors"
     save_weights(path, other)
-    plan = load_plan("paper", ROOT / "config", path)
-    m4, m5 = (plan.study("efficientvit_detection").row(name) for name in ("m4", "m5"))
-    weights = plan.runs_of(plan.study("efficientvit_detection"), m4)[0].weights
-    assert weights is not None
-    assert weights.sha256 == file_digest(path)
-    others = plan.runs_of(plan.study("efficientvit_detection"), m5)  # the file's name is M4's
-    assert others == paper.runs_of(paper.study("efficientvit_detection"), m5)
+    plan = load_plan("paper", ROOT / "config", tmp_path)
+    study = plan.study("efficientvit_detection")
+    weights = [plan.runs_of(study, study.row(name))[0].weights for name in ("m4", "m5")]
+    assert weights == [Weights(sha256=file_digest(path)), Weights(timm="efficientvit_m5.r224_in1k")]
     body = make_backbone("efficientvit_paper_m4", **TINY)
-    run = run.model_copy(update={"weights": weights})
-    assert load_pretrained(body, run, tmp_path, path) == file_digest(path)
+    run = run.model_copy(update={"weights": weights[0]})
+    assert load_pretrained(body, run, tmp_path, tmp_path) == file_digest(path)
     for name, tensor in body.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
 
@@ -467,7 +462,7 @@ def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("recipes/detection.yaml", "image_size: 800", "image_size: 128"),
         ("recipes/detection.yaml", "long_side: 1333", "long_side: 128"),
         ("recipes/detection.yaml", "channels: 256", "channels: 16"),
-        ("studies/efficientvit_detection.yaml", "    pretrained: efficientvit_paper_m4\n", ""),
+        ("studies/efficientvit_detection.yaml", "    pretrained: efficientvit_m4\n", ""),
         ("studies/efficientvit_detection.yaml", "    model: efficientvit_paper_m4\n",
          f"    model: efficientvit_paper_m4\n    model_args: {json.dumps(TINY)}\n"),
     ):  # fmt: skip

@@ -8,8 +8,10 @@ Upstream: https://github.com/microsoft/Cream/tree/main/EfficientViT/downstream (
 from collections import OrderedDict
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork
@@ -115,3 +117,16 @@ def retinanet(
         anchor_generator=anchors(),
         detections_per_img=100,  # as many as COCO's evaluation looks at
     )
+
+
+def count_macs(model: RetinaNet, height: int, width: int) -> int:
+    """Multiply-adds of the convolutions and matrix products for one image, padded; nothing runs.
+
+    The model is left on the meta device: its weights are gone.
+    """
+    model = model.to("meta").eval()
+    sides = (-(-n // STRIDES[-1]) * STRIDES[-1] for n in (height, width))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        levels = model.backbone(torch.empty(1, 3, *sides, device="meta"))
+        model.head(list(levels.values()))
+    return counter.get_total_flops() // 2
