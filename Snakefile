@@ -8,6 +8,7 @@ snakemake --cores all results/tables --config scale=mini data_root=../shared/dat
 """
 
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -39,6 +40,7 @@ SETTINGS = {
 EXPORTS = " ".join(f"{key}={shlex.quote(value)}" for key, value in SETTINGS.items())
 shell.prefix(f"set -euo pipefail; export {EXPORTS}; ")
 
+RUNS = [run for seeds in PLAN.runs.values() for run in seeds.values()]
 PACKS = PLAN.packs
 STUDIES = PLAN.catalogue.studies
 EVIDENCE = evidence_digest()
@@ -66,6 +68,11 @@ wildcard_constraints:
     study="|".join(STUDIES),
     analysis="|".join(PLAN.catalogue.analyses),
     figure="|".join(FIGURES),
+
+
+def one_of(names):
+    """A pattern for these names alone; for none, one that matches nothing."""
+    return "|".join(re.escape(name) for name in sorted(set(names))) or "(?!)"
 
 
 rule all_tables:
@@ -134,12 +141,26 @@ rule data:
         "data/packed/{pack}/manifest.csv",
     log:
         "logs/data/{pack}.log",
+    wildcard_constraints:
+        pack=one_of(run.pack.id for run in RUNS if not run.detects),
     threads: 2
     params:
         spec=lambda w: PACKS[w.pack].spec_hash,
         code=code_hash("data"),
     shell:
         "python -m hovit data {wildcards.pack} > {log} 2>&1"
+
+
+# COCO's images stay where they are: they are looked through, and named by a fingerprint.
+use rule data as data_coco with:
+    output:
+        "data/packed/{pack}/pack.json",
+        "data/packed/{pack}/manifest.csv",
+    wildcard_constraints:
+        pack=one_of(run.pack.id for run in RUNS if run.detects),
+    params:
+        spec=lambda w: PACKS[w.pack].spec_hash,
+        code=code_hash("detection"),
 
 
 # state.safetensors and best-N.safetensors are not declared: a killed run goes on from them.
@@ -155,6 +176,8 @@ rule train:
         f"results/runs/{SCALE}/{{run}}/seed{{seed}}/predictions.csv.gz",
     log:
         f"logs/train/{SCALE}/{{run}}/seed{{seed}}.log",
+    wildcard_constraints:
+        run=one_of(run.id for run in RUNS if not run.detects),
     priority: lambda w: 1 if w.run in PLAN.upstreams else 0
     threads: PLAN.scale.threads
     resources:
@@ -164,10 +187,24 @@ rule train:
     params:
         scale=SCALE,
         spec=lambda w: run_of(w).spec_hash,
-        code=lambda w: code_hash("training", run_of(w).model),
+        code=lambda w: run_of(w).code,
     shell:
         "python -m hovit train {wildcards.run} --seed {wildcards.seed} --scale {params.scale}"
         " --threads {threads} > {log:q} 2>&1"
+
+
+use rule train as train_detector with:
+    input:
+        pack=lambda w: run_of(w).pack.folder / "pack.json",
+        manifest=lambda w: run_of(w).pack.folder / "manifest.csv",
+        weights=pretrained,
+    output:
+        f"results/runs/{SCALE}/{{run}}/seed{{seed}}/record.json",
+        f"results/runs/{SCALE}/{{run}}/seed{{seed}}/weights.safetensors",
+        f"results/runs/{SCALE}/{{run}}/seed{{seed}}/history.csv",
+        f"results/runs/{SCALE}/{{run}}/seed{{seed}}/detections.json.gz",
+    wildcard_constraints:
+        run=one_of(run.id for run in RUNS if run.detects),
 
 
 # Latency wants the machine for itself: all cores, and the card.

@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 
+from hovit.detection.evaluate import write_detections
 from hovit.files import digest
 from hovit.plan import Plan, Run
 from hovit.predictions import metrics, predictions_digest, write_predictions
@@ -38,6 +39,8 @@ def train_record(run: Run, top1: float) -> Record:
         {"epoch": e, "train_loss": 3.0 / e, "val_loss": 3.2 / e, "val_top1": top1 * e / 3}
         for e in (1, 2, 3)
     ]
+    if run.detects:
+        return _record(run, detection_results(top1))
     predictions = made_up_predictions(top1)
     results = {
         "top1": metrics(predictions)[1], "loss": metrics(predictions)[0], "val_top1": top1,
@@ -45,10 +48,25 @@ def train_record(run: Run, top1: float) -> Record:
         "images_train": 5144, "images_val": 1102, "images_test": 1103, "history": history,
         "predictions_sha256": predictions_digest(predictions),
     }  # fmt: skip
+    return _record(run, results)
+
+
+def _record(run: Run, results: dict[str, Any]) -> Record:
     return Record(
         kind="train", id=run.id, scale=run.scale, spec=run.spec, spec_hash=run.spec_hash,
-        results=results, provenance=provenance(CPU, code_hash("training", run.model)),
+        results=results, provenance=provenance(CPU, run.code),
     )  # fmt: skip
+
+
+def detection_results(ap: float) -> dict[str, Any]:
+    """AP by size and overlap, spread around `ap`; nothing was found."""
+    history = [{"epoch": e, "train_loss": 2.0 / e} for e in (1, 2, 3)]
+    spread = {"ap": 0, "ap50": 20, "ap75": 2, "ap_small": -9, "ap_medium": 1, "ap_large": 9}
+    return {name: ap + more for name, more in spread.items()} | {
+        "epochs": 3, "images_train": 117266, "images_val": 0, "images_test": 5000,
+        "history": history, "detections": 0, "detections_sha256": digest([]),
+        "annotations_sha256": "0" * 64,
+    }  # fmt: skip
 
 
 def measure_record(plan: Plan, study_id: str, device: Device = CPU) -> Record:
@@ -112,7 +130,11 @@ def write_all(plan: Plan, root: Path, base: str = "results/runs") -> None:
         for seed, run in seeds.items():
             folder = top / run.folder.relative_to("results/runs")
             write_record(folder / "record.json", train_record(run, 20.0 + i + seed))
-            write_predictions(folder / "predictions.csv.gz", made_up_predictions(20.0 + i + seed))
+            if run.detects:
+                write_detections(folder / "detections.json.gz", [])
+            else:
+                predictions = made_up_predictions(20.0 + i + seed)
+                write_predictions(folder / "predictions.csv.gz", predictions)
     for study in plan.catalogue.studies.values():
         if plan.rows_run(study):
             path = top / plan.measured(study).relative_to("results/runs")

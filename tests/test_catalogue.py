@@ -84,6 +84,7 @@ def test_every_scale_has_a_plan(plans, scale):
 # Mistakes ----------------------------------------------------------------------------------------
 
 DEPTH, DECK, SMOKE = "studies/depth.yaml", "recipes/deck.yaml", "scales/smoke.yaml"
+COCO, DETECTION = "datasets/coco.yaml", "recipes/detection.yaml"
 # what is wrong: (file, text, its replacement, what the line must name)
 MISTAKES = {
     "unknown key": (DECK, "epochs:", "epoch:", "deck.yaml: epoch: unknown key; allowed: id, title, epochs, batch_size"),
@@ -103,7 +104,7 @@ MISTAKES = {
     "a row twice": (DEPTH, "id: levit_deck_fixed", "id: levit_deck", "depth.yaml: rows[1].id: 'levit_deck' is given twice"),
     "a key twice": (DECK, "epochs: 50", "epochs: 50\nepochs: 5", "not valid YAML: key 'epochs' is given twice"),
     "a key twice, nested": (DEPTH, "seed: hovit", "seed: hovit, seed: ours", "not valid YAML: key 'seed' is given twice"),
-    "unknown recipe": (DEPTH, "columns:", "recipe: nosuch\ncolumns:", "depth.yaml: recipe: 'nosuch' is not defined; allowed: deck, deck_100, deck_32, efficientvit, "
+    "unknown recipe": (DEPTH, "columns:", "recipe: nosuch\ncolumns:", "depth.yaml: recipe: 'nosuch' is not defined; allowed: deck, deck_100, deck_32, detection, efficientvit, "
             "finetune, pretrain, skipvit"),
     "epochs of an unknown recipe": (SMOKE, "epochs: {finetune: 1}", "epochs: {nosuch: 1}", "smoke.yaml: epochs: 'nosuch' is not defined; allowed: deck"),
     "a batch of an unknown recipe": (SMOKE, "batch_sizes: {skipvit: 64", "batch_sizes: {nosuch: 64", "smoke.yaml: batch_sizes: 'nosuch' is not defined; allowed: deck"),
@@ -125,6 +126,14 @@ MISTAKES = {
     "a claim on no metric": ("claims/hovit.yaml", "of: hovit/levit_deck/parameters", "of: hovit/levit_deck/nosuch", "hovit.yaml: claims[0].of: 'nosuch' is not defined; allowed: parameters"),
     "a claim twice": ("claims/hovit.yaml", "id: parameters-hovit", "id: parameters-levit", "hovit.yaml: claims[1].id: 'parameters-levit' is given twice"),
     "one run, two meanings": (DEPTH, "    model: l_levit_deck\n    pretrained: resnet50\n", "    model: l_levit_deck\n", "l_levit_deck.pets.deck"),
+    "steps without detection": (DECK, "epochs: 50", "epochs: 50\nschedule: step", "deck.yaml: the whole file: value error, `schedule: step` and `detection` go together"),
+    "a classifier's key in detection": (DETECTION, "epochs: 12", "epochs: 12\nlabel_smoothing: 0.1", "detection.yaml: the whole file: value error, warmup_epochs, label_smoothing and augment"),
+    "detection of a classifier's images": (DEPTH, "columns:", "recipe: detection\ncolumns:", "depth.yaml: rows[0]: dataset coco and a recipe with `detection` go together"),
+    "objects for a classifier": ("studies/efficientvit_detection.yaml", "recipe: detection", "recipe: deck", "efficientvit_detection.yaml: rows[8]: dataset coco and a recipe"),
+    "a role of other images": (SMOKE, "pets: digits", "coco: digits, pets: digits", "smoke.yaml: datasets.coco: role and reader coco go together"),
+    "COCO without its images": (COCO, "files: [coco/annotations/instances_train2017.json, coco/train2017]", "files: [coco/train2017]", "coco.yaml: the whole file: value error, coco: `files` and `test_files` are each"),
+    "a share of COCO": (COCO, "train: 1", "train: 0.5", "coco.yaml: the whole file: value error, coco: `split: {train: 1}`"),
+    "reported only, but with a model": (DEPTH, "ours: true", "reported_only: true", "depth.yaml: rows[1].reported_only: goes with `reported`, without a model"),
     "broken YAML": (DECK, "epochs: 50", "epochs: [50", ": not valid YAML: "),
     "a tab": (DECK, "epochs: 50", "\tepochs: 50", ": not valid YAML: "),
     "code": (DECK, "epochs: 50", "epochs: !!python/object/apply:os.getpid []", ": not valid YAML: "),
@@ -310,7 +319,7 @@ def test_seeds_are_the_scales_and_folders_are_apart(plans, scale):
     plan = plans[scale]
     for run_id, by_seed in plan.runs.items():
         first = next(iter(by_seed.values()))
-        once = first.role in ("pretrain", "upstream")
+        once = first.role in ("pretrain", "upstream", "coco")
         wanted = plan.scale.seeds[:1] if once else plan.scale.seeds
         assert tuple(by_seed) == wanted, run_id
         assert len({run.spec_hash for run in by_seed.values()}) == len(wanted)

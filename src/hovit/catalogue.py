@@ -37,6 +37,12 @@ Metric = Literal[
     "top1",  # test accuracy, percent
     "loss",  # test cross-entropy
     "val_top1",  # best validation accuracy, percent
+    "ap",  # COCO's average precision of detections, percent: over IoU 0.50 to 0.95
+    "ap50",  # at IoU 0.50
+    "ap75",  # at IoU 0.75
+    "ap_small",  # of objects of less than 32 x 32 pixels
+    "ap_medium",
+    "ap_large",  # of more than 96 x 96
     "activations",  # bytes kept for the backward pass, one image
     "latency",  # milliseconds a batch; the deck does not say which batch
     "throughput",  # images a second, at the largest batch measured
@@ -46,7 +52,9 @@ Metric = Literal[
     "images_test",
     "gigabytes",
 ]
-Role = Literal["pets", "cifar10", "cifar100", "flowers", "cars", "imagenet", "pretrain", "upstream"]
+Role = Literal[
+    "pets", "cifar10", "cifar100", "flowers", "cars", "imagenet", "coco", "pretrain", "upstream"
+]
 Plain = StrictBool | StrictInt | FiniteFloat | StrictStr
 Argument = Plain | tuple[Plain, ...]  # what a model may be told
 # What the study, the scale or the row's other keys say to timm.create_model.
@@ -68,7 +76,7 @@ class Split(Strict):
     own, the validation split). A source with a validation set of its own keeps it: the seed only
     shuffles then."""
 
-    train: Fraction
+    train: Annotated[float, Field(gt=0, le=1)]
     val: Annotated[float, Field(ge=0, lt=1)] = 0.0
     seed: Annotated[int, Field(ge=0)] = 0
 
@@ -94,14 +102,35 @@ class Dataset(Strict):
         "flowers102",
         "stanford_cars",
         "image_folder",
+        "coco",
     ]
     num_classes: Annotated[int, Field(ge=2)]
-    files: tuple[Text, ...] = ()  # under the data root: folders or zips, joined
-    test_files: tuple[Text, ...] = ()  # image_folder only: a test set of its own
+    # Under the data root: folders or zips, joined; for coco the annotations and the images' folder.
+    files: tuple[Text, ...] = ()
+    test_files: tuple[Text, ...] = ()  # image_folder and coco: a test set of its own, likewise
     classes: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(gt=0)]] | None = None
     images: Annotated[int, Field(gt=0)] | None = None  # this many, by a seeded draw
     split: Split
     native_size: Annotated[int, Field(gt=0)] | None = None  # pixels a side, where all are alike
+
+    @model_validator(mode="after")
+    def _pairs(self) -> "Dataset":
+        if self.reader == "coco":
+            if len(self.files) != 2 or len(self.test_files) != 2:
+                raise ValueError("coco: `files` and `test_files` are each [annotations, images]")
+            if self.split.train != 1 or self.classes or self.images:
+                raise ValueError("coco: `split: {train: 1}`, without `classes` or `images`")
+        return self
+
+
+class Detection(Strict):
+    """What the recipe of an object detector says beside a classifier's."""
+
+    long_side: Annotated[int, Field(ge=32)] = 1333  # pixels, at most; image_size is the short side
+    channels: Annotated[int, Field(ge=1)] = 256  # of the pyramid and the heads
+    milestones: tuple[Annotated[float, Field(ge=0)], ...] = ()  # epochs; after each, a tenth of lr
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # over which lr rises, linearly
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5  # how often an image is mirrored
 
 
 class Recipe(Strict):
@@ -115,11 +144,21 @@ class Recipe(Strict):
     optimizer: Literal["adam", "adamw", "sgd"]
     lr: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "step"] = "constant"
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     augment: Literal["none", "crop_flip"] = "none"
+    detection: Detection | None = None  # None: of a classifier
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> "Recipe":
+        if (self.schedule == "step") != (self.detection is not None):
+            raise ValueError("`schedule: step` and `detection` go together")
+        classifiers = (self.warmup_epochs, self.label_smoothing, self.augment != "none")
+        if self.detection and any(classifiers):
+            raise ValueError("warmup_epochs, label_smoothing and augment are a classifier's")
+        return self
 
 
 class WeightsFrom(Strict):
@@ -216,6 +255,7 @@ class Row(Strict):
     baseline: str | None = None  # the row that its latency is compared with
     reported: dict[Metric, Printed] = {}
     ours: bool = False  # the seed has no such row
+    reported_only: bool = False  # the seed's numbers alone; nothing is run for it
     note: str = ""
 
     @field_validator("model_args")
@@ -405,7 +445,10 @@ def _check_references(catalogue: Catalogue, root: Path) -> None:
 
     for scale in catalogue.scales.values():
         for role, dataset in scale.datasets.items():
-            must(catalogue.datasets, dataset, f"scales/{scale.id}.yaml: datasets.{role}")
+            where = f"scales/{scale.id}.yaml: datasets.{role}"
+            must(catalogue.datasets, dataset, where)
+            if (role == "coco") != (catalogue.datasets[dataset].reader == "coco"):
+                raise HovitError(f"{root}/{where}: role and reader coco go together, or not at all")
         if scale.photographs:
             must(catalogue.datasets, scale.photographs, f"scales/{scale.id}.yaml: photographs")
         for key, recipes in (("epochs", scale.epochs), ("batch_sizes", scale.batch_sizes)):
@@ -456,7 +499,11 @@ def _check_rows(catalogue: Catalogue, root: Path, study: Study, must: Must) -> N
     for i, row in enumerate(study.rows):
         if row.id in ids[:i]:
             raise HovitError(f"{root}/{file}: rows[{i}].id: {row.id!r} is given twice")
-        if (study.kind == "models") != (row.model is not None):
+        if row.reported_only and (row.model or not row.reported):
+            raise HovitError(
+                f"{root}/{file}: rows[{i}].reported_only: goes with `reported`, without a model"
+            )
+        if (study.kind == "models" and not row.reported_only) != (row.model is not None):
             raise HovitError(
                 f"{root}/{file}: rows[{i}].model: "
                 + ("a row of a models study names a model" if not row.model else "not allowed")
@@ -467,6 +514,11 @@ def _check_rows(catalogue: Catalogue, root: Path, study: Study, must: Must) -> N
             raise HovitError(f"{root}/{file}: rows[{i}]: `rule` and `total` go together")
         if row.recipe:
             must(catalogue.recipes, row.recipe, f"{file}: rows[{i}].recipe")
+        detects = catalogue.recipes[row.recipe or study.recipe].detection is not None
+        if study.trained and row.model and detects != ((row.dataset or study.dataset) == "coco"):
+            raise HovitError(
+                f"{root}/{file}: rows[{i}]: dataset coco and a recipe with `detection` go together"
+            )
         if row.baseline:
             must(ids, row.baseline, f"{file}: rows[{i}].baseline")
 

@@ -95,13 +95,13 @@ def data(
     name: Annotated[str, typer.Argument(help="A pack: DATASET-SIZEpx (see `hovit list`).")],
     data_root: DataRoot = Path("data"),
 ) -> None:
-    """Decode a dataset once, split it, and keep it under data/packed."""
-    from .data.pack import prepare
+    """Decode a dataset once, split it, and keep it under data/packed; COCO's is only checked."""
+    from .task import prepare_pack
 
     packs = all_packs()
     if name not in packs:
         raise HovitError(f"no scale has a pack {name!r}; there are {', '.join(packs)}")
-    meta = prepare(packs[name], data_root)
+    meta = prepare_pack(packs[name], data_root)
     counts = " / ".join(f"{n:,}" for n in meta["images"].values())
     print(f"{name}: {counts} images (train / val / test), fingerprint {meta['fingerprint'][:12]}")
 
@@ -122,8 +122,8 @@ def train(
 
     import hovit.models  # noqa: F401 (registers)
 
+    from .task import outcome, train_run
     from .training.loop import make_fabric
-    from .training.loop import train as train_run
 
     torch.set_num_threads(threads or plan.scale.threads)
     fabric = make_fabric(run.precision, accelerator=accelerator)
@@ -131,10 +131,7 @@ def train(
         options.weights_file = weights
         record = train_run(run, fabric, options=options)
     if fabric.is_global_zero:
-        results = record.results
-        print(
-            f"{run.id} seed {run.seed}: top-1 {results['top1']:.2f} %, loss {results['loss']:.4f}"
-        )
+        print(f"{run.id} seed {run.seed}: {outcome(record.results)}")
 
 
 @contextmanager
@@ -143,6 +140,7 @@ def _watching(run: Run, quiet: bool = False) -> "Iterator[Options]":
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from .task import progress
     from .training.loop import Options
 
     console = Console(stderr=True)
@@ -155,10 +153,7 @@ def _watching(run: Run, quiet: bool = False) -> "Iterator[Options]":
         bar.update(task, completed=epoch * steps + step, total=run.recipe.epochs * steps)
 
     def on_epoch(entry: dict[str, float]) -> None:
-        last = (
-            f"train {entry['train_loss']:.4f}, val {entry['val_loss']:.4f}, "
-            f"top-1 {entry['val_top1']:.2f} %"
-        )
+        last = progress(entry)
         bar.update(task, last=last)
         if bar.disable and not quiet:
             print(
@@ -221,6 +216,7 @@ def sweep(
 
     from .sweep import parse_budget
     from .sweep import sweep as sweep_studies
+    from .task import progress
     from .training.loop import Options
 
     seconds = parse_budget(budget)
@@ -235,10 +231,9 @@ def sweep(
             deadline=deadline,
             weights_file=weights,
             on_epoch=lambda e: print(
-                f"      epoch {e['epoch']}/{run.recipe.epochs}: train {e['train_loss']:.4f}, "
-                f"val {e['val_loss']:.4f}, top-1 {e['val_top1']:.2f} %", flush=True
+                f"      epoch {e['epoch']}/{run.recipe.epochs}: {progress(e)}", flush=True
             ),
-        )  # fmt: skip
+        )
 
     todo = sweep_studies(
         plan,

@@ -5,6 +5,7 @@ and now, on one model and one batch: an order of magnitude, not a promise.
 """
 
 import time
+from typing import Any
 
 import torch
 
@@ -65,15 +66,30 @@ def _cost_line(runs: list[Run]) -> str:
         images = _images(run)
         if images is None:
             return f"cost: unknown until the images are there (`hovit data {run.pack.id}`)"
-        net = create_model(run.model, run.dataset.num_classes, run.image_size, **run.model_args)
-        total += 3 * macs(net, run.image_size) * images * run.recipe.epochs
-        parameters += sum(p.numel() for p in net.parameters())
+        count, each = _size(run)
+        total += 3 * each * images * run.recipe.epochs
+        parameters += count
     minutes = total / speed / 60
     return (
         f"cost: about {minutes:,.1f} min of training on {describe_device(device)}, "
         f"{parameters * 4 / 1e9:.2f} GB of weights (estimate: {total / 1e12:,.1f} T multiply-adds "
         f"at {speed / 1e9:,.0f} G/s, as {PROBE[0]} trains here)"
     )
+
+
+def _size(run: Run) -> tuple[int, int]:
+    """(parameters, multiply-adds of a forward pass for one image)."""
+    if run.recipe.detection:
+        from .detection.model import count_macs, make_backbone, retinanet
+
+        body = make_backbone(run.model, **run.model_args)
+        sides = (run.image_size, run.recipe.detection.long_side)
+        net: Any = retinanet(body, run.dataset.num_classes, *sides, run.recipe.detection.channels)
+        each = count_macs(net, *sides)
+    else:
+        net = create_model(run.model, run.dataset.num_classes, run.image_size, **run.model_args)
+        each = macs(net, run.image_size)
+    return sum(p.numel() for p in net.parameters()), each
 
 
 def _images(run: Run) -> int | None:

@@ -18,10 +18,10 @@ from pathlib import Path
 from .catalogue import Catalogue
 from .errors import HovitError
 from .files import atomic, digest, file_digest
-from .plan import Plan
+from .plan import DETECTIONS, PREDICTIONS, Plan, Run
 from .predictions import metrics, predictions_digest, read_predictions
 from .records import Device, Record, read_record
-from .sources import analysis_code, code_hash
+from .sources import analysis_code, code_hash, training_code
 
 EVIDENCE = Path("results/evidence")
 
@@ -67,7 +67,8 @@ def add(catalogue: Catalogue, sources: list[Path], root: Path = Path()) -> list[
                 raise HovitError(f"{place}: another record of this run is there; remove it first")
             continue
         if record.kind == "train":
-            _copy(path.parent / "predictions.csv.gz", place.parent / "predictions.csv.gz")
+            name = _predictions(record)
+            _copy(path.parent / name, place.parent / name)
         _copy(path, place)
         taken.append(place)
     return taken
@@ -120,7 +121,9 @@ def check(catalogue: Catalogue, path: Path, root: Path = Path()) -> Record:
     if record.spec_hash != _expected(plan, record):
         raise HovitError(f"{path}: its spec is not the catalogue's any more")
     _check_code(path, record, root)
-    if record.kind == "train":
+    if record.kind == "train" and _predictions(record) == DETECTIONS:
+        _check_detections(path, plan.run(record.id, record.spec["seed"]), record, root)
+    elif record.kind == "train":
         _check_predictions(path, record)
     return record
 
@@ -134,8 +137,33 @@ def _expected(plan: Plan, record: Record) -> str:
     return plan.run(record.id, seed if isinstance(seed, int) else None).spec_hash
 
 
+def _predictions(record: Record) -> str:
+    """The name of the file that a run's metrics can be computed from again."""
+    return DETECTIONS if record.spec["recipe"].get("detection") else PREDICTIONS
+
+
+def _check_detections(path: Path, run: Run, record: Record, root: Path) -> None:
+    """AP is computed again where this machine has the same annotations; else the hash must do."""
+    from .detection.coco import drawn
+    from .detection.evaluate import METRICS, detections_digest, evaluate, read_detections
+    from .detection.folder import evaluation_set
+
+    file = path.parent / DETECTIONS
+    detections = read_detections(file)
+    if detections_digest(detections) != record.results.get("detections_sha256"):
+        raise HovitError(f"{file}: not the detections that {path.name} was made from")
+    sha256 = str(record.results.get("annotations_sha256"))
+    truth = evaluation_set(run.pack, sha256, root / run.pack.folder)
+    if truth is None:
+        return
+    tested = drawn(truth.pictures, run.limit.test, run.dataset.split.seed)
+    found = evaluate(truth, detections, [picture.id for picture in tested])
+    if found != {name: record.results[name] for name in METRICS if name in record.results}:
+        raise HovitError(f"{path}: AP is not what the detections give")
+
+
 def _check_predictions(path: Path, record: Record) -> None:
-    file = path.parent / "predictions.csv.gz"
+    file = path.parent / PREDICTIONS
     table = read_predictions(file)
     if predictions_digest(table) != record.results.get("predictions_sha256"):
         raise HovitError(f"{file}: not the predictions that {path.name} was made from")
@@ -159,7 +187,7 @@ def _check_code(path: Path, record: Record, root: Path) -> None:
 def record_code(record: Record, package: Path) -> str:
     """The hash that this record's code must have, by the sources in `package`."""
     if record.kind == "train":
-        return code_hash("training", record.spec["model"], package)
+        return training_code(record.spec, package)
     if record.kind == "analysis":
         return analysis_code(record.spec, package)
     models = sorted({row["model"] for row in record.spec["rows"].values()})

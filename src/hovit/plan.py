@@ -24,8 +24,10 @@ from .catalogue import (
 )
 from .errors import HovitError
 from .files import digest, file_digest
+from .sources import training_code
 
 RUNS = Path("results/runs")
+PREDICTIONS, DETECTIONS = "predictions.csv.gz", "detections.json.gz"
 PICTURES = ("attention_maps", "kept_patches")  # analyses that show an image beside what they find
 PRETRAINING = ("pretrain", "upstream")  # roles of what others start from: one seed is enough
 
@@ -73,11 +75,23 @@ class Run(Strict):
         for part in ("dataset", "recipe"):
             for key in ("id", "title", "about", "stands_for"):
                 spec[part].pop(key, None)
+        if not self.detects:
+            del spec["recipe"]["detection"]
         return spec
 
     @property
     def spec_hash(self) -> str:
         return digest(self.spec)
+
+    @property
+    def detects(self) -> bool:
+        """Whether objects are detected, and not images classified."""
+        return self.recipe.detection is not None
+
+    @property
+    def code(self) -> str:
+        """The hash of the sources that can change the result."""
+        return training_code(self.spec)
 
     @property
     def pack(self) -> "Pack":
@@ -141,7 +155,8 @@ class Plan:
         role = row.dataset or study.dataset
         if row.model is None or not study.trained or role not in self.scale.datasets:
             return []
-        seeds = self.scale.seeds[:1] if role in PRETRAINING else self.scale.seeds
+        # Of what takes a day, too, one: as detection's papers have it.
+        seeds = self.scale.seeds[:1] if role in (*PRETRAINING, "coco") else self.scale.seeds
         return [self._run(study, row, seed) for seed in seeds]
 
     def _run(self, study: Study, row: Row, seed: int) -> Run:
@@ -158,8 +173,13 @@ class Plan:
         model = str(row.model)
         if stand_in := self.scale.models.get(model):
             model, size = stand_in.model, stand_in.image_size
+        detection = recipe.detection
+        if detection:
+            milestones = tuple(epoch * factor for epoch in detection.milestones)
+            detection = detection.model_copy(update={"milestones": milestones})
         scaled = recipe.model_copy(
             update={
+                "detection": detection,
                 "epochs": max(1, round(recipe.epochs * factor)),
                 "batch_size": self.scale.batch_sizes.get(recipe.id, recipe.batch_size),
                 "warmup_epochs": recipe.warmup_epochs * factor,

@@ -28,6 +28,7 @@ PACKAGES = (
     "numpy",
     "lightning-fabric",
     "onnxruntime",
+    "pycocotools",
     "hovit",
 )
 

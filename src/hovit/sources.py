@@ -23,7 +23,7 @@ def code_hash(purpose: str, model: str = "", package: Path = PACKAGE) -> str:
     """sha256, in hex, of the sources behind data, a model's training or measuring, or the report.
 
     Args:
-        purpose: `data`, `training`, `measure`, `analysis` or `report`.
+        purpose: `data`, `training`, `detection`, `measure`, `analysis` or `report`.
         model: a registered name, for all but data and the report.
         package: the folder of the package, this one's unless told.
     """
@@ -35,6 +35,12 @@ def code_hash(purpose: str, model: str = "", package: Path = PACKAGE) -> str:
     return total.hexdigest()
 
 
+def training_code(spec: dict[str, Any], package: Path = PACKAGE) -> str:
+    """The hash of the sources behind a run: a classifier's, or a detector's."""
+    purpose = "detection" if spec["recipe"].get("detection") else "training"
+    return code_hash(purpose, spec["model"], package)
+
+
 def analysis_code(spec: dict[str, Any], package: Path = PACKAGE) -> str:
     """The hash of the sources behind an analysis: its own, and its models'."""
     models = sorted(set(spec["models"].values()))
@@ -44,6 +50,7 @@ def analysis_code(spec: dict[str, Any], package: Path = PACKAGE) -> str:
 ENTRIES = {
     "data": ("pack", "readers"),
     "training": ("loop",),
+    "detection": ("train",),
     "measure": ("cost", "latency", "study"),
     "analysis": ("run",),
     "report": ("tables", "figures", "claims", "paper"),

@@ -13,15 +13,14 @@ from pathlib import Path
 import torch
 
 from .catalogue import Study
-from .data.pack import prepare
 from .device import pick_device
 from .errors import HovitError, OutOfTime
 from .files import digest
 from .measure.study import measure_study, study_code
 from .plan import Plan, Run
 from .records import is_done
-from .sources import code_hash
-from .training.loop import Options, make_fabric, train
+from .task import outcome, prepare_pack, train_run
+from .training.loop import Options, make_fabric
 
 
 def parse_budget(text: str) -> float:
@@ -66,14 +65,14 @@ def sweep(
 
     def train_one(run: Run) -> None:
         torch.set_num_threads(plan.scale.threads)
-        prepare(run.pack, data_root, root / run.pack.folder)
-        results = train(run, fabric, root, options(run, deadline)).results
-        log(f"      top-1 {results['top1']:.2f} %, loss {results['loss']:.4f}")
+        prepare_pack(run.pack, data_root, root / run.pack.folder)
+        results = train_run(run, fabric, root, options(run, deadline)).results
+        log(f"      {outcome(results)}")
 
     jobs: list[tuple[str, Callable[[], object]]] = []
     for run in plan.needed(studies):
         path = root / run.folder / "record.json"
-        if not is_done(path, run.spec_hash, code_hash("training", run.model)):
+        if not is_done(path, run.spec_hash, run.code):
             jobs.append((f"train {run.id} seed {run.seed}", partial(train_one, run)))
     for study in studies:
         path = root / plan.measured(study)

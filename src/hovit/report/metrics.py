@@ -8,9 +8,10 @@ from ..files import read_json, write_json, write_text
 from ..plan import Plan, Run
 from ..records import read_record
 from .claims import VERDICTS
+from .values import PRECISION
 
 METRICS = Path("results/metrics")
-SHOWN = ("top1", "loss", "val_top1", "best_epoch")
+SHOWN = ("top1", "loss", "val_top1", "best_epoch", *sorted(PRECISION))
 
 
 def metrics_files(plan: Plan) -> list[Path]:
@@ -28,10 +29,11 @@ def write_metrics(plan: Plan, root: Path = Path()) -> None:
     rows = []
     for run, file in zip(_runs(plan), files, strict=True):
         results = read_record(root / run.folder / "record.json").results
-        write_json(file, {name: results[name] for name in SHOWN})
+        write_json(file, {name: results[name] for name in SHOWN if name in results})
         rows += [{"run": _name(run)} | entry for entry in results["history"]]
     table = io.StringIO()
-    writer = csv.DictWriter(table, list(rows[0]) if rows else ["run"], lineterminator="\n")
+    names = dict.fromkeys(["run", *(name for row in rows for name in row)])
+    writer = csv.DictWriter(table, list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(histories, table.getvalue())

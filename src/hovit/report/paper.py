@@ -14,7 +14,6 @@ from ..catalogue import Study
 from ..errors import HovitError, one_line
 from ..files import atomic, write_json
 from ..plan import Plan
-from ..sources import code_hash
 from .attention_figures import seeds
 from .claims import VERDICTS, Verdict, judge_all, say
 from .figures import FIGURES, FOLDER, _best
@@ -239,8 +238,7 @@ def _costs(results: Results) -> list[dict[str, Any]]:
     found = []
     for each in plan.runs.values():
         for run in each.values():
-            code = code_hash("training", run.model)
-            record = results.record(run.folder / "record.json", run.spec_hash, code)
+            record = results.record(run.folder / "record.json", run.spec_hash, run.code)
             found += [("training", record)] if record else []
     for study in plan.catalogue.studies.values():
         measured = results.measured(study)

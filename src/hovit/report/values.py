@@ -17,8 +17,9 @@ from ..sources import analysis_code, code_hash
 from ..splits import split_sizes
 
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # t at 95 %, by n
-INEXACT = {"top1", "loss", "val_top1", "latency", "throughput"}
-TRAINED = {"top1", "loss", "val_top1"}
+PRECISION = {"ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"}
+TRAINED = {"top1", "loss", "val_top1"} | PRECISION
+INEXACT = TRAINED | {"latency", "throughput"}
 COUNTED = {"images", "images_train", "images_val", "images_test", "gigabytes"}
 
 
@@ -104,8 +105,7 @@ class Results:
         """The row's runs that have a record."""
         found = []
         for run in self.plan.runs_of(study, row):
-            code = code_hash("training", run.model)
-            record = self.record(run.folder / "record.json", run.spec_hash, code)
+            record = self.record(run.folder / "record.json", run.spec_hash, run.code)
             if record:
                 found.append((run, record))
         return found
@@ -149,11 +149,13 @@ class Results:
         runs = self.trained(study, row)
         if not runs:
             return None
-        values = [float(record.results[metric]) for _, record in runs]
+        values = [float(r.results[metric]) for _, r in runs if metric in r.results]
+        if not values:  # AP of a size that no object has
+            return None
         mean, n = sum(values) / len(values), len(values)
         spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else 0.0
         noise = STUDENT.get(n, 2.0) * spread / math.sqrt(n)
-        if metric != "loss":  # all seeds share their images, so more seeds do not sharpen this
+        if metric in ("top1", "val_top1"):  # all seeds share these images: more do not sharpen it
             images = runs[0][1].results["images_val" if metric == "val_top1" else "images_test"]
             share = mean / 100
             noise = math.hypot(noise, 196 * math.sqrt(share * (1 - share) / images))
@@ -234,8 +236,7 @@ class Results:
         upstream = self.plan.upstream(runs[0])
         if upstream is None:
             return str(runs[0].weights)
-        code = code_hash("training", upstream.model)
-        record = self.record(upstream.folder / "record.json", upstream.spec_hash, code)
+        record = self.record(upstream.folder / "record.json", upstream.spec_hash, upstream.code)
         how = f"{upstream.dataset.title}, {plural(upstream.recipe.epochs, 'epoch')}"
         if record:
             how += f", test top-1 {record.results['top1']:.1f} %"
