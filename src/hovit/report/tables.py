@@ -286,6 +286,8 @@ def _seeds(results: Results, study: Study) -> str:
     """The seeds that there are records of, and which rows have fewer."""
     found = [(row, [run.seed for run, _ in results.trained(study, row)]) for row in study.rows]
     seeds = sorted({seed for _, some in found for seed in some})
+    if not seeds:
+        return "none trained yet"
     spread = ", mean ± standard deviation" if len(seeds) > 1 else ""
     short = [
         f"{row.label} n = {len(some)}"
