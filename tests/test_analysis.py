@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 import hovit.models  # noqa: F401
 from hovit.analysis.attention_maps import attention_maps
-from hovit.analysis.run import KINDS, analyse
+from hovit.analysis.kept_patches import kept_patches
+from hovit.analysis.run import KINDS, analyse, to_csv
 from hovit.attention.modules import SimilarityAttention, create_attention, from_heads, to_heads
 from hovit.cli import app
 from hovit.errors import HovitError
@@ -100,3 +101,13 @@ def test_pictures_show_the_scales_photographs() -> None:
     for run in smoke.analysed_runs(kept).values():
         assert smoke.analysis_pack(kept, run) == run.pack
     assert "photographs" not in smoke.analysis_spec(kept)
+
+
+def test_what_skipvit_keeps_as_csv() -> None:
+    model = timm.create_model(
+        "skipvit_tiny_patch16_224", img_size=32, patch_size=8, schedule="6(45%)+11"
+    ).eval()
+    lines = to_csv({"a/b": kept_patches(model, torch.randn(1, 3, 32, 32))}).splitlines()
+    assert lines[0].startswith("row,what,0")
+    assert "a/b,layers,6" in lines[2]
+    assert lines[3].startswith("a/b,kept,")

@@ -89,14 +89,15 @@ def analyse(plan: Plan, analysis: Analysis, device: torch.device, root: Path = P
 
 def to_csv(rows: dict[str, Any]) -> str:
     """What an analysis found, for other programs: for each row of it a line of its numbers, then
-    one for each line of its lists; a list of numbers has columns 0, 1, 2 ..."""
+    one for each line of its lists (a flat list is one line), in columns 0, 1, 2 ..."""
     lines: list[dict[str, Any]] = []
     for ref, found in rows.items():
         lists = {k: v for k, v in found.items() if isinstance(v, list) and k != "images"}
         numbers = {k: v for k, v in found.items() if isinstance(v, int | float)}
         lines.append({"row": ref, "what": "all"} | numbers)
         for name, each in lists.items():
-            for line in each:
+            nested = any(isinstance(line, dict | list) for line in each)
+            for line in each if nested else [each]:
                 pairs = line.items() if isinstance(line, dict) else enumerate(line)
                 lines.append({"row": ref, "what": name} | {str(k): v for k, v in pairs})
     return pd.DataFrame(lines).to_csv(index=False, lineterminator="\n")
