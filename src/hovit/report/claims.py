@@ -60,8 +60,8 @@ def _judge_by(results: Results, claim: Claim, seed: str) -> Verdict:
 
     def verdict(name: str, measured: float | None, why: str, *values: Value) -> Verdict:
         records = sorted({str(path) for value in values for path in value.paths})
-        stand_ins = _stand_ins(results, claim) if measured is not None else []
-        why = ". ".join(filter(None, (why, claim.note, *stand_ins)))
+        notes = [claim.note, *_stand_ins(results, claim)] if measured is not None else []
+        why = ". ".join([why, *filter(None, notes)])
         return Verdict(
             claim.id, seed, claim.says, claim.place, claim.reported, name, measured, why, source,
             tuple(records),
@@ -271,5 +271,6 @@ def write_claims(plan: Plan, root: Path = Path()) -> str:
         cells = (f"**{v.verdict}**", v.says, v.place, v.reported or "", measured, v.why,
                  v.source)  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
-    write_text(root / "results/claims.md", "\n".join([*lines, *ledger_lines(rest), ""]))
+    more = ledger_lines(rest, [v.seed for v in verdicts])
+    write_text(root / "results/claims.md", "\n".join([*lines, *more, ""]))
     return f"{tally(verdicts)}\n{ledger_tally(rest)}"

@@ -22,6 +22,14 @@ REASONS = {
     "others": "about others' work",
     "opinion": "a judgement, an explanation or a wish",
 }
+ABOUT = (
+    "A *reported cell* is a number of a seed that a table shows beside ours. What is *not "
+    "checkable* here is listed below, with the reason."
+)
+COUNTS = (
+    "Counted are parameters, multiply-adds and images; these differ from the seed's by more than "
+    "one unit of its last digit:"
+)
 
 
 def last_digit(printed: str) -> float:
@@ -94,27 +102,29 @@ def by_reason(rest: dict[str, Any]) -> str:
     return ", ".join(f"{given.count(name)} {name}" for name in REASONS if name in given)
 
 
-def ledger_lines(rest: dict[str, Any]) -> list[str]:
-    """The ledger's part of `results/claims.md`."""
-    seeds = [cell["seed"] for cell in rest["cells"]]
-    each = ", ".join(f"{seeds.count(seed)} of {seed}" for seed in dict.fromkeys(seeds))
+def ledger_lines(rest: dict[str, Any], seeds: list[str]) -> list[str]:
+    """The ledger's part of `results/claims.md`.
+
+    Args:
+        rest: what `ledger` gives.
+        seeds: each claim's.
+    """
     differ = [cell for cell in rest["cells"] if cell["same"] is False]
-    lines = ["", "## Reported cells", ""]
-    lines += [f"Numbers that a table has as reported: {len(seeds)} ({each}). {COUNTS}", ""]
+    lines = ["", "## What else the seeds say", "", ABOUT, ""]
+    lines += ["| seed | claims | reported cells | not checkable |", "| :-- | --: | --: | --: |"]
+    for seed in dict.fromkeys(seeds):
+        parts = [[entry["seed"] for entry in rest[name]] for name in ("cells", "not_checkable")]
+        counts = [each.count(seed) for each in (seeds, *parts)]
+        lines.append(f"| {seed} | {' | '.join(map(str, counts))} |")
+    lines += ["", ledger_tally(rest) + ". " + COUNTS, ""]
     lines += ["| cell | reported | counted |", "| :-- | --: | --: |"]
     lines += [
         f"| `{c['cell']}` | {format_printed(c['reported'])} | {c['counted']:,.6g} |" for c in differ
     ]
-    lines += ["", "## Not checkable", "", f"{len(rest['not_checkable'])}: {by_reason(rest)}.", ""]
+    lines += ["", "## Not checkable", ""]
     lines += [f"- *{name}*: {meaning}" for name, meaning in REASONS.items()]
     lines += ["", "| reason | the seed says | place | why |", "| :-- | :-- | :-- | :-- |"]
     for entry in rest["not_checkable"]:
         place = f"{entry['seed']}: {entry['place']}"
         lines.append(f"| {entry['reason']} | {entry['says']} | {place} | {entry['why']} |")
     return lines
-
-
-COUNTS = (
-    "Counts (parameters, multiply-adds, images) that differ from ours by more than one unit of the "
-    "last printed digit:"
-)
