@@ -134,8 +134,7 @@ class _Job:
         targets = [{key: t.to(device) for key, t in target.items()} for _, target in batch]
         loss = torch.stack(list(self.model(images, targets).values())).sum()
         self.fabric.backward(loss)
-        if self.recipe.clip_norm:
-            norm = self.recipe.clip_norm
+        if norm := self.recipe.clip_norm:
             self.fabric.clip_gradients(self.model, self.optimizer, max_norm=norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
