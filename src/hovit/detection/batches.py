@@ -1,7 +1,7 @@
 """Batches of whole images with their boxes, decoded as they are needed."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..errors import HovitError
 from .coco import Picture, read_image
 
 Sample = tuple[Tensor, dict[str, Tensor]]  # uint8 [3, H, W]; boxes [n, 4] and labels [n]
@@ -39,6 +40,13 @@ class Samples(Dataset[Sample]):
             image, boxes = mirror(image, boxes)
         return image.contiguous(), {"boxes": boxes, "labels": torch.from_numpy(picture.labels)}
 
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample] | HovitError:
+        """A batch; or the error, as a worker would raise it with its traceback for a message."""
+        try:
+            return [self[index] for index in indices]
+        except HovitError as error:
+            return error
+
 
 def mirror(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     """Left for right: [3, H, W] and [n, 4], left top right bottom."""
@@ -47,18 +55,30 @@ def mirror(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     return image.flip(2), torch.stack([width - right, top, width - left, bottom], 1)
 
 
-def make_loader(
-    samples: Samples, batches: list[np.ndarray], device: torch.device
-) -> DataLoader[Sample]:
-    """A DataLoader over these batches of indices, in this order; decoding beside the card."""
-    workers = min(8, (os.cpu_count() or 2) - 1) if device.type == "cuda" else 0
-    return DataLoader(
+def load(
+    samples: Samples, batches: list[np.ndarray], device: torch.device, workers: int | None = None
+) -> Iterator[list[Sample]]:
+    """These batches of indices, in this order.
+
+    Args:
+        workers: processes that decode; unless told some for a card, and none for a CPU.
+
+    Raises:
+        HovitError: for an image that cannot be read.
+    """
+    if workers is None:
+        workers = min(8, (os.cpu_count() or 2) - 1) if device.type == "cuda" else 0
+    loader: DataLoader[Any] = DataLoader(
         samples,
         batch_sampler=[batch.tolist() for batch in batches],
         collate_fn=_as_is,
         num_workers=workers,
         pin_memory=device.type == "cuda",
     )
+    for batch in loader:
+        if isinstance(batch, HovitError):
+            raise batch
+        yield batch
 
 
 def _as_is(batch: Any) -> Any:

@@ -29,7 +29,7 @@ from ..records import Record, make_provenance, write_record
 from ..training.checkpoint import load_state, save_state, save_weights
 from ..training.loop import CHECK_EVERY, Options
 from ..training.weights import load_pretrained
-from .batches import Sample, Samples, make_loader, to_input
+from .batches import Sample, Samples, load, to_input
 from .coco import Picture, drawn
 from .evaluate import MOST, detections_digest, evaluate, to_coco, write_detections
 from .folder import Coco, open_coco
@@ -109,7 +109,7 @@ class _Job:
         every = np.arange(len(self.learned))
         batches = epoch_batches(every, self.recipe.batch_size, seed, epoch, rank, world)
         samples = Samples(self.learned, self.detection.flip, (seed, epoch))
-        loader = make_loader(samples, batches[self.state.step :], self.fabric.device)
+        loader = load(samples, batches[self.state.step :], self.fabric.device)
         self.model.train()
         recent: list[Tensor] = []
         for step, batch in enumerate(loader, start=self.state.step):
@@ -134,8 +134,7 @@ class _Job:
         targets = [{key: t.to(device) for key, t in target.items()} for _, target in batch]
         loss = torch.stack(list(self.model(images, targets).values())).sum()
         self.fabric.backward(loss)
-        if self.recipe.clip_norm:
-            norm = self.recipe.clip_norm
+        if norm := self.recipe.clip_norm:
             self.fabric.clip_gradients(self.model, self.optimizer, max_norm=norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -185,7 +184,7 @@ class _Job:
         """What is found in the evaluation set, in COCO's results format, image by image."""
         world, rank = self.fabric.world_size, self.fabric.global_rank
         batches = eval_batches(np.arange(len(self.tested)), EVAL_BATCH, rank, world)
-        loader = make_loader(Samples(self.tested), batches, self.fabric.device)
+        loader = load(Samples(self.tested), batches, self.fabric.device)
         self.model.eval()
         found = []
         with torch.inference_mode():
