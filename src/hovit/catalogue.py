@@ -4,9 +4,8 @@ Every YAML file is one object, checked against the classes below (`hovit schema`
 Schema for editors). A mistake is one line: file, key path, what is allowed.
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -428,106 +427,8 @@ def load_catalogue(root: Path = Path("config")) -> Catalogue:
         kind: {p.stem: load_file(p, model) for p in sorted((root / kind).glob("*.yaml"))}
         for kind, model in KINDS.items()
     }
+    from .references import check_references  # which needs the classes above
+
     catalogue = Catalogue(**found)
-    _check_references(catalogue, root)
+    check_references(catalogue, root)
     return catalogue
-
-
-Must = Callable[[Any, str, str], None]
-
-
-def _check_references(catalogue: Catalogue, root: Path) -> None:
-    def must(known: Any, name: str, where: str) -> None:
-        if name not in known:
-            raise HovitError(
-                f"{root}/{where}: {name!r} is not defined; allowed: {', '.join(known)}"
-            )
-
-    for scale in catalogue.scales.values():
-        for role, dataset in scale.datasets.items():
-            where = f"scales/{scale.id}.yaml: datasets.{role}"
-            must(catalogue.datasets, dataset, where)
-            if (role == "coco") != (catalogue.datasets[dataset].reader == "coco"):
-                raise HovitError(f"{root}/{where}: role and reader coco go together, or not at all")
-        if scale.photographs:
-            must(catalogue.datasets, scale.photographs, f"scales/{scale.id}.yaml: photographs")
-        for key, recipes in (("epochs", scale.epochs), ("batch_sizes", scale.batch_sizes)):
-            for recipe in recipes:
-                must(catalogue.recipes, recipe, f"scales/{scale.id}.yaml: {key}")
-        for name, weights in scale.weights.items():
-            if weights.row:
-                study_id, row_id = weights.row.split("/")
-                where = f"scales/{scale.id}.yaml: weights.{name}.row"
-                must(catalogue.studies, study_id, where)
-                rows = {row.id: row for row in catalogue.studies[study_id].rows}
-                must(rows, row_id, where)
-                if rows[row_id].pretrained:
-                    raise HovitError(f"{root}/{where}: {weights.row} itself starts from weights")
-    for study in catalogue.studies.values():
-        _check_rows(catalogue, root, study, must)
-    for analysis in catalogue.analyses.values():
-        for row_ref in analysis.of:
-            study_id, row_id = row_ref.split("/")
-            where = f"analyses/{analysis.id}.yaml: of"
-            must(catalogue.studies, study_id, where)
-            must([row.id for row in catalogue.studies[study_id].rows], row_id, where)
-    seen: set[str] = set()
-    for claims in catalogue.claims.values():
-        for i, claim in enumerate(claims.claims):
-            where = f"claims/{claims.id}.yaml: claims[{i}]"
-            if claim.id in seen:
-                raise HovitError(f"{root}/{where}.id: {claim.id!r} is given twice")
-            seen.add(claim.id)
-            for key, ref in (("of", claim.of), ("to", claim.to)):
-                if ref is not None:
-                    analysis_id, study_id, row_id, metric = split_ref(ref)
-                    if analysis_id:
-                        must(catalogue.analyses, analysis_id, f"{where}.{key}")
-                        row_ref = f"{study_id}/{row_id}"
-                        must(catalogue.analyses[analysis_id].of, row_ref, f"{where}.{key}")
-                        continue
-                    must(catalogue.studies, study_id, f"{where}.{key}")
-                    study = catalogue.studies[study_id]
-                    must([row.id for row in study.rows], row_id, f"{where}.{key}")
-                    must(_claimable(study, study.row(row_id)), metric, f"{where}.{key}")
-
-
-def _check_rows(catalogue: Catalogue, root: Path, study: Study, must: Must) -> None:
-    file = f"studies/{study.id}.yaml"
-    must(catalogue.recipes, study.recipe, f"{file}: recipe")
-    ids = [row.id for row in study.rows]
-    for i, row in enumerate(study.rows):
-        if row.id in ids[:i]:
-            raise HovitError(f"{root}/{file}: rows[{i}].id: {row.id!r} is given twice")
-        if row.reported_only and (row.model or not row.reported):
-            raise HovitError(
-                f"{root}/{file}: rows[{i}].reported_only: goes with `reported`, without a model"
-            )
-        if (study.kind == "models" and not row.reported_only) != (row.model is not None):
-            raise HovitError(
-                f"{root}/{file}: rows[{i}].model: "
-                + ("a row of a models study names a model" if not row.model else "not allowed")
-            )
-        if row.rule:
-            must(catalogue.datasets, row.rule, f"{file}: rows[{i}].rule")
-        if (row.rule is None) != (row.total is None):
-            raise HovitError(f"{root}/{file}: rows[{i}]: `rule` and `total` go together")
-        if row.recipe:
-            must(catalogue.recipes, row.recipe, f"{file}: rows[{i}].recipe")
-        detects = catalogue.recipes[row.recipe or study.recipe].detection is not None
-        if study.trained and row.model and detects != ((row.dataset or study.dataset) == "coco"):
-            raise HovitError(
-                f"{root}/{file}: rows[{i}]: dataset coco and a recipe with `detection` go together"
-            )
-        if row.baseline:
-            must(ids, row.baseline, f"{file}: rows[{i}].baseline")
-
-
-def _claimable(study: Study, row: Row) -> list[str]:
-    """What a claim may point at: a row's metrics, its latency by batch, what its seed printed."""
-    metrics: list[str] = [m for m in study.columns if m != "latency"]
-    if "latency" in study.columns:
-        metrics += [f"latency_{batch}" for batch in study.batches or (1, 32)]
-    if study.kind == "models":
-        metrics += ["parameters", "parameters_used", "parameters_unused"]
-    return [*dict.fromkeys(metrics), *(f"reported_{metric}" for metric in row.reported)]
