@@ -57,8 +57,8 @@ ENTRIES = {
 }
 # What these decide stands in a record by itself: the spec, the images' fingerprint, the device.
 INDIRECT = {
-    "catalogue.py", "references.py", "reading.py", "plan.py", "records.py", "sources.py", "errors.py", "files.py",
-    "device.py", "splits.py", "readers.py", "pack.py", "predictions.py",
+    "catalogue.py", "references.py", "reading.py", "plan.py", "records.py", "sources.py",
+    "errors.py", "files.py", "device.py", "splits.py", "readers.py", "pack.py", "predictions.py",
 }  # fmt: skip
 
 
