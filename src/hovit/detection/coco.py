@@ -18,7 +18,7 @@ from ..files import read_json
 
 # (annotation, image): the two boxes of COCO's own train2017 that have no height.
 WITHOUT_AREA = {(918, 200365), (2206849, 550395)}
-SMALLEST = 1.0  # pixels: training leaves out what is less wide or high, as upstream's mmdetection
+SMALLEST = 1.0  # pixels: training leaves out what is less wide or high (ours)
 
 
 @dataclass(frozen=True)
