@@ -5,6 +5,7 @@ number that the catalogue says the seeds reported: whatever differs from it is n
 """
 
 import math
+import re
 import statistics
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -50,8 +51,8 @@ class Verdict:
 def judge(sources: list[Results], claim: Claim, seed: str) -> Verdict:
     """Hold one claim against the records: this run's, or else the first evidence that can tell."""
     verdicts = [_judge_by(results, claim, seed) for results in sources]
-    reasons = "; ".join(dict.fromkeys(v.why for v in verdicts))  # why none of them can tell
-    none = replace(verdicts[0], why=reasons)
+    rest = [re.sub(r"no record of \S+", "no record", v.why) for v in verdicts[1:]]
+    none = replace(verdicts[0], why="; ".join(dict.fromkeys([verdicts[0].why, *rest])))
     return next((v for v in verdicts if v.verdict != "not measured"), none)
 
 
