@@ -9,8 +9,8 @@ spec each time; a test runs `verify` on what is committed.
 import re
 import shutil
 import subprocess
-import tarfile
 import tempfile
+import zipfile
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -218,8 +218,8 @@ def _package_at(root: Path, commit: str) -> Path:
     if commit not in _unpacked:
         if not re.fullmatch(r"[0-9a-f]{7,64}", commit):
             raise HovitError(f"{commit!r} is not a commit")
-        content = _git(root, "archive", commit, "src/hovit")
+        content = _git(root, "archive", "--format=zip", commit, "src/hovit")
         _unpacked[commit] = tempfile.TemporaryDirectory()
-        with tarfile.open(fileobj=BytesIO(content)) as archive:
-            archive.extractall(_unpacked[commit].name, filter="data")
+        with zipfile.ZipFile(BytesIO(content)) as archive:
+            archive.extractall(_unpacked[commit].name)
     return Path(_unpacked[commit].name) / "src/hovit"
