@@ -740,7 +740,7 @@ def test_a_record_changed_and_sealed_again_is_no_evidence(
     path = tmp_path / "record.json"
     write_predictions(tmp_path / "predictions.csv.gz", made_up_predictions(50.0))
     write_record(path, valid)
-    check(plan.catalogue, path)
+    check({plan.scale.id: plan}, path)
     content = read_json(path)
     places = [
         (*before, key)
@@ -769,7 +769,7 @@ def test_a_record_changed_and_sealed_again_is_no_evidence(
             changed["spec_hash"] = digest(changed["spec"])
         write_sealed(path, changed)
         with one_line_or_none():
-            record = check(plan.catalogue, path)
+            record = check({plan.scale.id: plan}, path)
             assert record.spec == valid.spec
             for key in ("loss", "top1", "predictions_sha256"):
                 assert record.results[key] == valid.results[key]

@@ -56,8 +56,9 @@ def add(catalogue: Catalogue, sources: list[Path], root: Path = Path()) -> list[
         raise HovitError(
             f"{sources[0]}: no records in it (record.json, measure/*.json, analysis/*.json)"
         )
+    plans = {name: Plan(catalogue, scale) for name, scale in catalogue.scales.items()}
     for path in found:
-        check(catalogue, path, root)
+        check(plans, path, root)
     taken = []
     for path in found:
         record = read_record(path)
@@ -96,10 +97,11 @@ def _copy(source: Path, target: Path) -> None:
 def verify(catalogue: Catalogue, root: Path = Path()) -> tuple[int, list[str]]:
     """Check all evidence again: (how many records, what is wrong)."""
     paths = records_in(root / EVIDENCE)
+    plans = {name: Plan(catalogue, scale) for name, scale in catalogue.scales.items()}
     problems = []
     for path in paths:
         try:
-            record = check(catalogue, path, root)
+            record = check(plans, path, root)
             place = root / EVIDENCE / slug(record.provenance.device) / location(record)
             if place != path:
                 raise HovitError(f"{path}: belongs to {place}")
@@ -108,16 +110,16 @@ def verify(catalogue: Catalogue, root: Path = Path()) -> tuple[int, list[str]]:
     return len(paths), problems
 
 
-def check(catalogue: Catalogue, path: Path, root: Path = Path()) -> Record:
-    """Verify one record: seal, spec, code, predictions.
+def check(plans: dict[str, Plan], path: Path, root: Path = Path()) -> Record:
+    """Verify one record, by its scale's plan: seal, spec, code, predictions.
 
     Raises:
         HovitError: naming the record and what is wrong with it.
     """
     record = read_record(path)
-    if record.scale not in catalogue.scales:
+    if record.scale not in plans:
         raise HovitError(f"{path}: scale {record.scale!r} is not in the catalogue")
-    plan = Plan(catalogue, catalogue.scales[record.scale])
+    plan = plans[record.scale]
     if record.spec_hash != _expected(plan, record):
         raise HovitError(f"{path}: its spec is not the catalogue's any more")
     _check_code(path, record, root)

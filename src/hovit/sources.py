@@ -9,7 +9,7 @@ import ast
 import hashlib
 import io
 import tokenize
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from .files import digest
 PACKAGE = Path(__file__).parent
 
 
-@lru_cache
+@cache
 def code_hash(purpose: str, model: str = "", package: Path = PACKAGE) -> str:
     """sha256, in hex, of the sources behind data, a model's training or measuring, or the report.
 
@@ -88,7 +88,7 @@ def _closure(start: set[Path], package: Path) -> set[Path]:
     return found
 
 
-@lru_cache
+@cache
 def _imports(path: Path, package: Path) -> list[Path]:
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -100,7 +100,7 @@ def _imports(path: Path, package: Path) -> list[Path]:
     return [p for p in found if p.is_file() and package in p.parents]
 
 
-@lru_cache
+@cache
 def _meaning(path: Path) -> str:
     """The file's lines without docstrings, comments and blank lines; alike in every Python."""
     source = path.read_text(encoding="utf-8")
