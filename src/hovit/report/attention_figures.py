@@ -1,5 +1,6 @@
 """The figures on other attentions: curves as in the deck, latency, and growth with the tokens."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -194,7 +195,7 @@ def attention_maps(results: Results) -> "Canvas":
         canvas.suptitle(
             f"entropy in nats; flat over {tokens} tokens it is {np.log(tokens):.2f}", fontsize=6
         )
-    state(canvas, results, [study])
+    state(canvas, results, [study], photographs(results))
     return canvas
 
 
@@ -206,9 +207,17 @@ def seeds(results: Results, studies: list[Study]) -> list[str]:
     return [f"n = {least}{plural(found[-1], 'seed')}"] if found else []
 
 
-def state(canvas: "Canvas", results: Results, studies: list[Study]) -> None:
+def photographs(results: Results) -> list[str]:
+    """Whose images a picture shows, where a run's own are not shown."""
+    name = results.plan.scale.photographs
+    return [f"photographs: {results.plan.catalogue.datasets[name].title}"] if name else []
+
+
+def state(
+    canvas: "Canvas", results: Results, studies: list[Study], more: Sequence[str] = ()
+) -> None:
     """Say under the figure what was run: scale, images, device and seeds, by study."""
-    facts = list(dict.fromkeys(results.where(study) for study in studies))
+    facts = [*dict.fromkeys(results.where(study) for study in studies), *more]
     facts += seeds(results, studies)
     if results.problems:
         facts.append(f"{plural(len(results.problems), 'record')} not used: see the tables")

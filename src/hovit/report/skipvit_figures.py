@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..catalogue import Row, Study
-from .attention_figures import state
+from .attention_figures import photographs, state
 from .tables import baseline_ratio
 from .values import Results
 
@@ -149,7 +149,7 @@ def kept_patches(results: Results) -> "Canvas":
         for ax, layer, mask in zip(line[1:], row["layers"], row["kept"][n], strict=False):
             _masked(ax, image, np.array([[int(c) for c in line] for line in mask]))
             ax.set_title(f"after layer {layer}", fontsize=5)
-    state(canvas, results, [study])
+    state(canvas, results, [study], photographs(results))
     return canvas
 
 
