@@ -1,6 +1,7 @@
 """EfficientViT's motivating studies, on constructed cases with known answers."""
 
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ from hovit.factory import create_model
 from hovit.models.mhsa_share import halves, places, with_mhsa_share
 from hovit.plan import load_plan
 from hovit.records import write_record
+from hovit.report import figures
 from hovit.report.claims import Verdict, judge
+from hovit.report.figures import FIGURES
 from hovit.report.values import Results
 
 SWIN: dict[str, Any] = {"img_size": 56, "embed_dim": 24, "depths": (2, 2), "num_heads": (3, 6),
@@ -345,3 +348,12 @@ def test_a_claim_on_an_analysis_names_one_that_exists(tmp_path: Path) -> None:
     path.write_text(text.replace("taylor_pruning:mhsa_share/swin/", "taylor_pruning:depth/x/"))
     with pytest.raises(HovitError, match="'depth/x' is not defined; allowed: mhsa_share/swin"):
         load_catalogue(config)
+
+
+def test_a_figure_of_accuracy_passes_over_evidence_that_has_only_times(tmp_path: Path) -> None:
+    place = Path("results/evidence/amd-epyc/mini/measure/mhsa_share.json")
+    (tmp_path / place).parent.mkdir(parents=True)
+    shutil.copy(ROOT / place, tmp_path / place)
+    plan, figure = load_plan("smoke", ROOT / "config"), FIGURES["mhsa_share"]
+    assert figures._best(plan, replace(figure, of_training=False), tmp_path).is_evidence
+    assert not figures._best(plan, figure, tmp_path).is_evidence

@@ -40,6 +40,7 @@ class Figure:
     studies: tuple[str, ...]
     draw: Callable[[Results], "Canvas"]
     analyses: tuple[str, ...] = ()
+    of_training: bool = False  # evidence that has only times cannot fill it
 
 
 def draw(plan: Plan, name: str, root: Path = Path()) -> None:
@@ -71,6 +72,9 @@ def _best(plan: Plan, figure: Figure, root: Path) -> Results:
     if found is None or found.plan.scale.rank <= plan.scale.rank:
         return this
     whole = all(found.analysis(name) for name in figure.analyses)
+    if figure.of_training:
+        study = plan.study(figure.studies[0])
+        whole = whole and any(found.trained(study, row) for row in study.rows)
     return found if whole else this
 
 
@@ -293,7 +297,10 @@ FIGURES = {
         "Where one token looks", ("levit_attention",), attention_maps, ("attention_maps",)
     ),
     "mhsa_share": Figure(
-        "Accuracy by the share of attention", ("mhsa_share",), analysis_figures.mhsa_share
+        "Accuracy by the share of attention",
+        ("mhsa_share",),
+        analysis_figures.mhsa_share,
+        of_training=True,
     ),
     "head_similarity": Figure(
         "Similarity of heads",
