@@ -266,12 +266,18 @@ def change_a_recipe(root: Path) -> None:
     recipe.write_text(recipe.read_text().replace("lr: 0.001", "lr: 0.002"))
 
 
+def heed_interrupts() -> None:
+    """A shell that puts the tests in the background has all that they start ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start_repro(root: Path) -> subprocess.Popen[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "PYTHONPATH": str(root / "src")}
     return subprocess.Popen(
         ["dvc", "repro"], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, start_new_session=True,
+        preexec_fn=heed_interrupts,
     )  # fmt: skip
 
 
