@@ -27,7 +27,8 @@ def test_its_picture_too() -> None:
     )
     kept = matplotlib.image.imread(ROOT / PICTURE)
     assert kept.shape == drawn.shape
-    assert np.abs(kept - drawn).mean() < 1e-3  # another processor may round a pixel otherwise
+    other = (np.abs(kept - drawn) > 0.2).any(axis=-1)
+    assert other.sum() < 20  # pixels; a mark is larger, and another processor may round a few
 
 
 def test_every_headline_is_a_claim_and_what_is_drawn_is_a_ratio() -> None:
