@@ -1,6 +1,7 @@
 """EfficientViT's motivating studies, on constructed cases with known answers."""
 
 import shutil
+import statistics
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT
-from made_up import analysis_record
+from made_up import ANALYSED, analysis_record
 from torch import nn
 
 import hovit.models  # noqa: F401
@@ -101,6 +102,19 @@ def test_heads_that_look_elsewhere_are_not_alike() -> None:
     assert torch.allclose(largest_similarity(half, 1), torch.full((1, 2), 0.5))
 
 
+def test_similarity_says_how_far_the_images_leave_it() -> None:
+    model, images, _ = small("deit_tiny_patch16_224")
+    found = head_similarity(model, images)
+    alone = [head_similarity(model, image[None]) for image in images]
+    each = [one["mean"] for one in alone]
+    assert {one["mean_noise"] for one in alone} == {0.0}
+    assert found["mean"] == pytest.approx(statistics.mean(each), abs=1e-2)
+    error = statistics.stdev(each) / len(each) ** 0.5
+    assert found["mean_noise"] == pytest.approx(1.96 * error, abs=1e-2)
+    rows = found["blocks"]
+    assert found["mean"] == pytest.approx(sum(r["similarity"] for r in rows) / len(rows), abs=1e-3)
+
+
 def test_one_head_has_nothing_to_be_like() -> None:
     model, images, _ = small("deit_tiny_patch16_224", num_heads=1)
     with pytest.raises(ValueError, match="no block has two heads"):
@@ -173,7 +187,7 @@ def test_pruning_meets_its_budget(name: str) -> None:
     model, images, labels = small(name)
     calls: list[int] = []
     found = taylor_pruning(
-        model, images, labels, budget=0.6, steps=3, batch_size=2,
+        model, images, labels, images, labels, budget=0.6, steps=3, batch_size=2,
         tune=lambda kept: calls.append(sum(int(on.sum()) for on in kept.values())),
     )  # fmt: skip
     assert 0.58 < found["kept"] <= 0.6
@@ -184,16 +198,27 @@ def test_pruning_meets_its_budget(name: str) -> None:
         assert (row["qk_before"], row["v_before"], row["ffn_before"]) == (1, 1, 4)
         assert 0 < row["qk_ratio"] <= 1
         assert 0 < row["ffn_ratio"] <= 4
-    whole = taylor_pruning(small(name)[0], images, labels, budget=1.0, steps=1)
+    whole = taylor_pruning(small(name)[0], images, labels, images, labels, budget=1.0, steps=1)
     assert whole["kept"] == 1
     assert whole["top1_after"] == whole["top1_before"]
+
+
+def test_pruning_ranks_on_one_set_and_scores_on_the_other() -> None:
+    model, images, labels = small("deit_tiny_patch16_224")
+    others, theirs = torch.randn(7, *images.shape[1:]), labels[:1].expand(7)
+    want = {key: each.mean() for key, each in channel_importance(model, images, labels).items()}
+    with torch.inference_mode():
+        right = float((model(others).argmax(1) == theirs).float().mean())
+    found = taylor_pruning(model, images, labels, others, theirs, steps=1)
+    assert found["top1_before"] == pytest.approx(100 * right, abs=1e-3)
+    assert found["blocks"][0]["v_importance"] == pytest.approx(float(want[0, "v"]))
 
 
 def test_no_budget_is_refused() -> None:
     model, images, labels = small("deit_tiny_patch16_224")
     for wrong in ({"budget": 0.0}, {"budget": 1.5}, {"steps": 0}):
         with pytest.raises(ValueError, match="at least 1"):
-            taylor_pruning(model, images, labels, **wrong)  # type: ignore[arg-type]
+            taylor_pruning(model, images, labels, images, labels, **wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +247,7 @@ class Multiplying(nn.Module):
 def test_time_of_a_constructed_model_is_all_of_one_class() -> None:
     images = torch.randn(8, 3, 128, 128)
     adding = runtime_breakdown(Adding(), images)
-    assert adding["memory_bound_share"] == 100
+    assert (adding["memory_bound_share"], adding["memory_bound_share_noise"]) == (100, 0)
     shares = {row["class"]: row["share"] for row in adding["classes"]}
     assert shares["element-wise"] == 100
     assert list(shares) == list(CLASSES)
@@ -328,11 +353,16 @@ def judged(scale: str, root: Path) -> dict[str, Verdict]:
     return {c.id: judge(sources, c, "efficientvit") for c in claims if ":" in c.of}
 
 
-def test_claims_on_analyses_are_judged_by_their_record(tmp_path: Path) -> None:
+def test_claims_on_analyses_are_judged_by_their_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     verdicts = judged("mini", tmp_path)
     assert verdicts["taylor-qk-less-than-v"].verdict == "reproduced"  # made up: 50 against 90
     assert verdicts["head-splits-swin"].verdict == "within noise"  # made up: alike
     assert verdicts["taylor-v-late"].records == ("results/runs/mini/analysis/taylor_pruning.json",)
+    monkeypatch.setitem(ANALYSED, "head_similarity", {"mean": 60.0, "mean_noise": 2.5})
+    noisy = judged("mini", tmp_path)["head-splits-swin"]
+    assert noisy.why.endswith("differences up to 3.54 are noise")  # both: 2.5 by the root of 2
     found = judged("smoke", tmp_path)["taylor-v-late"]
     assert (found.verdict, found.why) == ("not measured", "scale smoke does not judge analyses")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import ROOT
-from made_up import GPU, measure_record, train_record, write_all
+from made_up import GPU, made_up_predictions, measure_record, train_record, write_all
 from pydantic import ValidationError
 
 from hovit.catalogue import Claim
@@ -236,6 +236,10 @@ def test_noise_is_that_of_the_seeds_and_of_their_images(plan: Plan, root: Path) 
     share = value.mean / 100
     images = 196 * (share * (1 - share) / 1103) ** 0.5  # the same 1,103 images for every seed
     assert value.noise == pytest.approx((seeds**2 + images**2) ** 0.5)
+    value = value_of(plan, root, "hovit", "loss")
+    losses = made_up_predictions(20.0)["loss"]  # of every row: 200 images
+    assert (value.n, value.spread) == (2, 0)
+    assert value.noise == pytest.approx(1.96 * losses.std(ddof=0) / len(losses) ** 0.5)
 
 
 def test_a_claim_that_makes_no_sense_is_refused() -> None:

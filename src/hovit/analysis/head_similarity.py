@@ -25,7 +25,8 @@ def head_similarity(model: nn.Module, images: Tensor) -> dict[str, Any]:
 
     Returns:
         `blocks`, a row for each block of two heads or more: `block` (from 1), `heads` and
-        `similarity` in percent, mean over heads and images; and `mean`, over those blocks.
+        `similarity` in percent, mean over heads and images; `mean`, over those blocks; and
+        `mean_noise`, the half width of its 95 % interval over images.
 
     Raises:
         ValueError: if the model has no attention of two heads.
@@ -60,7 +61,13 @@ def head_similarity(model: nn.Module, images: Tensor) -> dict[str, Any]:
         }
         for i, each in sorted(found.items())
     ]
-    return {"blocks": rows, "mean": round(sum(r["similarity"] for r in rows) / len(rows), 4)}
+    by_image = 100 * torch.stack([each.mean(1) for each in found.values()]).mean(0)  # [B]
+    error = float(by_image.std()) / len(images) ** 0.5 if len(images) > 1 else 0.0
+    return {
+        "blocks": rows,
+        "mean": round(float(by_image.mean()), 4),
+        "mean_noise": round(1.96 * error, 4),
+    }
 
 
 def largest_similarity(weights: Tensor, images: int) -> Tensor:

@@ -32,7 +32,7 @@ KINDS: dict[str, Callable[..., dict[str, Any]]] = {
     "runtime_breakdown": runtime_breakdown,
     "taylor_pruning": taylor_pruning,
 }
-LABELLED = ("taylor_pruning",)  # kinds that also take the images' classes
+RANKING = ("taylor_pruning",)  # kinds that take training images and classes, then test ones
 
 
 def analyse(plan: Plan, analysis: Analysis, device: torch.device, root: Path = Path()) -> Record:
@@ -58,14 +58,17 @@ def analyse(plan: Plan, analysis: Analysis, device: torch.device, root: Path = P
         net = create_model(run.model, run.dataset.num_classes, run.image_size, **run.model_args)
         net.load_state_dict(load_weights(weights))
         pack = plan.analysis_pack(analysis, run)
-        images, labels, indices = _images(pack, analysis.images, root)
-        inputs = [images, labels] if analysis.kind in LABELLED else [images]
+        images, labels, indices = _images(pack, "test", analysis.images, root)
+        inputs, used = [images], {"images": indices}
+        if analysis.kind in RANKING:
+            ranked, classes, indices = _images(pack, "train", analysis.images, root)
+            inputs, used = [ranked, classes, images, labels], used | {"train_images": indices}
         try:
             on_device = [each.to(device) for each in inputs]
             found = KINDS[analysis.kind](net.to(device).eval(), *on_device, **analysis.args)
         except ValueError as error:
             raise HovitError(f"analysis {analysis.id}: {ref}: {one_line(error)}") from None
-        rows[ref] = found | {"weights_sha256": file_digest(weights), "images": indices}
+        rows[ref] = found | {"weights_sha256": file_digest(weights)} | used
     spec = plan.analysis_spec(analysis)
     record = Record(
         kind="analysis",
@@ -92,7 +95,7 @@ def to_csv(rows: dict[str, Any]) -> str:
     one for each line of its lists (a flat list is one line), in columns 0, 1, 2 ..."""
     lines: list[dict[str, Any]] = []
     for ref, found in rows.items():
-        lists = {k: v for k, v in found.items() if isinstance(v, list) and k != "images"}
+        lists = {k: v for k, v in found.items() if isinstance(v, list) and "images" not in k}
         numbers = {k: v for k, v in found.items() if isinstance(v, int | float)}
         lines.append({"row": ref, "what": "all"} | numbers)
         for name, each in lists.items():
@@ -103,9 +106,11 @@ def to_csv(rows: dict[str, Any]) -> str:
     return pd.DataFrame(lines).to_csv(index=False, lineterminator="\n")
 
 
-def _images(pack: Pack, count: int, root: Path) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """The first test images, as a model takes them, their classes and places in the pack."""
+def _images(
+    pack: Pack, split: str, count: int, root: Path
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """A split's first images, as a model takes them, their classes and places in the pack."""
     packed = open_pack(pack, root / pack.folder)
-    indices = [int(i) for i in packed.splits["test"][:count]]
+    indices = [int(i) for i in packed.splits[split][:count]]
     images = to_input(torch.from_numpy(packed.images[indices]), pack.image_size)
     return images, torch.from_numpy(packed.labels[indices]), indices

@@ -6,6 +6,7 @@ normalisation are bound by memory. Seed: seeds/002, on memory access. That softm
 functions count with the element-wise ones is ours.
 """
 
+import statistics
 from typing import Any
 
 import torch
@@ -54,28 +55,20 @@ def runtime_breakdown(model: nn.Module, images: Tensor, repeats: int = 3) -> dic
 
     Returns:
         `classes`, a row for each: `class`, `memory_bound`, `ms` a pass and `share` in percent of
-        all but `other`; `other_ms`, what belongs to no class (framework, unknown operators); and
-        `memory_bound_share`, percent.
+        all but `other`; `other_ms`, what belongs to no class (framework, unknown operators);
+        `memory_bound_share`, percent; and `memory_bound_share_noise`, half the inter-quartile
+        range over passes (0 for one).
 
     Raises:
         ValueError: if no operator that ran is known, or there is no pass to time.
     """
     if repeats < 1:
         raise ValueError(f"repeats={repeats} is at least 1")
-    cuda = images.is_cuda
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    model.eval()
     with torch.inference_mode():
-        model.eval()(images)
-        with profile(activities=kinds, acc_events=True) as profiler:
-            for _ in range(repeats):
-                model(images)
-            if cuda:
-                torch.cuda.synchronize()
-    spent = dict.fromkeys((*CLASSES, "other"), 0.0)
-    for event in profiler.key_averages():
-        if event.device_type == DeviceType.CPU:  # a kernel's time counts with what launched it
-            time = event.self_device_time_total if cuda else event.self_cpu_time_total
-            spent[operator_class(event.key)] += time / 1000 / repeats
+        model(images)
+        passes = [_profiled(model, images) for _ in range(repeats)]
+    spent = {group: sum(each[group] for each in passes) / repeats for group in passes[0]}
     known = sum(ms for group, ms in spent.items() if group != "other")
     if not known:
         raise ValueError("no operator of a known class ran")
@@ -88,9 +81,33 @@ def runtime_breakdown(model: nn.Module, images: Tensor, repeats: int = 3) -> dic
         }
         for group in CLASSES
     ]
-    bound = sum(spent[group] for group in MEMORY_BOUND)
+    shares = [_bound_share(each) for each in passes]
+    low, _, high = statistics.quantiles(shares, n=4) if repeats > 1 else shares * 3
     return {
         "classes": rows,
         "other_ms": round(spent["other"], 6),
-        "memory_bound_share": round(100 * bound / known, 4),
+        "memory_bound_share": round(_bound_share(spent), 4),
+        "memory_bound_share_noise": round((high - low) / 2, 4),
     }
+
+
+def _profiled(model: nn.Module, images: Tensor) -> dict[str, float]:
+    """Milliseconds of one pass by class of operator."""
+    cuda = images.is_cuda
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    with profile(activities=kinds, acc_events=True) as profiler:
+        model(images)
+        if cuda:
+            torch.cuda.synchronize()
+    spent = dict.fromkeys((*CLASSES, "other"), 0.0)
+    for event in profiler.key_averages():
+        if event.device_type == DeviceType.CPU:  # a kernel's time counts with what launched it
+            time = event.self_device_time_total if cuda else event.self_cpu_time_total
+            spent[operator_class(event.key)] += time / 1000
+    return spent
+
+
+def _bound_share(spent: dict[str, float]) -> float:
+    """Percent of the known classes' time that is bound by memory."""
+    known = sum(ms for group, ms in spent.items() if group != "other")
+    return 100 * sum(spent[group] for group in MEMORY_BOUND) / known

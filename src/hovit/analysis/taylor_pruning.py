@@ -27,6 +27,8 @@ def taylor_pruning(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
+    test_images: Tensor,
+    test_labels: Tensor,
     budget: float = 0.75,
     steps: int = 10,
     batch_size: int = 32,
@@ -36,8 +38,10 @@ def taylor_pruning(
 
     Args:
         model: a timm Swin, ViT or DeiT, trained.
-        images: [B, 3, H, W], normalised; importance is measured on them.
+        images: [B, 3, H, W], normalised; importance is measured on them, so they are the training
+            split's.
         labels: [B], their classes.
+        test_images, test_labels: others, alike, for the accuracies.
         budget: share of the channels' parameters that stays, in (0, 1].
         steps: so many times importance is measured, and a like number of channels goes.
         batch_size: images in one gradient.
@@ -46,7 +50,7 @@ def taylor_pruning(
     Returns:
         `qk_kept`, `v_kept`, `ffn_kept`: percent of the channels, mean over blocks; `v_early` and
         `v_late`, the same of V in the first and the last third of the blocks; `kept`, the share of
-        parameters; `top1_before`, `top1_after`, percent of these images; `blocks`, a row for each
+        parameters; `top1_before`, `top1_after`, percent of the test images; `blocks`, a row for each
         block: `block` (from 1), `qk_ratio`, `v_ratio`, `ffn_ratio` (channels over the block's
         width), `_before` of each, and `_importance`, its mean before anything went.
 
@@ -61,7 +65,7 @@ def taylor_pruning(
     if not all(isinstance(block.attn.qkv, nn.Linear) for block in blocks):
         raise ValueError("Q, K and V have no channels over all of the input: heads read splits")
     kept = all_channels(blocks)
-    before = top1(model, images, labels, batch_size)
+    before = top1(model, test_images, test_labels, batch_size)
     first: Channels = {}
     total = remaining(blocks, kept)
     for step in range(steps):
@@ -78,7 +82,7 @@ def taylor_pruning(
         **_means(blocks, kept),
         "kept": round(remaining(blocks, kept) / total, 6),
         "top1_before": before,
-        "top1_after": top1(model, images, labels, batch_size),
+        "top1_after": top1(model, test_images, test_labels, batch_size),
     }
 
 

@@ -12,6 +12,7 @@ from ..errors import HovitError, one_line
 from ..evidence import EVIDENCE
 from ..files import digest, read_json
 from ..plan import RUNS, Plan, Run
+from ..predictions import read_predictions
 from ..records import Device, Record, read_record
 from ..sources import analysis_code, code_hash
 from ..splits import split_sizes
@@ -37,8 +38,8 @@ class Value:
         spread: standard deviation over seeds (0 for one), or the inter-quartile range.
         n: seeds, or rounds; 1 for what is exact.
         noise: how far it may be off. For what is trained: the half width of a 95 % interval over
-            seeds (Student's t) and, for an accuracy, of one over its test images; for latency half
-            the inter-quartile range; 0 for what is exact.
+            seeds (Student's t) and, for accuracy and loss, of one over its images; for latency half
+            the inter-quartile range; for an analysis what it says; 0 for what is exact.
         samples: latency's rounds, in the order that the rows of one record share.
         paths: the records behind it.
     """
@@ -129,7 +130,10 @@ class Results:
         record = self.analysis(analysis_id)
         found = record.results["rows"].get(row_ref, {}).get(name) if record else None
         path = self.place(self.plan.analysed(self.plan.analysis(analysis_id)))
-        return None if found is None else Value(float(found), paths=(path,))
+        if found is None:
+            return None
+        noise = record.results["rows"][row_ref].get(f"{name}_noise", 0.0) if record else 0.0
+        return Value(float(found), noise=noise, paths=(path,))
 
     def value(self, study: Study, row: Row, metric: str) -> Value | None:
         """A metric of a row: as measured, or with `reported_` before it, as the seed prints it.
@@ -159,6 +163,10 @@ class Results:
             images = runs[0][1].results["images_val" if metric == "val_top1" else "images_test"]
             share = mean / 100
             noise = math.hypot(noise, 196 * math.sqrt(share * (1 - share) / images))
+        if metric == "loss":
+            place = self.root / self.place(runs[0][0].folder / "predictions.csv.gz")
+            losses = read_predictions(place)["loss"]
+            noise = math.hypot(noise, 1.96 * losses.std(ddof=0) / math.sqrt(len(losses)))
         paths = tuple(self.place(run.folder / "record.json") for run, _ in runs)
         return Value(mean, spread, n, noise, paths=paths)
 
