@@ -50,9 +50,9 @@ def taylor_pruning(
     Returns:
         `qk_kept`, `v_kept`, `ffn_kept`: percent of the channels, mean over blocks; `v_early` and
         `v_late`, the same of V in the first and the last third of the blocks; `kept`, the share of
-        parameters; `top1_before`, `top1_after`, percent of the test images; `blocks`, a row for each
-        block: `block` (from 1), `qk_ratio`, `v_ratio`, `ffn_ratio` (channels over the block's
-        width), `_before` of each, and `_importance`, its mean before anything went.
+        parameters; `top1_before`, `top1_after`, percent of the test images; `blocks`, a row for
+        each block: `block` (from 1), `qk_ratio`, `v_ratio`, `ffn_ratio` (channels over the
+        block's width), `_before` of each, and `_importance`, its mean before anything went.
 
     Raises:
         ValueError: if the model has no such block, its heads read splits, or the budget or the
