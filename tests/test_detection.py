@@ -24,13 +24,14 @@ from hovit.detection.coco import Annotations, read_annotations, read_image
 from hovit.detection.evaluate import METRICS, evaluate, read_detections, write_detections
 from hovit.detection.folder import evaluation_set, open_coco, prepare
 from hovit.detection.model import STRIDES, make_backbone, retinanet
-from hovit.detection.train import _Job, learning_rate, make_optimizer, train
+from hovit.detection.train import Detection, learning_rate, make_optimizer, train
 from hovit.errors import HovitError, OutOfTime
 from hovit.files import digest, file_digest, read_json, write_json
 from hovit.plan import Plan, Run, Weights, load_plan
 from hovit.records import read_record, write_record
 from hovit.training.checkpoint import load_weights, save_weights
-from hovit.training.loop import Options, make_fabric
+from hovit.training.job import Options
+from hovit.training.loop import make_fabric
 from hovit.training.weights import load_pretrained
 
 TRAIN = "coco/annotations/instances_train2017.json"
@@ -374,7 +375,7 @@ def test_detections_are_kept_and_damage_is_one_line(data: Path) -> None:
 # Training ----------------------------------------------------------------------------------------
 
 
-def wider_start(job: _Job) -> None:
+def wider_start(job: Detection) -> None:
     """RetinaNet starts its heads at 0.01, which is meant for 256 channels; through four layers of
     32 nothing would arrive."""
     torch.manual_seed(0)
@@ -386,7 +387,7 @@ def wider_start(job: _Job) -> None:
 def test_training_finds_shapes_that_it_could_not_find_before(paper: Plan, tmp_path: Path) -> None:
     run = small_detector(paper, make_coco(tmp_path), epochs=40)
     prepare(run.pack, tmp_path, tmp_path / run.pack.folder)
-    job = _Job(run, make_fabric("32-true", "cpu"), tmp_path, Options())
+    job = Detection(run, make_fabric("32-true", "cpu"), tmp_path, Options())
     wider_start(job)
     before = evaluate(job.coco.test, job.detect())
     job.fit()
@@ -443,7 +444,7 @@ def test_a_continued_run_ends_with_the_same_weights(paper: Plan, tmp_path: Path)
 
 def test_a_loss_that_is_not_finite_ends_the_run(paper: Plan, run: Run, data: Path) -> None:
     prepare(run.pack, data, data / run.pack.folder)
-    job = _Job(run, make_fabric("32-true", "cpu"), data, Options())
+    job = Detection(run, make_fabric("32-true", "cpu"), data, Options())
     nn.init.constant_(job.module.head.regression_head.bbox_reg.bias, math.nan)
     with pytest.raises(HovitError, match="loss is nan at epoch 1, step 1; lower lr"):
         job.fit()

@@ -12,7 +12,7 @@ from hovit.plan import Plan
 from hovit.records import read_record
 from hovit.sweep import sweep
 from hovit.training import loop
-from hovit.training.loop import Options
+from hovit.training.job import Options
 
 STUDY = {
     "id": "tiny",

@@ -86,7 +86,7 @@ def test_a_state_of_other_code_is_not_continued(
     """Or a record would claim its last lines for all of it."""
     run, fabric = small_run(plan), make_fabric("32-true", accelerator="cpu")
     with monkeypatch.context() as patch:
-        patch.setattr("hovit.training.loop.code_hash", lambda *_: "0" * 64)
+        patch.setattr(Run, "code", "0" * 64)
         with pytest.raises(OutOfTime):
             train(run, fabric, packed, Options(deadline=0.0))
     assert train(run, fabric, packed).results["interruptions"] == 0

@@ -18,7 +18,7 @@ from .files import write_json
 from .plan import Run, all_packs, load_plan
 
 if TYPE_CHECKING:
-    from .training.loop import Options
+    from .training.job import Options
 
 app = typer.Typer(
     help="Fast vision transformers, reproduced: train, measure, report.",
@@ -141,7 +141,7 @@ def _watching(run: Run, quiet: bool = False) -> "Iterator[Options]":
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from .task import progress
-    from .training.loop import Options
+    from .training.job import Options
 
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn())
@@ -217,7 +217,7 @@ def sweep(
     from .sweep import parse_budget
     from .sweep import sweep as sweep_studies
     from .task import progress
-    from .training.loop import Options
+    from .training.job import Options
 
     seconds = parse_budget(budget)
     if seconds < 30:

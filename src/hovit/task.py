@@ -7,7 +7,7 @@ from .plan import Pack, Run
 from .records import Record
 
 if TYPE_CHECKING:
-    from .training.loop import Options
+    from .training.job import Options
 
 
 def prepare_pack(pack: Pack, data_root: Path, folder: Path | None = None) -> dict[str, Any]:
