@@ -117,7 +117,7 @@ MISTAKES = {
     "not the file's name": (DECK, "id: deck", "id: dock", "deck.yaml: id: must be the file's name, 'deck'"),
     "a row without a model": (DEPTH, "    model: levit_256\n", "", "depth.yaml: rows[2].model"),
     "weights from nowhere": (SMOKE, "{row: pretraining/resnet50}", "{}", "smoke.yaml: weights.resnet50: value error, give either `row: STUDY/ROW`"),
-    "weights from no study": (SMOKE, "pretraining/", "nosuch/", "smoke.yaml: weights.resnet50.row: 'nosuch' is not defined; allowed: attention_length"),
+    "weights from no study": (SMOKE, "pretraining/", "nosuch/", "smoke.yaml: weights.resnet50.row: 'nosuch' is not defined; allowed: attention_gradients"),
     "weights from no row": (SMOKE, "/resnet50", "/nosuch", "smoke.yaml: weights.resnet50.row: 'nosuch' is not defined; allowed: resnet50"),
     "weights from a row that needs them": (SMOKE, "pretraining/resnet50", "launcher/resnet50_linear", "smoke.yaml: weights.resnet50"),
     "weights that are not given": (DEPTH, "pretrained: resnet50", "pretrained: vit", "smoke.yaml: weights.vit: not given"),

@@ -17,7 +17,7 @@ from hovit.errors import HovitError, OutOfTime
 from hovit.files import digest, read_json, read_sealed, write_sealed
 from hovit.measure import study as study_module
 from hovit.measure.cost import cost, macs
-from hovit.measure.latency import forward_ms, measure_latency, summary
+from hovit.measure.latency import forward_ms, gradients_ms, measure_latency, summary
 from hovit.measure.study import measure_study
 from hovit.plan import Plan, load_plan
 from hovit.records import Device, read_record
@@ -158,6 +158,32 @@ class Clock:
         assert x.shape == (x.shape[0], 3, 16, 16)
         self.passes.append((self.names[id(model)], str(x.shape[0])))
         return float(len(self.passes))
+
+
+class Counting(nn.Module):
+    """x and y in, w x out; counts its passes and those of its gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(()))
+        self.passes, self.gradients = [], []
+
+    def forward(self, x, y):
+        self.passes.append(self.training)
+        out = self.w * x
+        out.register_hook(lambda gradient: self.gradients.append(gradient.clone()))
+        return out
+
+
+def test_gradients_are_taken_and_thrown_away():
+    model, inputs = Counting(), (torch.ones(2, 3), torch.ones(2))
+    for _ in range(2):
+        assert gradients_ms(model, *inputs) > 0
+    assert model.passes == [True, True]
+    assert len(model.gradients) == 2
+    assert all(torch.equal(each, torch.ones(2, 3)) for each in model.gradients)
+    assert model.w.grad is None
+    assert inputs[0].grad is None
 
 
 def interleave(samples=None, rounds=4, warmup=2, **kwargs):

@@ -273,8 +273,9 @@ class Study(Strict):
     source: Source
     kind: Literal["models", "data"] = "models"
     trained: bool = True  # else its models are only measured
-    # What is timed: a pass, one in ONNX Runtime (always on the CPU), or a training step.
-    workload: Literal["inference", "onnx", "training"] = "inference"
+    # What is timed: a pass, one in ONNX Runtime (always on the CPU), a pass and the gradients by
+    # inputs and parameters, or a whole training step.
+    workload: Literal["inference", "onnx", "gradients", "training"] = "inference"
     batches: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
     threads: Annotated[int, Field(ge=1)] | None = None  # of the CPU, timed; None: the scale's
     dataset: Role = "pets"

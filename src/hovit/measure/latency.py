@@ -44,6 +44,17 @@ def timed(call: Callable[..., object], *inputs: Tensor) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
+def gradients_ms(model: nn.Module, *inputs: Tensor) -> float:
+    """Milliseconds of a forward pass and of all gradients of its outputs' sum."""
+    model.train()
+    wanted = [x.requires_grad_() for x in inputs] + list(model.parameters())
+
+    def call(*inputs: Tensor) -> None:
+        torch.autograd.grad(model(*inputs).sum(), wanted, allow_unused=True)
+
+    return timed(call, *inputs)
+
+
 class TrainingStep:
     """Times whole optimiser steps: forward, cross-entropy, backward, AdamW, gradients cleared."""
 

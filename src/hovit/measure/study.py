@@ -18,7 +18,7 @@ from ..plan import Plan
 from ..records import Device, Record, make_provenance, write_record
 from ..sources import code_hash
 from .cost import cost
-from .latency import Samples, TrainingStep, forward_ms, measure_latency, summary
+from .latency import Samples, TrainingStep, forward_ms, gradients_ms, measure_latency, summary
 
 
 def study_code(plan: Plan, study: Study) -> str:
@@ -132,6 +132,8 @@ def _latency(
 def _timer(workload: str) -> Callable[..., float]:
     if workload == "training":
         return TrainingStep()
+    if workload == "gradients":
+        return gradients_ms
     if workload == "onnx":
         from .onnx_runtime import OnnxPass  # not needed, and not quick to import, for the others
 

@@ -236,6 +236,12 @@ def _image_counts(results: Results, study: Study, rows: list[Row]) -> str:
     return f"{', '.join(found)} (train / validation / test) at {size} px"
 
 
+WORKLOADS = {
+    "gradients": "forward passes with all gradients, ",
+    "training": "whole training steps (AdamW), ",
+}
+
+
 def _measuring(results: Results, study: Study) -> dict[str, str]:
     """How latency was measured, and at what size the models were counted."""
     lines = {}
@@ -247,7 +253,7 @@ def _measuring(results: Results, study: Study) -> dict[str, str]:
         if own and (most := results.plan.scale.latency.image_size or results.plan.scale.image_size):
             size += f", {most} px at most"
         size += ", " if size else ""
-        what = "whole training steps (AdamW), " if study.workload == "training" else ""
+        what = WORKLOADS.get(study.workload, "")
         how = "ONNX Runtime" if study.workload == "onnx" else "eager"
         lines["Latency"] = (
             f"{device}; {what}{size}{setting['precision']}, {how}, interleaved, "
