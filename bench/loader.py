@@ -40,7 +40,8 @@ from hovit.errors import HovitError
 from hovit.factory import create_model
 from hovit.files import write_json
 from hovit.plan import Run, load_plan
-from hovit.training.loop import limited, make_fabric, make_optimizer, training_loss
+from hovit.training.job import make_fabric
+from hovit.training.loop import limited, make_optimizer, training_loss
 
 Step = tuple[tuple[int, ...], Tensor, Tensor]  # (seed, epoch, step, rank), images, labels
 

@@ -18,8 +18,8 @@ from hovit.plan import Plan, load_plan
 from hovit.report.claims import write_claims
 from hovit.report.figures import FIGURES, draw
 from hovit.report.tables import write_index, write_table
-from hovit.training.job import Options
-from hovit.training.loop import make_fabric, train
+from hovit.training.job import Options, make_fabric
+from hovit.training.loop import train
 
 # By the server that every process is forked from, once; it does not find modules of tests/.
 IMPORTED = ["hovit.models", "hovit.training.loop", "hovit.measure.study", "hovit.report.figures",

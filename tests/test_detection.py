@@ -30,8 +30,7 @@ from hovit.files import digest, file_digest, read_json, write_json
 from hovit.plan import Plan, Run, Weights, load_plan
 from hovit.records import read_record, write_record
 from hovit.training.checkpoint import load_weights, save_weights
-from hovit.training.job import Options
-from hovit.training.loop import make_fabric
+from hovit.training.job import Options, make_fabric
 from hovit.training.weights import load_pretrained
 
 TRAIN = "coco/annotations/instances_train2017.json"

@@ -49,8 +49,8 @@ from hovit.training.checkpoint import (
     save_state,
     save_weights,
 )
-from hovit.training.job import Options
-from hovit.training.loop import make_fabric, train
+from hovit.training.job import Options, make_fabric
+from hovit.training.loop import train
 
 KILLS = 20  # each of training, a measurement, the report, packing
 EXAMPLES = 200  # damaged versions of each file

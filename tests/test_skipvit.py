@@ -19,8 +19,8 @@ from hovit.models.schedule import Schedule, keep_count
 from hovit.models.skipvit import SkipViT, kept_patches
 from hovit.models.token_skipping import choose, class_attention, fuse, put_back, take
 from hovit.plan import Plan
-from hovit.training.job import Options
-from hovit.training.loop import make_fabric, train
+from hovit.training.job import Options, make_fabric
+from hovit.training.loop import train
 
 SEED = [  # Table 1
     "6(45%)+fused token",

@@ -21,15 +21,8 @@ from hovit.factory import create_model
 from hovit.plan import Plan, Run, Weights, load_plan
 from hovit.sweep import parse_budget
 from hovit.training.checkpoint import load_weights, save_weights
-from hovit.training.loop import (
-    Options,
-    learning_rate,
-    make_fabric,
-    make_optimizer,
-    metrics,
-    train,
-    training_loss,
-)
+from hovit.training.job import Options, make_fabric
+from hovit.training.loop import learning_rate, make_optimizer, metrics, train, training_loss
 from hovit.training.weights import download_timm, load_pretrained
 
 

@@ -311,7 +311,7 @@ class Analysis(Strict):
         "attention_maps", "head_similarity", "kept_patches", "runtime_breakdown", "taylor_pruning"
     ]
     of: Annotated[tuple[RowRef, ...], Field(min_length=1)]  # each row's run of the first seed
-    images: Annotated[int, Field(ge=1)] = 1  # the first of a split
+    images: Annotated[int, Field(ge=1)] = 1  # drawn from a split
     args: dict[str, Plain] = {}
     published: dict[Text, tuple[FiniteFloat, ...]] = {}  # beside which a figure shows ours
 

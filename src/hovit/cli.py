@@ -123,7 +123,7 @@ def train(
     import hovit.models  # noqa: F401 (registers)
 
     from .task import outcome, train_run
-    from .training.loop import make_fabric
+    from .training.job import make_fabric
 
     torch.set_num_threads(threads or plan.scale.threads)
     fabric = make_fabric(run.precision, accelerator=accelerator)

@@ -20,8 +20,7 @@ from .measure.study import measure_study, study_code
 from .plan import Plan, Run
 from .records import is_done
 from .task import outcome, prepare_pack, train_run
-from .training.job import Options
-from .training.loop import make_fabric
+from .training.job import Options, make_fabric
 
 
 def parse_budget(text: str) -> float:

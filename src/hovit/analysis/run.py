@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -109,8 +110,12 @@ def to_csv(rows: dict[str, Any]) -> str:
 def _images(
     pack: Pack, split: str, count: int, root: Path
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """A split's first images, as a model takes them, their classes and places in the pack."""
+    """Some images of a split, as a model takes them, their classes and places in the pack.
+
+    A draw, as a source's own test set lies class by class.
+    """
     packed = open_pack(pack, root / pack.folder)
-    indices = [int(i) for i in packed.splits[split][:count]]
+    drawn = np.random.default_rng(0).permutation(packed.splits[split])[:count]
+    indices = [int(i) for i in drawn]
     images = to_input(torch.from_numpy(packed.images[indices]), pack.image_size)
     return images, torch.from_numpy(packed.labels[indices]), indices

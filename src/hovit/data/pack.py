@@ -37,7 +37,8 @@ class Packed:
     Args:
         images: uint8 [N, H, W, 3], mapped from disk, not read.
         labels: int64 [N].
-        splits: for each of train, val and test the indices into `images`, in seeded order.
+        splits: for each of train, val and test the indices into `images`, in seeded order;
+            a source's own test set in its own.
         meta: pack.json.
     """
 

@@ -262,7 +262,8 @@ def write_claims(plan: Plan, root: Path = Path()) -> str:
         "Latency is judged by ratios and ranks only: the device is another than the seed's. A "
         "difference is noise where it is smaller than a 95 % interval over seeds and test images "
         "(accuracy and loss), or than half the inter-quartile range of the rounds' ratios "
-        "(latency). Where a claim only compares, what was measured is the difference.",
+        "(latency). An analysis is of one trained model; its noise is of its images, or of its "
+        "passes. Where a claim only compares, what was measured is the difference.",
         "",
         "| verdict | claim | place | reported | measured | why | by |",
         "| :-- | :-- | :-- | --: | --: | :-- | :-- |",

@@ -12,7 +12,6 @@ from ..errors import HovitError, one_line
 from ..evidence import EVIDENCE
 from ..files import digest, read_json
 from ..plan import RUNS, Plan, Run
-from ..predictions import read_predictions
 from ..records import Device, Record, read_record
 from ..sources import analysis_code, code_hash
 from ..splits import split_sizes
@@ -164,9 +163,8 @@ class Results:
             share = mean / 100
             noise = math.hypot(noise, 196 * math.sqrt(share * (1 - share) / images))
         if metric == "loss":
-            place = self.root / self.place(runs[0][0].folder / "predictions.csv.gz")
-            losses = read_predictions(place)["loss"]
-            noise = math.hypot(noise, 1.96 * losses.std(ddof=0) / math.sqrt(len(losses)))
+            errors = [float(r.results.get("loss_error", 0.0)) for _, r in runs]
+            noise = math.hypot(noise, 1.96 * sum(errors) / n)
         paths = tuple(self.place(run.folder / "record.json") for run, _ in runs)
         return Value(mean, spread, n, noise, paths=paths)
 

@@ -5,6 +5,7 @@ last checkpoint ends, on a CPU with the same number of threads, with the same me
 """
 
 import math
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -25,7 +26,7 @@ except ModuleNotFoundError:  # the same code, inside the larger package
     from lightning.fabric import Fabric  # type: ignore[no-redef]
 
 from ..data.loader import epoch_batches, step_seed
-from ..device import describe_device, peak_memory_mb
+from ..device import describe_device, peak_memory_mb, pick_device
 from ..errors import HovitError, OutOfTime
 from ..files import alone, write_text
 from ..plan import Run
@@ -254,3 +255,25 @@ class Job(ABC):
         for pattern in (self.place.name, "best-*.safetensors", ".*"):
             for leftover in self.folder.glob(pattern):
                 leftover.unlink()
+
+
+def make_fabric(precision: str, accelerator: str = "auto") -> Fabric:
+    """Fabric for one machine, launched; under torchrun it takes rank and world from there.
+
+    Models with weights that nothing reads (the deck's dead kv) need DDP to look for them.
+
+    Raises:
+        HovitError: for an accelerator that is not here.
+    """
+    accelerator = pick_device(accelerator).type
+    world = os.environ.get("WORLD_SIZE", "1")
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    strategy = "ddp_find_unused_parameters_true" if devices > 1 else "auto"
+    fabric = Fabric(
+        accelerator=accelerator,
+        devices=devices,
+        strategy=strategy,
+        precision=precision,  # type: ignore[arg-type]
+    )
+    fabric.launch()
+    return fabric

@@ -1,7 +1,6 @@
 """Training a classifier: images and classes in; weights, predictions and a record out."""
 
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterable
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from ..catalogue import Recipe
 from ..data.loader import PackedImages, augment, eval_batches, make_loader, to_input
 from ..data.pack import Packed, open_pack
-from ..device import pick_device
 from ..errors import HovitError
 from ..factory import create_model
 from ..files import atomic, file_digest
@@ -156,6 +154,7 @@ class Classification(Job):
         results = {
             "top1": top1,
             "loss": loss,
+            "loss_error": float(np.std(predictions["loss"]) / len(predictions) ** 0.5),
             "val_top1": best["val_top1"],
             "best_epoch": best["epoch"],
             "images_val": len(self.splits["val"]),
@@ -211,25 +210,3 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9, nesterov=True)
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     return kinds[recipe.optimizer](groups, lr=recipe.lr)
-
-
-def make_fabric(precision: str, accelerator: str = "auto") -> Fabric:
-    """Fabric for one machine, launched; under torchrun it takes rank and world from there.
-
-    Models with weights that nothing reads (the deck's dead kv) need DDP to look for them.
-
-    Raises:
-        HovitError: for an accelerator that is not here.
-    """
-    accelerator = pick_device(accelerator).type
-    world = os.environ.get("WORLD_SIZE", "1")
-    devices = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    strategy = "ddp_find_unused_parameters_true" if devices > 1 else "auto"
-    fabric = Fabric(
-        accelerator=accelerator,
-        devices=devices,
-        strategy=strategy,
-        precision=precision,  # type: ignore[arg-type]
-    )
-    fabric.launch()
-    return fabric
