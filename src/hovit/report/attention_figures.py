@@ -187,10 +187,14 @@ def attention_maps(results: Results) -> "Canvas":
     if found:
         ref, row = next(iter(found.items()))
         run = results.plan.analysed_runs(analysis)[ref]
-        path = results.root / results.plan.analysis_pack(analysis, run).folder / "images.npy"
-        if path.exists():  # evidence comes without its images
-            axes[0][0].imshow(np.load(path, mmap_mode="r")[row["images"][0]])
+        pack, index = results.plan.analysis_pack(analysis, run), row["images"][0]
+        path = results.root / pack.folder / "images.npy"
+        if path.exists():
+            axes[0][0].imshow(np.load(path, mmap_mode="r")[index])
             axes[0][0].set_title("test image", fontsize=5.5)
+        else:  # evidence comes without its images
+            words = f"image {index} of\n{pack.dataset.title}:\nnot packed here"
+            axes[0][0].text(0.5, 0.5, words, ha="center", va="center", fontsize=5.5)
         tokens = len(row["map"]) * len(row["map"][0])
         canvas.suptitle(
             f"entropy in nats; flat over {tokens} tokens it is {np.log(tokens):.2f}", fontsize=6
