@@ -81,11 +81,9 @@ def gated_chunks(
     relative to half of the chunk's whole product, so that neither they nor their inverses overflow
     while the log gates of a chunk sum to more than -80 (see LEAST_GATE).
 
-    How much faster depends on what the recurrence waits for. On a GPU that is some six launches a
-    token. On two CPU cores it is memory, which it uses well: at 196 tokens in 4 heads of 64 this
-    takes about a tenth of its time at batch 1 and half at batch 32, and the matrix products alone
-    would take 1/23 and 1/4 (profiled). Tried without gain: longer chunks, cumulative sums as
-    products, passes in place, a few images at a time.
+    How much faster depends on what the recurrence waits for: on a GPU some six launches a token, on
+    a CPU memory, which it uses well. `bench/gated_attention.py` times both, and the matrix products
+    alone, which bound what is to be had.
     """
     n = q.shape[-2]
     count = -(-n // chunk)

@@ -127,12 +127,11 @@ class Results:
     def analysed_value(self, analysis_id: str, row_ref: str, name: str) -> Value | None:
         """A number that an analysis found of a row, STUDY/ROW."""
         record = self.analysis(analysis_id)
-        found = record.results["rows"].get(row_ref, {}).get(name) if record else None
-        path = self.place(self.plan.analysed(self.plan.analysis(analysis_id)))
-        if found is None:
+        found = record.results["rows"].get(row_ref, {}) if record else {}
+        if name not in found:
             return None
-        noise = record.results["rows"][row_ref].get(f"{name}_noise", 0.0) if record else 0.0
-        return Value(float(found), noise=noise, paths=(path,))
+        path = self.place(self.plan.analysed(self.plan.analysis(analysis_id)))
+        return Value(float(found[name]), noise=found.get(f"{name}_noise", 0.0), paths=(path,))
 
     def value(self, study: Study, row: Row, metric: str) -> Value | None:
         """A metric of a row: as measured, or with `reported_` before it, as the seed prints it.
