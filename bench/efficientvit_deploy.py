@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import timm
 import torch
 from timm.utils.model import reparameterize_model
@@ -37,6 +36,7 @@ import hovit.models  # noqa: F401 (registers)
 from hovit.device import describe_device, pick_device
 from hovit.errors import HovitError
 from hovit.files import write_json
+from hovit.measure.latency import summary
 from hovit.models.deploy import INFERENCE, deploy
 
 BASELINE = "timm fused"
@@ -86,7 +86,7 @@ def runner(name: str, model: nn.Module, x: Tensor, expected: Tensor) -> Callable
     return lambda: model(x)
 
 
-def seconds(run: Callable[[], Any], passes: int, device: torch.device) -> float:
+def milliseconds(run: Callable[[], Any], passes: int, device: torch.device) -> float:
     """Wall time of one of some passes, until the device has done them."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -95,17 +95,12 @@ def seconds(run: Callable[[], Any], passes: int, device: torch.device) -> float:
         run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return (time.perf_counter() - begin) / passes
-
-
-def summary(values: list[float]) -> dict[str, Any]:
-    q1, median, q3 = (float(v) for v in np.percentile(values, [25, 50, 75]))
-    return {"median": median, "q1": q1, "q3": q3, "n": len(values)}
+    return 1e3 * (time.perf_counter() - begin) / passes
 
 
 @torch.inference_mode()
 def compare(size: str, batch: int, options: argparse.Namespace, device: torch.device) -> Any:
-    """Seconds a pass of every form, and its speed over the baseline's, by form."""
+    """Milliseconds a pass of every form, and its speed over the baseline's, by form."""
     x = torch.randn(batch, 3, options.image_size, options.image_size, device=device)
     orders = {True: x.contiguous(memory_format=torch.channels_last), False: x}
     models = forms(size, device)
@@ -115,15 +110,15 @@ def compare(size: str, batch: int, options: argparse.Namespace, device: torch.de
     expected = models["timm"](x)
     runs = {name: runner(name, m, orders[" cl" in name], expected) for name, m in models.items()}
     for run in runs.values():
-        seconds(run, 3, device)  # warm-up
-    passes = max(1, round(options.seconds / seconds(runs[BASELINE], 3, device)))
+        milliseconds(run, 3, device)  # warm-up
+    passes = max(1, round(1e3 * options.seconds / milliseconds(runs[BASELINE], 3, device)))
     order, taken = random.Random(0), {name: list[float]() for name in runs}
     for _ in range(options.rounds):
         for name in order.sample(list(runs), len(runs)):
-            taken[name].append(seconds(runs[name], passes, device))
+            taken[name].append(milliseconds(runs[name], passes, device))
     pairs = {name: zip(taken[BASELINE], times, strict=True) for name, times in taken.items()}
     return {
-        name: {"seconds": summary(taken[name]), "speedup": summary([b / t for b, t in pair])}
+        name: {"milliseconds": summary(taken[name]), "speedup": summary([b / t for b, t in pair])}
         for name, pair in pairs.items()
     }
 
@@ -140,13 +135,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=0.1, help="of one measurement, about")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (1)")
     parser.add_argument("--compile", action="store_true", help="compiled forms too")
-    parser.add_argument("--device", default="cpu", help="auto, cpu (default) or cuda")
+    parser.add_argument("--accelerator", default="cpu", help="auto, cpu (default) or cuda")
     parser.add_argument("--out", type=Path, default=Path("results/bench/efficientvit_deploy.json"))
     options = parser.parse_args(argv)
 
     torch.set_num_threads(options.threads)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    device = pick_device(options.device)
+    device = pick_device(options.accelerator)
     where = describe_device(device)
     print(
         f"{options.image_size} px, n = {options.rounds}, on {where.name}, {where.threads} threads"
@@ -160,8 +155,8 @@ def main(argv: list[str] | None = None) -> None:
             for name, row in rows.items():
                 s = row["speedup"]
                 quartiles = f"({s['q1']:.2f} to {s['q3']:.2f})"
-                milliseconds = 1e3 * row["seconds"]["median"]
-                print(f"{name:24}{s['median']:6.2f}  {quartiles:16}{milliseconds:9.2f}", flush=True)
+                taken = row["milliseconds"]["median"]
+                print(f"{name:24}{s['median']:6.2f}  {quartiles:16}{taken:9.2f}", flush=True)
     asked = {key: value for key, value in vars(options).items() if key != "out"}
     result = {"options": asked, "device": where.model_dump(), "torch": torch.__version__}
     write_json(options.out, result | {"models": found})

@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--accelerator", default="cpu")
+    parser.add_argument("--accelerator", default="cpu", help="auto, cpu (default) or cuda")
     parser.add_argument("--out", type=Path, default=Path("results/bench/gated_attention.json"))
     options = parser.parse_args()
     torch.manual_seed(0)

@@ -39,6 +39,7 @@ from hovit.device import describe_device
 from hovit.errors import HovitError
 from hovit.factory import create_model
 from hovit.files import write_json
+from hovit.measure.latency import summary
 from hovit.plan import Run, load_plan
 from hovit.training.job import make_fabric
 from hovit.training.loop import limited, make_optimizer, training_loss
@@ -132,12 +133,6 @@ def rounds(kinds: dict[str, Callable[[], float]], n: int) -> dict[str, list[floa
             if i:
                 taken[kind].append(value)
     return taken
-
-
-def summary(values: list[float]) -> dict[str, Any]:
-    q1, median, q3 = (float(f"{v:.5g}") for v in np.percentile(values, [25, 50, 75]))
-    each = [float(f"{v:.5g}") for v in values]
-    return {"median": median, "q1": q1, "q3": q3, "n": len(values), "each": each}
 
 
 def show(name: str, figures: dict[str, Any], unit: str = " images/s") -> None:

@@ -39,6 +39,7 @@ import hovit.models  # noqa: F401 (registers)
 from hovit.device import describe_device, pick_device
 from hovit.errors import HovitError
 from hovit.files import write_json
+from hovit.measure.latency import summary
 
 SEED = {  # Table 1: throughput gained over ViT-S's 4,503 images/s, in percent
     "6(45%)+fused": 10.23,
@@ -103,11 +104,6 @@ def build(options: argparse.Namespace, schedule: str | None) -> nn.Module:
     return timm.create_model(name, **size).train()
 
 
-def summary(values: list[float]) -> dict[str, Any]:
-    q1, median, q3 = (float(v) for v in np.percentile(values, [25, 50, 75]))
-    return {"median": median, "q1": q1, "q3": q3, "n": len(values), "each": values}
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -122,12 +118,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2, help="of the CPU (default 2)")
     parser.add_argument("--precision", default="32-true", choices=list(AUTOCAST))
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--accelerator", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, default=Path("results/bench/skipvit.json"))
     options = parser.parse_args(argv)
 
     torch.set_num_threads(options.threads)
-    device = pick_device(options.device)
+    device = pick_device(options.accelerator)
     shape = (3, options.image_size, options.image_size)
     x = torch.randn(options.batch, *shape, device=device)
     y = torch.randint(1000, (options.batch,), device=device)

@@ -28,6 +28,7 @@ from hovit.report.claims import (
 )
 from hovit.report.explain import explain
 from hovit.report.figures import FIGURES, draw
+from hovit.report.listing import list_runs
 from hovit.report.tables import write_index, write_table
 from hovit.report.values import Results, Value
 
@@ -295,6 +296,18 @@ def test_explain_leads_to_the_record_and_back(
     ):
         with pytest.raises(HovitError, match=what):
             explain(plan, table, row, column)
+
+
+def test_the_list_tells_runs_done_here_from_evidence(plan: Plan, root: Path) -> None:
+    run = plan.run("hovit.pets.deck", 1)
+    (root / run.folder / "record.json").unlink()
+    first = plan.run("levit_256.pets.deck", 0).folder.relative_to("results/runs")
+    elsewhere = root / "results/evidence/some-card" / first
+    shutil.copytree(root / "results/runs" / first, elsewhere)
+    lines = {line.split()[0]: line.split()[1:3] for line in list_runs(plan, root).splitlines()}
+    assert lines["hovit.pets.deck"] == ["1/2", "0/2"]
+    assert lines["levit_256.pets.deck"] == ["2/2", "1/2"]
+    assert lines["resnet50.pretrain.pretrain"] == ["1/1", "0/1"]
 
 
 def test_what_differs_from_the_accepted_verdicts_is_named(root: Path, plan: Plan) -> None:

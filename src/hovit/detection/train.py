@@ -70,8 +70,7 @@ class Detection(Job):
             self.started_from = load_pretrained(body, run, root, options.weights_file)
         sides = (run.image_size, self.detection.long_side)
         model = retinanet(body, run.dataset.num_classes, *sides, self.detection.channels)
-        model = self.synced(model)
-        self.begin(model, make_optimizer(model, self.recipe))
+        self.begin(model, make_optimizer)
 
     def load(self, batches: list[np.ndarray]) -> Iterable[Sequence[Sample]]:
         flips = (self.run.seed, self.state.epoch)

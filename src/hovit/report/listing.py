@@ -1,6 +1,9 @@
 """`hovit list`: the studies, and the runs with the tables that cite them."""
 
-from ..plan import Plan
+from pathlib import Path
+
+from ..evidence import EVIDENCE
+from ..plan import RUNS, Plan
 
 
 def list_studies(plan: Plan) -> str:
@@ -12,18 +15,24 @@ def list_studies(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def list_runs(plan: Plan) -> str:
-    """Every run of the scale: done or not, seeds, pack, tables."""
+def list_runs(plan: Plan, root: Path = Path()) -> str:
+    """Every run of the scale: how many seeds are done here and in evidence, pack, tables."""
     cited: dict[str, list[str]] = {}
     for study in plan.catalogue.studies.values():
         for run in {run.id for row in study.rows for run in plan.runs_of(study, row)}:
             cited.setdefault(run, []).append(study.id)
+    here, evidence = [root / RUNS], sorted((root / EVIDENCE).glob("*/"))
     width = max(map(len, plan.runs))
-    lines = [f"runs at scale {plan.scale.id} ({len(plan.runs)})"]
-    for run_id, seeds in plan.runs.items():
-        done = sum((run.folder / "record.json").exists() for run in seeds.values())
-        pack = next(iter(seeds.values())).pack.id
+    lines = [f"runs at scale {plan.scale.id} ({len(plan.runs)}): seeds done here, and in evidence"]
+    for run_id, by_seed in plan.runs.items():
+        records = [run.folder.relative_to(RUNS) / "record.json" for run in by_seed.values()]
+        done, given = (
+            sum(any((base / record).exists() for base in bases) for record in records)
+            for bases in (here, evidence)
+        )
+        seeds, pack = len(records), next(iter(by_seed.values())).pack.id
         lines.append(
-            f"  {run_id:<{width}}  {done}/{len(seeds)} done  {pack:<22} {', '.join(cited[run_id])}"
+            f"  {run_id:<{width}}  {done}/{seeds}  {given}/{seeds}  {pack:<22} "
+            f"{', '.join(cited[run_id])}"
         )
     return "\n".join(lines)

@@ -7,6 +7,7 @@ last checkpoint ends, on a CPU with the same number of threads, with the same me
 import math
 import os
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -25,6 +26,7 @@ try:
 except ModuleNotFoundError:  # the same code, inside the larger package
     from lightning.fabric import Fabric  # type: ignore[no-redef]
 
+from ..catalogue import Recipe
 from ..data.loader import epoch_batches, step_seed
 from ..device import describe_device, peak_memory_mb, pick_device
 from ..errors import HovitError, OutOfTime
@@ -35,6 +37,7 @@ from .checkpoint import load_state, save_state
 
 CHECK_EVERY = 20  # steps between looks at the loss: each look waits for the device
 Seed = tuple[int, int, int, int]  # of a step: the run's, epoch, step, rank
+MakeOptimizer = Callable[[nn.Module, Recipe], torch.optim.Optimizer]
 
 
 @dataclass
@@ -59,8 +62,8 @@ class Options:
 class Job(ABC):
     """One run under way.
 
-    A kind of run sets `indices` and `meta`, builds its model and calls `begin`; the abstract
-    methods say what it learns.
+    A kind of run sets `indices` and `meta`, makes its model and calls `begin`; the abstract methods
+    say what it learns.
     """
 
     indices: np.ndarray  # of the images to learn from
@@ -108,19 +111,15 @@ class Job(ABC):
         """Of the checkpoint."""
         return self.folder / "state.safetensors"
 
-    def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def begin(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         """Put the model on its device, and go on from the checkpoint if there is one."""
+        if self.fabric.world_size > 1 and self.fabric.device.type == "cuda":
+            model = convert_sync_batchnorm(model)  # statistics over all cards' images
         self.module = model
-        self.model, self.optimizer = self.fabric.setup(model, optimizer)
+        self.model, self.optimizer = self.fabric.setup(model, make_optimizer(model, self.recipe))
         self.scaler = getattr(self.fabric.strategy.precision, "scaler", None)
         made_by = [self.run.spec_hash, self.run.code, self.meta["fingerprint"], self.started_from]
         self.state = load_state(self.place, made_by, model, self.optimizer, self.scaler)
-
-    def synced(self, model: nn.Module) -> nn.Module:
-        """The model, its batch statistics over all processes' images where they have cards."""
-        if self.fabric.world_size > 1 and self.fabric.device.type == "cuda":
-            return convert_sync_batchnorm(model)
-        return model
 
     def tell_epoch(self, epoch: int) -> None:
         """Tell a model that has a warm-up of its own (SkipViT) which epoch begins."""
@@ -266,6 +265,8 @@ def make_fabric(precision: str, accelerator: str = "auto") -> Fabric:
         HovitError: for an accelerator that is not here.
     """
     accelerator = pick_device(accelerator).type
+    # Where Slurm is installed Fabric advises srun; profiles/slurm is how runs get there.
+    warnings.filterwarnings("ignore", "The `srun` command is available")
     world = os.environ.get("WORLD_SIZE", "1")
     devices = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     strategy = "ddp_find_unused_parameters_true" if devices > 1 else "auto"

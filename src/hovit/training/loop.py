@@ -65,8 +65,7 @@ class Classification(Job):
             self.started_from = load_pretrained(model, run, root, options.weights_file)
         if hasattr(model, "set_distilled_training"):
             model.set_distilled_training(True)  # both heads are trained
-        model = self.synced(model)
-        self.begin(model, make_optimizer(model, self.recipe))
+        self.begin(model, make_optimizer)
 
     def load(self, batches: list[np.ndarray]) -> Iterable[tuple[Tensor, Tensor]]:
         return make_loader(self.images, batches, self.fabric.device)
