@@ -42,6 +42,7 @@ shell.prefix(f"set -euo pipefail; export {EXPORTS}; ")
 
 RUNS = [run for seeds in PLAN.runs.values() for run in seeds.values()]
 PACKS = PLAN.packs
+COCO = {run.pack.id for run in RUNS if run.detects}  # packs whose images stay where they are
 STUDIES = PLAN.catalogue.studies
 EVIDENCE = evidence_digest()
 # What a report says of images and recipes.
@@ -142,7 +143,7 @@ rule data:
     log:
         "logs/data/{pack}.log",
     wildcard_constraints:
-        pack=one_of(run.pack.id for run in RUNS if not run.detects),
+        pack=one_of(PACKS.keys() - COCO),
     threads: 2
     params:
         spec=lambda w: PACKS[w.pack].spec_hash,
@@ -157,7 +158,7 @@ use rule data as data_coco with:
         "data/packed/{pack}/pack.json",
         "data/packed/{pack}/manifest.csv",
     wildcard_constraints:
-        pack=one_of(run.pack.id for run in RUNS if run.detects),
+        pack=one_of(COCO),
     params:
         spec=lambda w: PACKS[w.pack].spec_hash,
         code=code_hash("detection"),

@@ -61,6 +61,17 @@ def planned(root: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scale", sorted(p.stem for p in (ROOT / "config/scales").glob("*.yaml")))
+def test_every_scale_has_a_dag(scale: str, tmp_path: Path) -> None:
+    for name in ("Snakefile", "profiles", "config", "paper"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    targets = ["results/tables", "results/runs", "data/packed"]
+    command = [sys.executable, "-m", "snakemake", "-n", *targets, "--config", f"scale={scale}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
 def test_the_dag_runs_rests_and_does_only_what_a_change_needs(checkout: Path) -> None:
     assert sum(name in planned(checkout) for name in ("data", "train", "measure", "table")) == 4
     done = snakemake(checkout)

@@ -131,7 +131,7 @@ def test_the_learning_rate_rises_over_500_steps_and_falls_twice(paper: Plan) -> 
 
 def test_weight_decay_spares_the_attention_biases_alone(paper: Plan) -> None:
     model = tiny()
-    decayed, spared = make_optimizer(model, paper.catalogue.recipes["detection"]).param_groups
+    spared, decayed = make_optimizer(model, paper.catalogue.recipes["detection"]).param_groups
     biases = [p for name, p in model.named_parameters() if "attention_biases" in name]
     assert biases
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)

@@ -171,13 +171,28 @@ def test_learning_rate() -> None:
     assert {learning_rate(constant, e) for e in (0, 3.3, 9.9)} == {0.1}
 
 
-def test_weight_decay_spares_vectors() -> None:
-    model = timm.create_model("hovit", num_classes=3)
-    matrices, vectors = make_optimizer(model, RECIPE).param_groups
-    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.5, 0.0)
-    assert all(p.ndim > 1 for p in matrices["params"])
-    count = len(matrices["params"]) + len(vectors["params"])
-    assert count == len(list(model.parameters()))
+@pytest.mark.parametrize(
+    ("model", "spared_besides"),
+    [
+        ("hovit", ()),
+        ("efficientvit_paper_m0", ("attention_biases",)),
+        ("skipvit_tiny_patch16_224", ("pos_embed", "cls_token")),
+        ("swin_tiny_patch2_window4_32", ("relative_position_bias_table",)),
+    ],
+)
+def test_weight_decay_spares_vectors_and_what_the_model_names(
+    model: str, spared_besides: tuple[str, ...]
+) -> None:
+    net = timm.create_model(model, num_classes=3)
+    decay = {
+        id(p): group["weight_decay"]
+        for group in make_optimizer(net, RECIPE).param_groups
+        for p in group["params"]
+    }
+    for name, parameter in net.named_parameters():
+        spared = parameter.ndim < 2 or name.endswith(spared_besides)
+        assert decay.pop(id(parameter)) == (0.0 if spared else 0.5), name
+    assert not decay
 
 
 def test_loss_is_the_mean_of_the_heads() -> None:

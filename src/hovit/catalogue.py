@@ -142,6 +142,7 @@ class Recipe(Strict):
     image_size: Annotated[int, Field(ge=32)] = 224
     optimizer: Literal["adam", "adamw", "sgd"]
     lr: Annotated[float, Field(gt=0)]
+    scale_lr: bool = False  # in proportion to the batch size, where a scale sets another
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["constant", "cosine", "step"] = "constant"
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
@@ -213,6 +214,7 @@ class Scale(Strict):
     models: dict[Name, ModelStandIn] = {}  # the seed's -> what is trained and timed in its place
     epochs: dict[Name, Annotated[int, Field(ge=1)]] = {}  # recipe -> instead of by the factor
     batch_sizes: dict[Name, Annotated[int, Field(ge=2)]] = {}  # recipe -> instead of its own
+    lrs: dict[Name, Annotated[float, Field(gt=0)]] = {}  # recipe -> instead of its own, as scaled
     weights: dict[Name, WeightsFrom]  # pretrained model -> where from
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     threads: Annotated[int, Field(ge=1)] = 1  # CPU threads of one training run

@@ -75,6 +75,7 @@ class Run(Strict):
         for part in ("dataset", "recipe"):
             for key in ("id", "title", "about", "stands_for"):
                 spec[part].pop(key, None)
+        del spec["recipe"]["scale_lr"]  # lr is as scaled
         if not self.detects:
             del spec["recipe"]["detection"]
         return spec
@@ -177,11 +178,14 @@ class Plan:
         if detection:
             milestones = tuple(epoch * factor for epoch in detection.milestones)
             detection = detection.model_copy(update={"milestones": milestones})
+        batch_size = self.scale.batch_sizes.get(recipe.id, recipe.batch_size)
+        lr = recipe.lr * (batch_size / recipe.batch_size if recipe.scale_lr else 1)
         scaled = recipe.model_copy(
             update={
                 "detection": detection,
                 "epochs": max(1, round(recipe.epochs * factor)),
-                "batch_size": self.scale.batch_sizes.get(recipe.id, recipe.batch_size),
+                "batch_size": batch_size,
+                "lr": self.scale.lrs.get(recipe.id, lr),
                 "warmup_epochs": recipe.warmup_epochs * factor,
                 "image_size": size,
             }

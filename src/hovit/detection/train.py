@@ -6,12 +6,12 @@ retinanet_efficientvit_m4_fpn_1x_coco).
 
 import time
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import Tensor, nn
 
 from ..catalogue import Recipe
@@ -157,18 +157,11 @@ def learning_rate(recipe: Recipe, epoch: int, step: int, steps: int) -> float:
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer; weight decay spares attention's biases, and nothing else."""
-    spared = {name: name.endswith("attention_biases") for name, _ in model.named_parameters()}
-    groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in model.named_parameters() if spared[name] == bias],
-         "weight_decay": 0.0 if bias else recipe.weight_decay}
-        for bias in (False, True)
-    ]  # fmt: skip
-    kinds: dict[str, Any] = {
-        "adam": torch.optim.Adam,
-        "adamw": torch.optim.AdamW,
-        "sgd": partial(torch.optim.SGD, momentum=0.9),
-    }
-    return kinds[recipe.optimizer](groups, lr=recipe.lr)
+    groups = param_groups_weight_decay(
+        model, recipe.weight_decay, weight_decay_exclude_1d=False,
+        no_weight_decay_list=["*attention_biases"],
+    )  # fmt: skip
+    return create_optimizer_v2(groups, recipe.optimizer, recipe.lr)
 
 
 def fixed(output: dict[str, Tensor]) -> Tensor:

@@ -5,12 +5,12 @@ import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from ..catalogue import Recipe
@@ -198,14 +198,9 @@ def learning_rate(recipe: Recipe, epoch: float) -> float:
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer; weight decay spares biases, norms and other vectors."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9, nesterov=True)
-    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    return kinds[recipe.optimizer](groups, lr=recipe.lr)
+    """The recipe's optimizer; weight decay spares what timm's own training spares.
+
+    That is biases, norms and other vectors, and what the model's `no_weight_decay` names
+    (attention's biases, position embeddings, the class token).
+    """
+    return create_optimizer_v2(model, recipe.optimizer, recipe.lr, recipe.weight_decay)
