@@ -523,6 +523,24 @@ def test_measure_spec_holds_what_decides_a_measurement(plans):
     assert plan.measure_spec(plan.study("dropout"))["latency"] is None
 
 
+def test_models_are_timed_at_their_own_size_unless_the_scale_says_at_most(plans):
+    sizes = {"smoke": 64, "mini": 600, "paper": 600}
+    for scale, size in sizes.items():
+        row = plans[scale].measure_spec(plans[scale].study("backbones"))["rows"]["effnet_b7"]
+        assert (row["image_size"], row["latency_size"]) == (600, size)
+
+
+def test_the_learning_rate_goes_with_the_batch_where_the_recipe_says_so(plans):
+    ablation, deck = "efficientvit_paper_m4.imagenet.efficientvit", "hovit.pets.deck"
+    run = plans["mini"].run(ablation)
+    assert (run.recipe.batch_size, run.recipe.lr) == (64, pytest.approx(1e-3 * 64 / 512))
+    assert plans["proxy"].run(ablation).recipe.lr == pytest.approx(1e-3 * 256 / 512)
+    assert {plans[scale].run(deck).recipe.lr for scale in ("smoke", "mini", "paper")} == {1e-3}
+    tokens = [run for run in plans["mini"].runs if run.startswith("skipvit")]
+    assert {plans["mini"].run(name).recipe.lr for name in tokens} == {1e-3}  # the scale's own
+    assert "scale_lr" not in run.spec["recipe"]
+
+
 def test_catalogue_objects_are_frozen():
     study = load_catalogue(CONFIG).studies["hovit"]
     with pytest.raises(ValueError, match="frozen"):

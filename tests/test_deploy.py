@@ -5,11 +5,13 @@ import copy
 import pytest
 import timm
 import torch
+from conftest import ROOT
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import hovit.models  # noqa: F401 (registers)
 from hovit.models.deploy import deploy
+from hovit.plan import load_plan
 
 FAMILY = [f"efficientvit_paper_m{i}" for i in range(6)]
 LEVIT = ["levit_128s", "levit_256", "levit_deck", "levit_deck_fixed", "levit_deck_conv2",
@@ -63,12 +65,12 @@ def test_a_launcher_too(name):
     agree(model, deployed, torch.randn(2, 3, 64, 64))
 
 
+ABLATION = load_plan("smoke", ROOT / "config").study("efficientvit_ablation").rows
+
+
 @pytest.mark.parametrize(
-    "switch",
-    [{"layout": "swin"}, {"attention": "mhsa"}, {"cascade": False}, {"qk_dim": 0},
-     {"v_ratio": 2.0}, {"dwconv": False}, {"act": "hardswish"}],
-    ids=str,
-)  # fmt: skip
+    "switch", [*(row.model_args for row in ABLATION), {"v_ratio": 2.0}, {"v_ratio": 0.5}], ids=str
+)
 def test_every_switch_of_efficientvit(switch):
     model = lively(timm.create_model("efficientvit_paper_m0", num_classes=10, **switch))
     deployed = deploy(model)

@@ -28,6 +28,8 @@ AGAINST_ITSELF = {
     "skipvit-return-10-faster",  # the sentence has layers 10 and 11 the wrong way round
     "skipvit-return-11-faster",  # 2.99 is a difference of two gains, not a gain
     "levit-gla-no-faster",  # 14.13 ms against 16.29 ms
+    "levit-focused-no-gain-from-scratch",  # 11.97 % against 2.81 %
+    "levit-gated-no-gain-from-scratch",  # 6.26 % against 2.81 %
 }
 SEEDS = Path(os.environ.get("HOVIT_SEEDS", ROOT.parent / "shared/seeds"))
 FILES = dict(zip(("hovit", "skipvit", "efficientvit"), sorted(SEEDS.glob("*.txt")), strict=False))

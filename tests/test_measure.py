@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from conftest import ROOT
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
@@ -133,6 +134,17 @@ def test_macs_of_levit_deck_are_the_decks():
     assert ours - matmuls == layers
     assert round(32 * torchinfo / 1e9, 2) == 33.33
     assert (ours - matmuls) / torchinfo == pytest.approx(1, abs=0.005)  # BN and biases
+
+
+def test_models_of_any_share_of_attention_have_the_multiply_adds_that_their_table_says():
+    rows = {row.id: row for row in load_plan("smoke", ROOT / "config").study("mhsa_share").rows}
+    counts = {
+        name: macs(timm.create_model(row.model, **row.model_args), 224)
+        for name, row in rows.items()
+    }
+    for name, row in rows.items():
+        if row.baseline:
+            assert counts[name] == pytest.approx(counts[row.baseline] / 1.25, rel=0.04), name
 
 
 def test_macs_leave_no_trace():

@@ -1,17 +1,19 @@
 """Models in ONNX Runtime: PyTorch's outputs on real images, a time, and one line for what fails."""
 
+import copy
+
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_images
 from torch import nn
 
 import hovit.models  # noqa: F401 (registers)
 from hovit.errors import HovitError
 from hovit.measure import onnx_runtime
 from hovit.measure.onnx_runtime import OnnxPass, run, session
-from hovit.models.deploy import deploy
+from hovit.models.deploy import TokenAttention, TokenFFN, deploy
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +56,38 @@ def test_outputs_on_real_images_are_pytorchs_to_1e_4(form):
         apart = (expected - expected.mean(0)).norm()  # what the image decides
         assert apart > 0.1 * expected.norm()
         assert (run(made, some) - expected).norm() <= 1e-4 * apart
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["m0", "m3", "m5"])
+def test_photographs_at_224_px_through_the_deployed_family(size):
+    photographs = torch.stack([torch.tensor(x) for x in load_sample_images().images])
+    windows = photographs.permute(0, 3, 1, 2).float().unfold(2, 224, 100).unfold(3, 224, 100)
+    images = windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2) / 127.5 - 1  # [n, 3, 224, 224]
+    model = timm.create_model(f"efficientvit_paper_{size}", num_classes=10)
+    as_trained(model, images)
+    model = deploy(model.eval())
+    made, some = session(model, images[-4:]), images[-4:]
+    with torch.no_grad():
+        expected = model(some)
+    apart = (expected - expected.mean(0)).norm()
+    assert apart > 0.1 * expected.norm()
+    assert (run(made, some) - expected).norm() <= 1e-4 * apart
+
+
+@pytest.mark.parametrize("kind", [TokenAttention, TokenFFN])
+def test_a_pass_of_wrong_blocks_is_refused_at_initial_weights_too(kind, monkeypatch):
+    def scrambled(model, *inputs):
+        model = copy.deepcopy(model)
+        for block in filter(lambda m: isinstance(m, kind), model.modules()):
+            for weight in block.state_dict().values():
+                weight.copy_(weight.flip(0))
+        return session(model, *inputs)
+
+    monkeypatch.setattr(onnx_runtime, "session", torch.no_grad()(scrambled))
+    model = timm.create_model("deployed", of="efficientvit_paper_m0", num_classes=10)
+    with pytest.raises(HovitError, match="differ from PyTorch's"):
+        OnnxPass()(model.eval(), torch.randn(1, 3, 224, 224))
 
 
 def test_a_pass_takes_time_and_is_exported_once_for_each_shape(monkeypatch):

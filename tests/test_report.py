@@ -195,6 +195,15 @@ def test_verdicts(plan: Plan, root: Path) -> None:
     assert verdict(plan, root, **kept | {"to": "hovit/levit_deck/parameters"}) == "reproduced"
     same = {"of": "hovit/hovit/top1", "to": "hovit/hovit/top1"}
     assert verdict(plan, root, kind="less", **same) == "within noise"
+    assert verdict(plan, root, kind="keeps", **same) == "within noise"
+
+
+def test_what_an_analysis_found_is_told_with_its_models_accuracy(plan: Plan, root: Path) -> None:
+    found = {v.id: v for v in judge_all(plan, root)}["taylor-v-late"]
+    row = plan.study("mhsa_share").row("swin")
+    top1 = Results(plan, root).value(plan.study("mhsa_share"), row, "top1")
+    assert top1 is not None
+    assert f"Swin-T is right in {top1.mean:.1f} % (10 classes)" in found.why
 
 
 def test_stand_ins_do_not_judge_an_absolute_accuracy(plan: Plan, root: Path) -> None:

@@ -45,6 +45,7 @@ Metric = Literal[
     "activations",  # bytes kept for the backward pass, one image
     "latency",  # milliseconds a batch; the deck does not say which batch
     "throughput",  # images a second, at the largest batch measured
+    "throughput_cpu",  # the same on a CPU, as others measured it: only ever reported
     "images",
     "images_train",
     "images_val",
@@ -189,7 +190,7 @@ class Latency(Strict):
     rounds: Annotated[int, Field(ge=3)] = 30
     warmup: Annotated[int, Field(ge=1)] = 3
     threads: Annotated[int, Field(ge=1)] = 2
-    image_size: Annotated[int, Field(ge=32)] | None = None  # at most; None: the scale's
+    image_size: Annotated[int, Field(ge=32)] | None = None  # at most; None: the study's
 
 
 class ModelStandIn(Strict):

@@ -358,7 +358,7 @@ class Plan:
 
     def _timed_size(self, size: int | None) -> int | None:
         """The size at which latency is measured at this scale, for models made for `size`."""
-        most = self.scale.latency.image_size or self.scale.image_size or size
+        most = self.scale.latency.image_size
         return min(most, size) if most and size else size
 
     def measured(self, study: Study) -> Path:

@@ -54,7 +54,11 @@ def _check_scales(catalogue: Catalogue, root: Path, must: Must) -> None:
                 raise HovitError(f"{root}/{where}: role and reader coco go together, or not at all")
         if scale.photographs:
             must(catalogue.datasets, scale.photographs, f"{file}: photographs")
-        for key, recipes in (("epochs", scale.epochs), ("batch_sizes", scale.batch_sizes)):
+        for key, recipes in (
+            ("epochs", scale.epochs),
+            ("batch_sizes", scale.batch_sizes),
+            ("lrs", scale.lrs),
+        ):
             for recipe in recipes:
                 must(catalogue.recipes, recipe, f"{file}: {key}")
         for name, weights in scale.weights.items():

@@ -370,9 +370,10 @@ def _inverted(block: InvertedResidual) -> nn.Module:
 
 def _attention(old: WindowAttention) -> nn.Module:
     attn = old.attn
-    folded = _are_layers(*attn.qkvs, *attn.dws, attn.proj[1])
+    if not _are_layers(*attn.qkvs, *attn.dws, attn.proj[1]):
+        return old
     as_published = attn.cascade and attn.heads * attn.v_dim == attn.proj[1].out_channels
-    return TokenAttention(old) if folded and as_published else old
+    return TokenAttention(old) if as_published else old
 
 
 def _residual(block: Residual) -> nn.Module:

@@ -61,8 +61,9 @@ def _judge_by(results: Results, claim: Claim, seed: str) -> Verdict:
 
     def verdict(name: str, measured: float | None, why: str, *values: Value) -> Verdict:
         records = sorted({str(path) for value in values for path in value.paths})
-        notes = [claim.note, *_stand_ins(results, claim)] if measured is not None else []
-        why = ". ".join([why, *filter(None, notes)])
+        if measured is not None:
+            notes = [claim.note, *_stand_ins(results, claim), *_accuracies(results, claim)]
+            why = ". ".join([why, *filter(None, notes)])
         return Verdict(
             claim.id, seed, claim.says, claim.place, claim.reported, name, measured, why, source,
             tuple(records),
@@ -106,6 +107,21 @@ def _stand_ins(results: Results, claim: Claim) -> list[str]:
     return [f"{there[name].model} stands in for {name}" for name in sorted(named & set(there))]
 
 
+def _accuracies(results: Results, claim: Claim) -> list[str]:
+    """How right the models are that an analysis looked into: of a poor one it tells little."""
+    rows = {split_ref(ref)[:3] for ref in (claim.of, claim.to) if ref}
+    found = []
+    for analysis_id, study_id, row_id in sorted(rows):
+        if not analysis_id or results.plan.analysis(analysis_id).kind in TIMED:
+            continue
+        study = results.plan.study(study_id)
+        row = study.row(row_id)
+        if top1 := results.value(study, row, "top1"):
+            classes = results.plan.runs_of(study, row)[0].dataset.num_classes
+            found.append(f"{row.label} is right in {top1.mean:.1f} % ({classes} classes)")
+    return found
+
+
 def _elsewhere(results: Results, claim: Claim) -> str:
     """Where the times were taken, if not on the kind of device that the sentence names."""
     device = results.latency_device(results.plan.study(split_ref(claim.of)[1]))
@@ -141,7 +157,8 @@ def _direction(
     """(verdict, why) of a claim about which is larger."""
     if claim.kind == "keeps":
         lost = -difference - (claim.tolerance or 0.0)
-        name = "reproduced" if lost <= 0 else "within noise" if lost <= noise else "contradicted"
+        sure = lost > noise or lost + noise <= 0
+        name = ("reproduced" if lost <= 0 else "contradicted") if sure else "within noise"
     elif abs(difference) <= noise:
         name = "within noise"
     else:

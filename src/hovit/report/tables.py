@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..catalogue import Row, Study
+from ..catalogue import Recipe, Row, Study
 from ..files import write_text
 from ..plan import Plan, Run
 from .latex import to_latex
@@ -33,6 +33,7 @@ HEADINGS = {
     "ap_large": ("AP large", 1),
     "latency": ("Latency, ms", 2),
     "throughput": ("Images/s", 1),
+    "throughput_cpu": ("Images/s, CPU", 1),
     "ratio": ("× baseline", 2),
     "images": ("Images", 0),
     "images_train": ("Training", 0),
@@ -209,13 +210,22 @@ def _training(results: Results, study: Study) -> dict[str, str]:
             }
         )
         lines["Commit"] = ", ".join(commits)
-    lines["Recipe"] = f"{runs[0].recipe.title}; here {plural(runs[0].recipe.epochs, 'epoch')}"
+    lines["Recipe"] = f"{runs[0].recipe.title}; here {_here(runs[0].recipe)}"
     lines["Seeds"] = _seeds(results, study)
     if any(row.pretrained for row in rows):
         with_records = [row for row in rows if results.trained(study, row)]
         started = sorted({results.weights_from(study, row) for row in with_records} - {""})
         lines["Pretrained weights from"] = "; ".join(started) or "no row was trained yet"
     return lines
+
+
+def _here(recipe: Recipe) -> str:
+    """What a scale may set otherwise than the recipe's title says."""
+    warmup = recipe.warmup_epochs
+    said = (
+        f"{plural(recipe.epochs, 'epoch')}, batch {recipe.batch_size}, learning rate {recipe.lr:g}"
+    )
+    return said + (f", {warmup:g} of the epochs for warm-up" if warmup else "")
 
 
 def _images_of(run: Run) -> str:
@@ -250,7 +260,7 @@ def _measuring(results: Results, study: Study) -> dict[str, str]:
     if measured and device:
         setting = measured.spec["latency"]
         size = "the row's own size" if own else _pixels(setting["image_size"])
-        if own and (most := results.plan.scale.latency.image_size or results.plan.scale.image_size):
+        if own and (most := results.plan.scale.latency.image_size):
             size += f", {most} px at most"
         size += ", " if size else ""
         what = WORKLOADS.get(study.workload, "")
@@ -273,18 +283,24 @@ def _pixels(size: int | None) -> str:
 
 
 def _rank_correlation(results: Results, study: Study) -> str:
-    """Of the throughput reported with the one measured, over the rows that have both."""
-    pairs = [
-        (float(row.reported["throughput"]), value.mean)
-        for row in study.rows
-        if "throughput" in row.reported and (value := results.value(study, row, "throughput"))
-    ]
-    if len(pairs) < 3:
+    """Of each throughput reported with the one measured, over the rows that have both."""
+    found = []
+    for metric in ("throughput", "throughput_cpu"):
+        pairs = [
+            (printed.mean, value.mean)
+            for row in study.rows
+            if (printed := results.value(study, row, f"reported_{metric}"))
+            and (value := results.value(study, row, "throughput"))
+        ]
+        if len(pairs) >= 3:
+            ranks = pd.DataFrame(pairs).rank()
+            column = HEADINGS[metric][0]
+            found.append(f"{ranks[0].corr(ranks[1]):.3f} with {column} over {len(pairs)} rows")
+    if not found:
         return ""
-    ranks = pd.DataFrame(pairs).rank()
+    batch = max(results.batches(study), key=len).removeprefix("latency_")
     return (
-        f"rank correlation (Spearman) with the reported: {ranks[0].corr(ranks[1]):.3f} over "
-        f"{len(pairs)} rows; here at batch {max(results.batches(study), key=len)[8:]}"
+        f"rank correlation (Spearman) with the reported: {'; '.join(found)}; here at batch {batch}"
     )
 
 
