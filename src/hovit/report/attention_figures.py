@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..catalogue import Row, Study
+from ..plan import Pack
 from .claims import ratio_noise
 from .tables import baseline_ratio
 from .values import Results, plural
@@ -188,19 +189,33 @@ def attention_maps(results: Results) -> "Canvas":
         ref, row = next(iter(found.items()))
         run = results.plan.analysed_runs(analysis)[ref]
         pack, index = results.plan.analysis_pack(analysis, run), row["images"][0]
-        path = results.root / pack.folder / "images.npy"
-        if path.exists():
-            axes[0][0].imshow(np.load(path, mmap_mode="r")[index])
+        if show_photograph(axes[0][0], results, pack, index) is not None:
             axes[0][0].set_title("test image", fontsize=5.5)
-        else:  # evidence comes without its images
-            words = f"image {index} of\n{pack.dataset.title}:\nnot packed here"
-            axes[0][0].text(0.5, 0.5, words, ha="center", va="center", fontsize=5.5)
         tokens = len(row["map"]) * len(row["map"][0])
         canvas.suptitle(
             f"entropy in nats; flat over {tokens} tokens it is {np.log(tokens):.2f}", fontsize=6
         )
+    else:
+        say_unmeasured(axes[0][0])
     state(canvas, results, [study], photographs(results))
     return canvas
+
+
+def show_photograph(ax: "Axes", results: Results, pack: Pack, index: int) -> "np.ndarray | None":
+    """Show an image that an analysis took, and return it; words where it is not packed here."""
+    path = results.root / pack.folder / "images.npy"
+    if not path.exists():  # evidence comes without its images
+        words = f"image {index} of\n{pack.dataset.title}:\nnot packed here"
+        ax.text(0.5, 0.5, words, ha="center", va="center", fontsize=5.5, transform=ax.transAxes)
+        return None
+    image: np.ndarray = np.load(path, mmap_mode="r")[index]
+    ax.imshow(image)
+    return image
+
+
+def say_unmeasured(ax: "Axes") -> None:
+    """Words in the place of what no record has."""
+    ax.text(0.5, 0.5, "not measured", ha="center", va="center", transform=ax.transAxes)
 
 
 def seeds(results: Results, studies: list[Study]) -> list[str]:
@@ -225,4 +240,4 @@ def state(
     facts += seeds(results, studies)
     if results.problems:
         facts.append(f"{plural(len(results.problems), 'record')} not used: see the tables")
-    canvas.supxlabel(" · ".join(facts), fontsize=5.5, color="#555555")
+    canvas.supxlabel(" · ".join(facts), fontsize=5.5, color="#555555", wrap=True)

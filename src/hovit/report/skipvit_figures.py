@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..catalogue import Row, Study
-from .attention_figures import photographs, state
+from .attention_figures import photographs, say_unmeasured, show_photograph, state
 from .tables import baseline_ratio
 from .values import Results
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 CURVES = {"train_loss": "Training loss", "val_loss": "Validation loss",
           "val_top1": "Validation top-1, %"}  # fmt: skip
+KEPT, LEFT_OUT = "#0072B2", "#C8C8C8"  # patches
 
 
 def _ratios(results: Results, study: Study, row: Row) -> dict[str, float | None]:
@@ -125,39 +126,53 @@ def _full_epochs(row: Row, epochs: int) -> int:
 
 
 def kept_patches(results: Results) -> "Canvas":
-    """Test images, and which of their patches each layer that drops keeps, by a trained model."""
+    """Test images, and under each which of its patches every layer that drops keeps."""
     import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
+
+    from . import style
 
     study, analysis = results.plan.study("skipvit"), results.plan.analysis("kept_patches")
     record = results.analysis("kept_patches")
     found = record.results["rows"] if record else {}
     shown = [(ref, n) for ref, row in found.items() for n in range(len(row["images"]))]
-    wide = 1 + max((len(row["layers"]) for row in found.values()), default=0)
-    canvas, axes = plt.subplots(
-        max(1, len(shown)), wide, figsize=(1.25 * wide, 1.3 * max(1, len(shown))), squeeze=False
-    )
+    high = 1 + max((len(row["layers"]) for row in found.values()), default=0)
+    size = (style.WIDTH, 0.4 + 1.2 * high)
+    canvas, axes = plt.subplots(high, max(1, len(shown)), figsize=size, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
-    for line, (ref, n) in zip(axes, shown, strict=False):
-        row = found[ref]
-        run = results.plan.analysed_runs(analysis)[ref]
-        path = results.root / results.plan.analysis_pack(analysis, run).folder / "images.npy"
-        image = np.load(path, mmap_mode="r")[row["images"][n]] if path.exists() else None
-        if image is not None:  # evidence comes without its images
-            line[0].imshow(image)
-        line[0].set_title(study.row(ref.split("/")[1]).label, fontsize=5)
-        for ax, layer, mask in zip(line[1:], row["layers"], row["kept"][n], strict=False):
+    if not shown:
+        say_unmeasured(axes[0][0])
+    colours = {"left out": LEFT_OUT}
+    for (ref, n), column in zip(shown, axes.T, strict=False):
+        row, run = found[ref], results.plan.analysed_runs(analysis)[ref]
+        pack = results.plan.analysis_pack(analysis, run)
+        image = show_photograph(column[0], results, pack, row["images"][n])
+        column[0].set_title(study.row(ref.split("/")[1]).label, fontsize=5)
+        for ax, layer, mask in zip(column[1:], row["layers"], row["kept"][n], strict=False):
             _masked(ax, image, np.array([[int(c) for c in line] for line in mask]))
             ax.set_title(f"after layer {layer}", fontsize=5)
+        if image is None:
+            colours["kept"] = KEPT
+    keys = [
+        Patch(facecolor=colour, edgecolor="black", linewidth=0.5, label=label)
+        for label, colour in colours.items()
+    ]
+    canvas.legend(handles=keys, loc="outside upper center", ncols=len(keys))
     state(canvas, results, [study], photographs(results))
     return canvas
 
 
 def _masked(ax: "Axes", image: "np.ndarray | None", mask: np.ndarray) -> None:
-    if image is None:
-        ax.imshow(mask, cmap="gray", vmin=0, vmax=1)
-        return
-    each = image.shape[0] // mask.shape[0]
-    large = np.kron(mask, np.ones((each, each)))[: image.shape[0], : image.shape[1], None]
-    pixels = image[: large.shape[0], : large.shape[1]]
-    ax.imshow((pixels * large + 255 * (1 - large)).astype(np.uint8))
+    """An image's kept patches in a frame, the others in grey; without the image, in one colour."""
+    from matplotlib.colors import to_rgb
+
+    kept, left_out = (np.round(255 * np.array(to_rgb(colour))) for colour in (KEPT, LEFT_OUT))
+    each = 1 if image is None else image.shape[0] // mask.shape[0]
+    large = np.kron(mask, np.ones((each, each)))[..., None]
+    pixels = kept if image is None else image[: large.shape[0], : large.shape[1]]
+    ax.imshow(np.where(large, pixels, left_out).astype(np.uint8))
+    ax.set_axis_on()
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(True)

@@ -1,0 +1,100 @@
+"""What the figures say and show, from made-up records and from evidence."""
+
+import shutil
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from conftest import ROOT
+from made_up import write_all
+from matplotlib.figure import Figure as Canvas
+from matplotlib.text import Text
+
+from hovit.evidence import EVIDENCE
+from hovit.plan import Plan, load_plan
+from hovit.report import figures, style
+from hovit.report.figures import FIGURES
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return load_plan("mini", ROOT / "config")
+
+
+def drawn(plan: Plan, root: Path, name: str) -> Canvas:
+    """A figure, laid out as it is saved."""
+    with mpl.rc_context(style.RC):
+        canvas = FIGURES[name].draw(figures._best(plan, FIGURES[name], root))
+        canvas.draw_without_rendering()
+    plt.close(canvas)
+    return canvas
+
+
+def words(canvas: Canvas) -> str:
+    return "\n".join(text.get_text() for text in canvas.findobj(Text))
+
+
+@pytest.fixture(scope="module")
+def evidence(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The committed evidence, without packs or runs beside it."""
+    root = tmp_path_factory.mktemp("evidence")
+    shutil.copytree(ROOT / EVIDENCE, root / EVIDENCE)
+    return root
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_says_all_of_what_was_run(evidence: Path, name: str) -> None:
+    canvas = drawn(load_plan("smoke", ROOT / "config"), evidence, name)
+    (footer,) = [text for text in canvas.texts if text.get_text() == canvas.get_supxlabel()]
+    box = footer.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= canvas.bbox.x1
+
+
+@pytest.mark.parametrize("name", ["attention_maps", "kept_patches"])
+def test_a_picture_without_its_image_says_so(plan: Plan, tmp_path: Path, name: str) -> None:
+    write_all(plan, tmp_path)
+    said = words(drawn(plan, tmp_path, name))
+    assert "image 0 of\nOxford-IIIT Pet (sample):\nnot packed here" in said
+    folder = tmp_path / "data/packed/oxford-iiit-pet-sample-224px"
+    folder.mkdir(parents=True)
+    np.save(folder / "images.npy", np.zeros((1, 224, 224, 3), np.uint8))
+    for other in ("96px", "64px"):
+        shutil.copytree(folder, folder.with_name(folder.name.replace("224px", other)))
+    assert "not packed here" not in words(drawn(plan, tmp_path, name))
+
+
+@pytest.mark.parametrize("name", ["attention_maps", "kept_patches"])
+def test_a_picture_that_nothing_was_computed_for_says_so(
+    plan: Plan, tmp_path: Path, name: str
+) -> None:
+    assert "not measured" in words(drawn(plan, tmp_path, name))
+
+
+def test_kept_patches_show_on_a_white_page(plan: Plan, tmp_path: Path) -> None:
+    """Kept and left out, with the image and without it, in a frame and with a legend."""
+    write_all(plan, tmp_path)
+    folder = tmp_path / "data/packed/oxford-iiit-pet-sample-224px"
+    for packed in (False, True):
+        if packed:
+            folder.mkdir(parents=True)
+            np.save(folder / "images.npy", np.full((1, 224, 224, 3), 7, np.uint8))
+        canvas = drawn(plan, tmp_path, "kept_patches")
+        masks = [ax for ax in canvas.axes if ax.get_title() == "after layer 6"]
+        assert len(masks) == 2  # of either schedule's one image
+        for ax in masks:
+            (picture,) = ax.images
+            pixels = np.asarray(picture.get_array())
+            half = pixels.shape[0] // 2
+            kept, out = pixels[0, 0].tolist(), pixels[0, half].tolist()  # "10" over "01"
+            assert (pixels[-1, -1].tolist(), pixels[-1, 0].tolist()) == (kept, out)
+            assert kept != out
+            assert max(kept) < 255
+            assert max(out) < 255
+            assert (kept == [7, 7, 7]) == packed
+            assert ax.axison
+            assert all(spine.get_visible() for spine in ax.spines.values())
+        labels = {text.get_text() for text in canvas.legends[0].get_texts()}
+        assert labels == ({"left out"} if packed else {"left out", "kept"})
