@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from made_up import write_all
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure as Canvas
 from matplotlib.text import Text
 
@@ -16,6 +17,7 @@ from hovit.evidence import EVIDENCE
 from hovit.plan import Plan, load_plan
 from hovit.report import figures, style
 from hovit.report.figures import FIGURES
+from hovit.report.values import Results
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +100,26 @@ def test_kept_patches_show_on_a_white_page(plan: Plan, tmp_path: Path) -> None:
             assert all(spine.get_visible() for spine in ax.spines.values())
         labels = {text.get_text() for text in canvas.legends[0].get_texts()}
         assert labels == ({"left out"} if packed else {"left out", "kept"})
+
+
+def test_every_point_has_its_noise(evidence: Path) -> None:
+    """Of one seed too: its test images alone leave several points open."""
+    plan = load_plan("smoke", ROOT / "config")
+    canvas = drawn(plan, evidence, "skipvit_accuracy")
+    found = Results(load_plan("mini", ROOT / "config"), evidence, EVIDENCE / "amd-epyc")
+    study = found.plan.study("skipvit")
+    noise = {
+        row.label: value.noise
+        for row in study.rows
+        if (value := found.value(study, row, "top1")) and found.value(study, row, "throughput")
+    }
+    bars = {}
+    for point in canvas.axes[1].containers:
+        assert isinstance(point, ErrorbarContainer)
+        (line,) = point.lines[2]
+        ((_, low), (_, high)) = line.get_segments()[0]
+        bars[point.get_label()] = (high - low) / 2
+    assert bars == pytest.approx(noise)
+    assert min(noise.values()) > 1
+    assert "bars: 95 % interval" in canvas.get_supxlabel()
+    assert not any(point.has_yerr for point in canvas.axes[0].containers)

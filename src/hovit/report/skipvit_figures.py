@@ -74,7 +74,8 @@ def skipvit_accuracy(results: Results) -> "Canvas":
     axes[0].set_ylabel("Top-1 over the baseline's, points")
     handles, labels = axes[0].get_legend_handles_labels()
     canvas.legend(handles, labels, loc="outside right center")
-    state(canvas, results, [study])
+    bars = "bars: 95 % interval of each point's top-1, over test images and seeds"
+    state(canvas, results, [study], [bars])
     return canvas
 
 
@@ -86,9 +87,9 @@ def _points(ax: "Axes", results: Results, study: Study, before: str) -> None:
         top1 = results.value(study, row, f"{before}top1")
         ratio = baseline_ratio(results, study, row, f"{before}throughput") if row.baseline else 1.0
         if top1 and base and ratio:
-            spread = top1.spread if top1.n > 1 else None
-            look = style.look(i) | {"linestyle": ""}
-            ax.errorbar(ratio, top1.mean - base.mean, spread, label=row.label, **look)
+            look = style.look(i) | {"linestyle": "", "elinewidth": 0.8}
+            noise = top1.noise or None  # what a seed prints has none
+            ax.errorbar(ratio, top1.mean - base.mean, noise, label=row.label, **look)
 
 
 def skipvit_warmup(results: Results) -> "Canvas":
