@@ -68,7 +68,7 @@ def test_a_picture_without_its_image_says_so(plan: Plan, tmp_path: Path, name: s
     assert "not packed here" not in words(drawn(plan, tmp_path, name))
 
 
-@pytest.mark.parametrize("name", ["attention_maps", "kept_patches"])
+@pytest.mark.parametrize("name", ["attention_maps", "kept_patches", "runtime_breakdown"])
 def test_a_picture_that_nothing_was_computed_for_says_so(
     plan: Plan, tmp_path: Path, name: str
 ) -> None:

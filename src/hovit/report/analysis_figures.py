@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from ..catalogue import Study
-from .attention_figures import state
+from .attention_figures import say_unmeasured, state
 from .values import Results
 
 if TYPE_CHECKING:
@@ -104,6 +104,8 @@ def runtime_breakdown(results: Results) -> "Canvas":
 
     study, found, published = _of(results, "runtime_breakdown")
     canvas, ax = plt.subplots(figsize=(style.WIDTH * 0.8, 2.8))
+    if not found:
+        say_unmeasured(ax)
     left = [0.0] * len(found)
     groups = [(r["class"], r["memory_bound"]) for r in next(iter(found.values()))["classes"]] \
         if found else []  # fmt: skip
