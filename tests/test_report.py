@@ -1,4 +1,4 @@
-"""The report, from made-up records: tables, claims, figures, explain. Nothing is trained here."""
+"""The report, from made-up records: tables, claims, figures. Nothing is trained here."""
 
 import json
 import re
@@ -26,9 +26,7 @@ from hovit.report.claims import (
     tally,
     write_claims,
 )
-from hovit.report.explain import explain
 from hovit.report.figures import FIGURES, draw
-from hovit.report.listing import list_runs
 from hovit.report.tables import write_index, write_table
 from hovit.report.values import Results, Value
 
@@ -285,38 +283,6 @@ def test_figures_are_drawn_and_the_same_records_give_the_same_bytes(plan: Plan, 
         assert [file.read_bytes() for file in files] == first
     with pytest.raises(HovitError, match="there are training_curves"):
         draw(plan, "nosuch", root)
-
-
-def test_explain_leads_to_the_record_and_back(
-    plan: Plan, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(root)
-    text = explain(plan, "hovit", "hovit", "top1")
-    run = plan.run("hovit.pets.deck", 1)
-    for fact in ("27.47", str(run.folder / "record.json"), run.spec_hash, "commit", "n = 2",
-                 f"--force '{run.folder / 'record.json'}' --config scale=mini"):  # fmt: skip
-        assert fact in text
-    assert "10.50" in explain(plan, "hovit", "levit_deck", "latency_32")
-    assert "7,349 images" in explain(plan, "datasets", "pets_rule", "images_train")
-    for table, row, column, what in (
-        ("nosuch", "hovit", "top1", "no study"),
-        ("hovit", "nosuch", "top1", "has no row"),
-        ("hovit", "hovit", "nosuch", "no column"),
-    ):
-        with pytest.raises(HovitError, match=what):
-            explain(plan, table, row, column)
-
-
-def test_the_list_tells_runs_done_here_from_evidence(plan: Plan, root: Path) -> None:
-    run = plan.run("hovit.pets.deck", 1)
-    (root / run.folder / "record.json").unlink()
-    first = plan.run("levit_256.pets.deck", 0).folder.relative_to("results/runs")
-    elsewhere = root / "results/evidence/some-card" / first
-    shutil.copytree(root / "results/runs" / first, elsewhere)
-    lines = {line.split()[0]: line.split()[1:3] for line in list_runs(plan, root).splitlines()}
-    assert lines["hovit.pets.deck"] == ["1/2", "0/2"]
-    assert lines["levit_256.pets.deck"] == ["2/2", "1/2"]
-    assert lines["resnet50.pretrain.pretrain"] == ["1/1", "0/1"]
 
 
 def test_what_differs_from_the_accepted_verdicts_is_named(root: Path, plan: Plan) -> None:

@@ -78,16 +78,16 @@ def show(
 
 @app.command()
 def explain(
-    table: str,
-    row: str,
-    column: str,
+    name: Annotated[str, typer.Argument(help="A study or an analysis.")],
+    row: Annotated[str, typer.Argument(help="Of a study; of an analysis STUDY/ROW.")] = "",
+    column: Annotated[str, typer.Argument(help="A metric; of an analysis a number of it.")] = "",
     scale: ScaleOption = "smoke",
     weights: WeightsOption = None,
 ) -> None:
-    """Trace a table's cell: its record, spec and commit, and the command that re-makes only it."""
+    """Trace a table's cell or an analysis: record, spec, commit, the command that re-makes it."""
     from .report.explain import explain as explain_cell
 
-    print(explain_cell(load_plan(scale, weights_file=weights), table, row, column))
+    print(explain_cell(load_plan(scale, weights_file=weights), name, row, column))
 
 
 @app.command()

@@ -1,69 +1,142 @@
 """`hovit explain`: from a table's cell to its records, spec and commit, and how to re-make it."""
 
-from ..catalogue import Row, Study
+from pathlib import Path
+
+from ..catalogue import Analysis, Row, Study
 from ..errors import HovitError
 from ..files import digest
 from ..plan import Plan
 from ..records import read_record
-from .values import COUNTED, TRAINED, Results, evidence_for, find_evidence
+from .values import COUNTED, TRAINED, Results, Value, evidence_for, find_evidence, plural
+
+NONE = "no record yet"
 
 
-def explain(plan: Plan, table: str, row_id: str, column: str) -> str:
-    """Trace one cell.
+def explain(plan: Plan, name: str, row_id: str = "", column: str = "") -> str:
+    """Trace one cell of a table, or what an analysis found.
 
     Args:
         plan: the catalogue at a scale.
-        table, row_id: study and row.
-        column: a metric of the study; `latency` may name a batch, as in `latency_1`.
+        name: a study or an analysis.
+        row_id: of a study a row; of an analysis STUDY/ROW, or nothing for the analysis as a whole.
+        column: a metric of the study; `latency` may name a batch, as in `latency_1`. Of an
+            analysis a number that it found of the row.
 
     Raises:
-        HovitError: for a table, row or column that is not there.
+        HovitError: for a study, analysis, row or column that is not there.
     """
-    study = plan.study(table)
-    row = study.row(row_id)
+    if name in plan.catalogue.analyses:
+        return _analysis(plan, plan.analysis(name), row_id, column)
+    study = plan.study(name)
+    if not (row_id and column):
+        raise HovitError(f"a cell has a row and a column: `hovit explain {name} ROW COLUMN`")
+    return _cell(plan, study, study.row(row_id), column)
+
+
+def _cell(plan: Plan, study: Study, row: Row, column: str) -> str:
     results = Results(plan)
     timed = results.batches(study)
     columns = [m for c in study.columns for m in (timed if c == "latency" else [c])]
     if column not in columns:
-        raise HovitError(f"table {table} has no column {column!r}; it has {', '.join(columns)}")
+        raise HovitError(f"table {study.id} has no column {column!r}; it has {', '.join(columns)}")
     value = results.value(study, row, column)
     printed = row.reported.get(column.split("_")[0] if "latency" in column else column)  # type: ignore[call-overload]
     lines = [
         f"{study.title} / {row.label} / {column}",
         f"  seed      {study.source.seed}, {study.source.place}",
         f"  reported  {printed or 'nothing'}",
-        f"  this run  {_number(value.mean, value.spread, value.n) if value else 'no record yet'}",
+        f"  this run  {_number(value, column) if value else NONE}",
         f"  row       config/studies/{study.id}.yaml, rows: id: {row.id}",
     ]
     if column in COUNTED:
-        lines += _counted(plan, row)
-    elif column in TRAINED:
-        lines += _trained(plan, study, row)
-    else:
-        target = plan.measured(study)
-        spec = digest(plan.measure_spec(study))
-        lines += _record(results, str(target), spec)
-        lines.append("  (interleaved over the table's rows, so all of them are measured again)")
+        return "\n".join(lines + _counted(plan, row))
+    lines += _made(results, study, row, column)
     best = evidence_for(study, find_evidence(plan))
-    value = best.value(study, row, column) if best and column not in COUNTED else None
+    value = best.value(study, row, column) if best else None
     if best and value:
-        lines.append(f"  evidence  {_number(value.mean, value.spread, value.n)}, {best.states()}")
-        lines += [f"  record    {path}" for path in value.paths]
+        lines.append(f"  evidence  {_number(value, column)}, {best.states()}")
+        lines += _made(best, study, row, column)
     return "\n".join(lines)
 
 
-def _number(mean: float, spread: float, n: int) -> str:
-    return f"{mean:,.6g}" + (f" (spread {spread:.4g}, n = {n})" if n > 1 else "")
+def _number(value: Value, column: str) -> str:
+    """With its spread and how many there are of it, if it is not exact."""
+    timed = column.startswith(("latency", "throughput"))
+    if not timed and column not in TRAINED:
+        return f"{value.mean:,.6g}"
+    spread = f"spread {value.spread:.4g}, " if value.n > 1 else ""
+    return f"{value.mean:,.6g} ({spread}n = {plural(value.n, 'round' if timed else 'seed')})"
 
 
-def _trained(plan: Plan, study: Study, row: Row) -> list[str]:
-    runs = plan.runs_of(study, row)
-    if not runs:
-        return [f"  nothing is trained for it at scale {plan.scale.id}: no such data there"]
-    lines = []
-    for run in runs:
-        lines += _record(Results(plan), str(run.folder / "record.json"), run.spec_hash)
-    return lines
+def _made(results: Results, study: Study, row: Row, column: str) -> list[str]:
+    """The records behind a cell, of evidence those that there are; or why there can be none."""
+    plan = results.plan
+    if row.model is None:
+        return ["  nothing is run for it: the row has the seed's numbers alone"]
+    if column in TRAINED:
+        if not study.trained:
+            return ["  nothing is trained for it at any scale: the study only measures its models"]
+        runs = plan.runs_of(study, row)
+        if results.is_evidence:
+            runs = [run for run, _ in results.trained(study, row)]
+        elif not runs:
+            role = row.dataset or study.dataset
+            return [f"  nothing is trained for it at scale {plan.scale.id}: no images for {role}"]
+        return [
+            line
+            for run in runs
+            for line in _record(results, run.folder / "record.json", run.spec_hash)
+        ]
+    if not plan.rows_run(study):
+        return [f"  nothing is measured for it at scale {plan.scale.id}: no images for it"]
+    timed = column.startswith(("latency", "throughput"))
+    how = "interleaved over" if timed else "one record has"
+    return [
+        *_record(results, plan.measured(study), digest(plan.measure_spec(study))),
+        f"            ({how} the table's rows, so all of them are measured again)",
+    ]
+
+
+def _analysis(plan: Plan, analysis: Analysis, row_ref: str, name: str) -> str:
+    if row_ref and row_ref not in analysis.of:
+        raise HovitError(
+            f"analysis {analysis.id} is not of {row_ref!r}; it is of {', '.join(analysis.of)}"
+        )
+    this = Results(plan)
+    best = next((each for each in find_evidence(plan) if each.analysis(analysis.id)), None)
+    lines = [
+        " / ".join(filter(None, (analysis.title, row_ref, name))),
+        f"  seed      {analysis.source.seed}, {analysis.source.place}",
+        f"  of        config/analyses/{analysis.id}.yaml: {', '.join(analysis.of)}",
+    ]
+    for results in (this, best) if best else (this,):
+        found = _found(results, analysis, row_ref, name)
+        head = f"evidence  {found}, {results.states()}" if results.is_evidence else \
+            f"this run  {found}"  # fmt: skip
+        lines.append(f"  {head}")
+        if not results.plan.analysed_runs(analysis):
+            lines.append(f"  nothing is analysed at scale {plan.scale.id}: no images for it")
+            continue
+        spec = digest(results.plan.analysis_spec(analysis))
+        lines += _record(results, results.plan.analysed(analysis), spec)
+    return "\n".join(lines)
+
+
+def _found(results: Results, analysis: Analysis, row_ref: str, name: str) -> str:
+    """What an analysis found, in a few words: the number that is asked for, or of how many rows."""
+    record = results.analysis(analysis.id)
+    if record is None:
+        return NONE
+    rows = record.results["rows"]
+    if not (row_ref and name):
+        return plural(len(rows), "row")
+    found = rows.get(row_ref, {})
+    numbers = [key for key, value in found.items() if isinstance(value, int | float)]
+    if found and name not in numbers:
+        raise HovitError(
+            f"analysis {analysis.id} has no number {name!r}; it has {', '.join(numbers) or 'none'}"
+        )
+    return f"{found[name]:,.6g}" if found else NONE
 
 
 def _counted(plan: Plan, row: Row) -> list[str]:
@@ -80,9 +153,14 @@ def _counted(plan: Plan, row: Row) -> list[str]:
     ]
 
 
-def _record(results: Results, path: str, spec_hash: str) -> list[str]:
-    lines = [f"  record    {path}", f"  spec      {spec_hash}"]
-    full, remake = results.root / path, remake_command(results.plan, path)
+def _record(results: Results, path: Path, spec_hash: str) -> list[str]:
+    """Of the plan's record at `path`, among these results: where, what, by which commit and device.
+
+    Evidence is made again under `results/runs`, as a run of its own scale.
+    """
+    place, remake = results.place(path), remake_command(results.plan, str(path))
+    lines = [f"  record    {place}", f"  spec      {spec_hash}"]
+    full = results.root / place
     try:
         record = read_record(full) if full.exists() else None
     except HovitError as error:
