@@ -3,6 +3,7 @@
 # ruff: noqa: E501 (tables: a mistake is a line)
 
 import json
+import re
 import shutil
 import string
 import subprocess
@@ -454,6 +455,15 @@ def test_stand_ins_share_no_class_with_what_models_are_pretrained_on(plans, scal
     for role in ("pets", "cifar100"):
         begin, end = catalogue[datasets[role]].classes
         assert end <= first or last <= begin
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_stand_ins_name_the_seeds_images_of_every_role(plans, scale):
+    catalogue, seeds = plans[scale].catalogue.datasets, plans["paper"].scale.datasets
+    for role, name in plans[scale].scale.datasets.items():
+        own = catalogue[seeds[role]].title if role in seeds else "ImageNet"
+        said = catalogue[name].stands_for or catalogue[name].title
+        assert own in re.split(", | and ", said), role
 
 
 def test_what_others_start_from_comes_first(plans):
