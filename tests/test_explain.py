@@ -11,7 +11,7 @@ from hovit.errors import HovitError
 from hovit.plan import Plan, load_plan
 from hovit.records import read_record
 from hovit.report.explain import explain
-from hovit.report.listing import list_runs
+from hovit.report.listing import list_analyses, list_runs, list_studies
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +122,12 @@ def test_the_list_tells_runs_done_here_from_evidence(plan: Plan, root: Path) -> 
     assert lines["hovit.pets.deck"] == ["1/2", "0/2"]
     assert lines["levit_256.pets.deck"] == ["2/2", "1/2"]
     assert lines["resnet50.pretrain.pretrain"] == ["1/1", "0/1"]
+
+
+def test_the_list_names_studies_and_analyses(plan: Plan) -> None:
+    assert list_analyses(plan).splitlines()[:2] == [
+        "analyses (5)",
+        "  attention_maps       6 rows  Where the middle token looks, under each attention",
+    ]
+    lines = list_studies(plan).splitlines()
+    assert lines[0] == f"studies ({len(lines) - 1})" == f"studies ({len(plan.catalogue.studies)})"

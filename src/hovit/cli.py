@@ -53,25 +53,28 @@ def main() -> None:
 
 @app.command("list")
 def list_(scale: ScaleOption = "smoke") -> None:
-    """List the studies, and every run of a scale with the tables that cite it."""
-    from .report.listing import list_runs, list_studies
+    """List the studies, every run of a scale with the tables that cite it, and the analyses."""
+    from .report.listing import list_analyses, list_runs, list_studies
 
     plan = load_plan(scale)
-    print(list_studies(plan), list_runs(plan), sep="\n\n")
+    print(list_studies(plan), list_runs(plan), list_analyses(plan), sep="\n\n")
 
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="A study or a run.")], scale: ScaleOption = "smoke"
+    name: Annotated[str, typer.Argument(help="A study, an analysis or a run.")],
+    scale: ScaleOption = "smoke",
 ) -> None:
-    """Show what a study or a run will do, and about what it costs on this machine."""
+    """Show what a study, an analysis or a run will do, and about what it costs on this machine."""
     import hovit.models  # noqa: F401 (registers)
 
-    from .estimate import show_run, show_study
+    from .estimate import show_analysis, show_run, show_study
 
     plan = load_plan(scale)
     if name in plan.catalogue.studies:
         print(show_study(plan, plan.study(name)))
+    elif name in plan.catalogue.analyses:
+        print(show_analysis(plan, plan.analysis(name)))
     else:
         print(show_run(plan, plan.run(name)))
 

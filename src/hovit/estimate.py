@@ -1,4 +1,4 @@
-"""What a run or a study will do, and about what it costs on this machine.
+"""What a run, a study or an analysis will do, and about what it costs on this machine.
 
 The estimate is training's multiply-adds (three times a forward pass's) over a speed measured here
 and now, on one model and one batch: an order of magnitude, not a promise.
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .catalogue import Study
+from .catalogue import Analysis, Row, Study
 from .device import describe_device, pick_device
 from .errors import HovitError
 from .factory import create_model
@@ -22,19 +22,85 @@ PROBE = ("levit_256", 8)  # model and batch whose speed stands for all
 
 
 def show_study(plan: Plan, study: Study) -> str:
-    """The study's rows, what is trained for them, and the cost of it all."""
+    """The study's rows, what is trained and measured for them, and the cost of training it all."""
     lines = [f"{study.id}: {study.title}", f"seed: {study.source.seed}, {study.source.place}"]
     lines += [f"scale: {plan.scale.id}: {plan.scale.title}", ""]
     for row in study.rows:
-        runs = plan.runs_of(study, row)
-        what = f"{runs[0].id} x {len(runs)} seed(s)" if runs else "nothing to train at this scale"
         reported = ", ".join(f"{k} {v}" for k, v in row.reported.items())
-        lines.append(f"  {row.id:<20} {what}" + f"  [reported: {reported}]" * bool(reported))
-    needed = plan.needed([study])
-    done = sum((run.folder / "record.json").exists() for run in needed)
-    lines += ["", f"{len(needed)} runs (with those that others start from), {done} done"]
-    if needed:
-        lines.append(_cost_line(needed))
+        lines.append(
+            f"  {row.id:<20} {_todo(plan, study, row)}"
+            + f"  [reported: {reported}]" * bool(reported)
+        )
+    lines.append("")
+    if study.trained and study.kind == "models":
+        lines += _training(plan.needed([study]))
+    if plan.rows_run(study):
+        lines.append(_measuring(plan, study))
+    return "\n".join(lines)
+
+
+def _todo(plan: Plan, study: Study, row: Row) -> str:
+    if row.model is None:
+        packs = ", ".join(pack.id for pack in plan.packs_of(row.dataset)) if row.dataset else ""
+        by = f"the split of {row.rule}" if row.rule else packs
+        return f"counted: {by}" if by else "nothing to run: the seed's numbers alone"
+    if not study.trained:
+        args = "".join(f" {key}={value}" for key, value in row.model_args.items())
+        return f"measured: {plan.model_of(row)}{args}"
+    runs = plan.runs_of(study, row)
+    return f"{runs[0].id} x {len(runs)} seed(s)" if runs else "nothing to train at this scale"
+
+
+def _training(runs: list[Run]) -> list[str]:
+    done = sum((run.folder / "record.json").exists() for run in runs)
+    line = f"{len(runs)} runs (with those that others start from), {done} done"
+    return [line, _cost_line(runs)] if runs else [line]
+
+
+def _measuring(plan: Plan, study: Study) -> str:
+    """What `hovit measure` counts and times."""
+    spec = plan.measure_spec(study)
+    done = " (done)" if plan.measured(study).exists() else ""
+    line = f"measured{done}: parameters and multiply-adds of {len(spec['rows'])} rows"
+    timing = spec["latency"]
+    if timing is None:
+        return line
+    size = timing["image_size"]
+    rows = spec["rows"].values()
+    timed = {(r["model"], repr(r["model_args"]), r.get("latency_size", size)) for r in rows}
+    sizes = sorted({each for *_, each in timed if each})
+    where = [f"at {' and '.join(map(str, sizes))} px"] if sizes else []
+    parts = [
+        f"{len(timed)} models timed in turn ({study.workload})",
+        f"batches {' and '.join(map(str, timing['batches']))}",
+        f"{timing['rounds']} rounds after {timing['warmup']} to warm up",
+        *where,
+        f"{timing['threads']} thread(s) on a CPU",
+    ]
+    return f"{line}; {', '.join(parts)}"
+
+
+def show_analysis(plan: Plan, analysis: Analysis) -> str:
+    """The trained models and images that an analysis takes, its record, and training's cost."""
+    runs = plan.analysed_runs(analysis)
+    lines = [f"{analysis.id}: {analysis.title}"]
+    lines += [f"seed: {analysis.source.seed}, {analysis.source.place}"]
+    lines += [f"scale: {plan.scale.id}: {plan.scale.title}", ""]
+    for ref in analysis.of:
+        what = f"{runs[ref].id} seed {runs[ref].seed}" if ref in runs else \
+            "nothing to analyse at this scale"  # fmt: skip
+        lines.append(f"  {ref:<28} {what}")
+    lines.append("")
+    if runs:
+        packs = {plan.analysis_pack(analysis, run).id for run in runs.values()}
+        args = "".join(f", {key} {value}" for key, value in analysis.args.items())
+        command = f"`hovit analyse {analysis.id} --scale {plan.scale.id}`"
+        made = "done" if plan.analysed(analysis).exists() else command
+        upstream = [plan.upstream(run) for run in runs.values()]
+        needed = {(r.id, r.seed): r for r in (*upstream, *runs.values()) if r}
+        lines += [f"takes {analysis.images} image(s) of {', '.join(sorted(packs))}{args}"]
+        lines += [f"record: {plan.analysed(analysis)} ({made})"]
+        lines += _training(list(needed.values()))
     return "\n".join(lines)
 
 

@@ -1,18 +1,27 @@
-"""`hovit list`: the studies, and the runs with the tables that cite them."""
+"""`hovit list`: the studies, the runs with the tables that cite them, and the analyses."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from ..catalogue import Analysis, Study
 from ..evidence import EVIDENCE
 from ..plan import RUNS, Plan
 
 
 def list_studies(plan: Plan) -> str:
     """Every study: id, rows, title."""
-    studies = plan.catalogue.studies.values()
-    width = max(len(study.id) for study in studies)
-    lines = [f"studies ({len(studies)})"]
-    lines += [f"  {s.id:<{width}}  {len(s.rows):>3} rows  {s.title}" for s in studies]
-    return "\n".join(lines)
+    return _titles("studies", [(s, len(s.rows)) for s in plan.catalogue.studies.values()])
+
+
+def list_analyses(plan: Plan) -> str:
+    """Every analysis: id, rows, title."""
+    return _titles("analyses", [(a, len(a.of)) for a in plan.catalogue.analyses.values()])
+
+
+def _titles(what: str, found: Sequence[tuple[Study | Analysis, int]]) -> str:
+    width = max(len(each.id) for each, _ in found)
+    lines = [f"  {each.id:<{width}}  {rows:>3} rows  {each.title}" for each, rows in found]
+    return "\n".join([f"{what} ({len(found)})", *lines])
 
 
 def list_runs(plan: Plan, root: Path = Path()) -> str:

@@ -1,0 +1,64 @@
+"""`hovit show`: what it says before anything is packed, trained or measured."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from typer.testing import CliRunner
+
+from hovit import estimate
+from hovit.cli import app
+from hovit.plan import load_plan
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clone in which nothing was run, on a machine of known speed."""
+    (tmp_path / "config").symlink_to(ROOT / "config")
+    monkeypatch.chdir(tmp_path)
+
+    def known(device: torch.device) -> float:
+        return 1e9
+
+    monkeypatch.setattr(estimate, "probe", known)
+    return tmp_path
+
+
+def shown(*command: str) -> str:
+    result = CliRunner().invoke(app, ["show", *command], catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.output
+
+
+def test_a_cost_is_known_before_the_digits_are_packed(fresh: Path) -> None:
+    text = shown("hovit")
+    assert re.search(r"cost: about \d+\.\d min of training on", text)
+    assert "7 runs (with those that others start from), 0 done" in text
+    assert "measured: parameters and multiply-adds of 6 rows; 6 models timed in turn" in text
+
+
+def test_a_study_without_training_says_what_is_measured(fresh: Path) -> None:
+    text = shown("efficientvit_imagenet")
+    assert "nothing to train" not in text
+    assert "runs (with" not in text
+    assert re.search(r"m0 +measured: deployed of=efficientvit_paper_m0", text)
+    assert "of 18 rows; 18 models timed in turn (inference), batches 16, 10 rounds" in text
+    assert "1 thread(s) on a CPU" in text
+    assert "timed" not in shown("efficientvit_family")
+    assert "seed's numbers alone" in shown("efficientvit_detection")
+    assert re.search(r"pets_rule +counted: the split of oxford-iiit-pet", shown("datasets"))
+    assert re.search(r"pets +counted: digits-64px", shown("datasets"))
+
+
+def test_an_analysis_is_shown(fresh: Path) -> None:
+    text = shown("head_similarity")
+    plan = load_plan("smoke", ROOT / "config")
+    analysis = plan.analysis("head_similarity")
+    for ref, run in plan.analysed_runs(analysis).items():
+        assert re.search(rf"{ref} +{re.escape(run.id)} seed 0", text)
+    assert "takes 64 image(s) of digits-64px" in text
+    assert f"{plan.analysed(analysis)} (`hovit analyse head_similarity --scale smoke`)" in text
+    assert "4 runs (with those that others start from), 0 done\ncost: about" in text
+    assert "nothing to analyse at this scale" in shown("kept_patches", "--scale", "sample")
