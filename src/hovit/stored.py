@@ -5,6 +5,7 @@ DVC believes a file whose size and time did not change; a rotten disk changes ne
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from .reading import read_yaml
 
 LOCK = Path("dvc.lock")
 CACHE = Path(".dvc/cache/files/md5")
+MD5 = re.compile("[0-9a-f]{32}([.]dir)?")
 
 
 def check_stored(root: Path = Path()) -> tuple[int, list[str]]:
@@ -49,9 +51,16 @@ def _outs(lock: Path) -> Iterator[tuple[str, str]]:
         raise HovitError(f"{lock}: no such file; `dvc repro` writes it")
     stages = read_yaml(lock)
     try:
-        yield from [(o["path"], o["md5"]) for s in stages["stages"].values() for o in s["outs"]]
+        outs = [(o["path"], o["md5"]) for s in stages["stages"].values() for o in s["outs"]]
     except (KeyError, TypeError, AttributeError):
         raise HovitError(f"{lock}: not readable as DVC's lock") from None
+    for path, md5 in outs:
+        if not (isinstance(path, str) and isinstance(md5, str) and MD5.fullmatch(md5)):
+            raise HovitError(
+                f"{lock}: {path}: md5: {md5!r} is no md5 of 32 digits in hex; `dvc repro` writes "
+                "it again"
+            )
+        yield path, md5
 
 
 def _cached(root: Path, md5: str) -> Path:
