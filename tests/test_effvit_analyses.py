@@ -284,11 +284,33 @@ def test_run_time_says_how_far_its_passes_leave_it(monkeypatch: pytest.MonkeyPat
 @both
 def test_every_operator_of_a_transformer_has_a_class(name: str) -> None:
     model, images, _ = small(name)
-    found = runtime_breakdown(model, images)
+    # Enough images that an operator without a class tells among what each call costs.
+    found = runtime_breakdown(model, images.repeat(64, 1, 1, 1))
     assert sum(row["share"] for row in found["classes"]) == pytest.approx(100, abs=0.01)
     assert 0 < found["memory_bound_share"] < 100
     by = {row["class"]: row["ms"] for row in found["classes"]}
     assert min(by["matmul"], by["convolution"], by["normalisation"], by["element-wise"]) > 0
+    assert found["other_ms"] < 0.05 * (sum(by.values()) + found["other_ms"])
+
+
+@both
+def test_softmax_counts_alike_in_every_transformer(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an operator of its own: no attention is fused while a model is analysed."""
+    model, images, _ = small(name)
+    was = [getattr(module, "fused_attn", None) for module in model.modules()]
+    seen: set[str] = set()
+
+    def noted(operator: str) -> str:
+        seen.add(operator)
+        return operator_class(operator)
+
+    monkeypatch.setattr("hovit.analysis.runtime_breakdown.operator_class", noted)
+    runtime_breakdown(model, images)
+    assert "aten::_softmax" in seen
+    assert not [operator for operator in seen if "attention" in operator]
+    assert [getattr(module, "fused_attn", None) for module in model.modules()] == was
 
 
 @pytest.mark.parametrize(("share", "count"), [(0, 0), (0.2, 5), (0.4, 10), (0.5, 12), (1, 24)])

@@ -3,9 +3,13 @@
 Paper: `EfficientViT: Memory Efficient Vision Transformer with Cascaded Group Attention`
     - https://arxiv.org/abs/2305.07027, section 2.1: reshaping, element-wise addition, copying and
 normalisation are bound by memory. Seed: seeds/002, on memory access. That softmax and activation
-functions count with the element-wise ones is ours.
+functions count with the element-wise ones is ours. A fused attention is one operator, softmax and
+all, which timm's ViTs have and its Swin has not: it is off while a model is analysed, so that every
+model's softmax counts alike.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -65,7 +69,7 @@ def runtime_breakdown(model: nn.Module, images: Tensor, repeats: int = 3) -> dic
     if repeats < 1:
         raise ValueError(f"repeats={repeats} is at least 1")
     model.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), _attention_not_fused(model):
         model(images)
         passes = [_profiled(model, images) for _ in range(repeats)]
     spent = {group: sum(each[group] for each in passes) / repeats for group in passes[0]}
@@ -89,6 +93,21 @@ def runtime_breakdown(model: nn.Module, images: Tensor, repeats: int = 3) -> dic
         "memory_bound_share": round(_bound_share(spent), 4),
         "memory_bound_share_noise": round(float(high - low) / 2, 4),
     }
+
+
+@contextmanager
+def _attention_not_fused(model: nn.Module) -> Iterator[None]:
+    """Without fused attention in any module of timm's that says whether it has it."""
+    fused: list[Any] = [
+        module for module in model.modules() if getattr(module, "fused_attn", False)
+    ]
+    for module in fused:
+        module.fused_attn = False
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True
 
 
 def _profiled(model: nn.Module, images: Tensor) -> dict[str, float]:
