@@ -19,6 +19,7 @@ A shared machine disturbs single rounds: trust the median, and its quartiles.
 """
 
 import argparse
+import math
 import random
 import sys
 import time
@@ -123,17 +124,39 @@ def compare(size: str, batch: int, options: argparse.Namespace, device: torch.de
     }
 
 
+def above_zero(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """What reads an option that is a finite number above 0."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(0)
+        if not 0 < value < math.inf:
+            name = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is no {name} above 0")
+        return value
+
+    return read
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     sizes, batches = [f"m{i}" for i in range(6)], [1, 16]
     parser.add_argument("--model", action="append", choices=sizes, help="again for more")
-    parser.add_argument("--batch", action="append", type=int, help="again for more (1 and 16)")
-    parser.add_argument("--image-size", type=int, default=224, help="pixels a side (224)")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=0.1, help="of one measurement, about")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (1)")
+    parser.add_argument(
+        "--batch", action="append", type=above_zero(int), help="again for more (1 and 16)"
+    )
+    parser.add_argument(
+        "--image-size", type=above_zero(int), default=224, help="pixels a side (224)"
+    )
+    parser.add_argument("--rounds", type=above_zero(int), default=15)
+    parser.add_argument(
+        "--seconds", type=above_zero(float), default=0.1, help="of one measurement, about"
+    )
+    parser.add_argument("--threads", type=above_zero(int), default=1, help="of the CPU (1)")
     parser.add_argument("--compile", action="store_true", help="compiled forms too")
     parser.add_argument("--accelerator", default="cpu", help="auto, cpu (default) or cuda")
     parser.add_argument("--out", type=Path, default=Path("results/bench/efficientvit_deploy.json"))

@@ -1,6 +1,7 @@
 """The deploy form gives the model's outputs, without a BatchNorm."""
 
 import copy
+import runpy
 
 import pytest
 import timm
@@ -134,3 +135,13 @@ def test_a_deployed_model_by_name(args):
 def test_a_deployed_model_by_nobody_is_refused():
     with pytest.raises(ValueError, match="by='me'"):
         timm.create_model("deployed", of="efficientvit_m0", by="me")
+
+
+@pytest.mark.parametrize("option", ["batch", "rounds", "threads", "image-size", "seconds"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "x"])
+def test_the_bench_refuses_what_is_no_number_above_zero(option, value, capsys):
+    main = runpy.run_path(str(ROOT / "bench/efficientvit_deploy.py"))["main"]
+    with pytest.raises(SystemExit):
+        main([f"--{option}={value}"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument --{option}: {value!r} is no " in said

@@ -10,6 +10,7 @@ name by name and shape by shape. Table 6 names its rows in a word or two; what a
 is ours, and `Switches` says so. `hovit.models.deploy` makes the form that is timed.
 """
 
+import math
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 NORMS: dict[str, Any] = {"bn": nn.BatchNorm2d, "ln": LayerNorm2d}
 ACTS: dict[str, Any] = {"relu": nn.ReLU, "hardswish": nn.Hardswish}
 PATCH = 16  # pixels a side of a token of the first stage
+STEM = 8  # the first convolution has this part of the first stage's channels
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,40 @@ class Switches:
             "dwconv": (True, False),
         }
         for name, values in known.items():
-            if (value := getattr(self, name)) not in values:
+            value = getattr(self, name)
+            if (type(value), value) not in [(type(each), each) for each in values]:  # 1 == True
                 raise ValueError(f"{name}={value!r}: one of {', '.join(map(repr, values))}")
         for name in ("num_ffn", "qk_dim", "v_ratio", "ffn_ratio"):
             value = getattr(self, name)
-            if value == 0 and name == "qk_dim":
+            if name == "qk_dim" and (type(value), value) == (int, 0):
                 continue
             whole = name in ("num_ffn", "qk_dim")
-            if not isinstance(value, int if whole else int | float) or value <= 0:
+            if not _positive(value, int if whole else int | float):
                 raise ValueError(f"{name}={value!r}: a {'whole ' * whole}number above 0")
+
+
+def _positive(value: Any, kind: Any = int) -> bool:
+    """Whether it is a finite number above 0, and no truth value."""
+    number = isinstance(value, kind) and not isinstance(value, bool)
+    return number and 0 < value < math.inf
+
+
+def check_stages(
+    embed_dim: tuple[int, ...], depth: tuple[int, ...], num_heads: tuple[int, ...]
+) -> None:
+    """Refuse what is not one whole number a stage.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, values in (("embed_dim", embed_dim), ("depth", depth), ("num_heads", num_heads)):
+        if not isinstance(values, tuple | list) or not all(map(_positive, values)):
+            raise ValueError(f"{name}={values!r}: a whole number above 0 for each stage")
+        if not values or len(values) != len(embed_dim):
+            stages = f"embed_dim={tuple(embed_dim)} has {len(embed_dim)}"
+            raise ValueError(f"{name}={tuple(values)}: a number for each stage, and {stages}")
+    if embed_dim[0] < STEM:
+        raise ValueError(f"embed_dim={tuple(embed_dim)}: the first has {STEM} channels at least")
 
 
 class ConvNorm(nn.Sequential):
@@ -125,6 +152,8 @@ class FFN(nn.Module):
     def __init__(self, dim: int, switches: Switches, zero: bool) -> None:
         super().__init__()
         hidden = round(dim * switches.ffn_ratio)
+        if hidden < 1:
+            raise ValueError(f"ffn_ratio={switches.ffn_ratio!r}: of {dim} channels none is left")
         self.pw1 = ConvNorm(dim, hidden, switches)
         self.act = ACTS[switches.act]()
         self.pw2 = ConvNorm(hidden, dim, switches, zero=zero)
@@ -167,7 +196,7 @@ class CascadedGroupAttention(nn.Module):
         self, dim: int, heads: int, window: int, kernels: tuple[int, ...], switches: Switches
     ) -> None:
         super().__init__()
-        if dim % heads or heads > len(kernels) or not all(k % 2 for k in kernels):
+        if dim % heads or heads > len(kernels) or not all(_positive(k) and k % 2 for k in kernels):
             raise ValueError(
                 f"num_heads={heads} for {dim} channels and kernels={tuple(kernels)}: "
                 "heads divide the channels, and each has a kernel of odd size"
@@ -308,7 +337,7 @@ class PatchEmbed(nn.Sequential):
 
     def __init__(self, in_chans: int, dim: int, switches: Switches) -> None:
         super().__init__()
-        widths = [in_chans, dim // 8, dim // 4, dim // 2, dim]
+        widths = [in_chans, dim // STEM, dim // 4, dim // 2, dim]
         for i, (before, after) in enumerate(pairwise(widths), start=1):
             self.add_module(f"conv{i}", ConvNorm(before, after, switches, kernel=3, stride=2))
             if i < 4:
@@ -364,6 +393,9 @@ class EfficientViT(nn.Module):
         if unknown := set(switches) - {field.name for field in fields(Switches)}:
             raise ValueError(f"EfficientViT has no switch {', '.join(sorted(unknown))}")
         self.switches = Switches(**switches)
+        check_stages(embed_dim, depth, num_heads)
+        if not _positive(window_size):
+            raise ValueError(f"window_size={window_size!r}: a whole number above 0")
         resolution = min(to_2tuple(img_size)) // PATCH
         if resolution < 1:
             raise ValueError(f"img_size={img_size}: {PATCH} pixels a side at least")
