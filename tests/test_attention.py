@@ -1,5 +1,6 @@
 """Every attention form against its formula, written out plainly in float64."""
 
+import copy
 import math
 
 import pytest
@@ -156,6 +157,34 @@ def test_extreme_inputs_stay_finite(name: str, factor: float, tokens: int) -> No
 def test_half_precision(name: str, dtype: torch.dtype, tolerance: float) -> None:
     q, k, v = (t.to(dtype) for t in qkv((2, 4, 49, 32)))
     assert error(sim.attention(name, q, k, v), plain(name, q, k, v)) <= tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_a_half_precision_module(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Against itself in float64, with the same weights and inputs."""
+    torch.manual_seed(0)
+    form = create_attention(name, dim=64, heads=2).to(dtype)
+    inputs = [torch.randn(2, 49, 64).to(dtype) for _ in range(4)]
+    with torch.no_grad():
+        out = form(*inputs, (7, 7))
+        assert out.dtype == dtype
+        expected = copy.deepcopy(form).double()(*(t.double() for t in inputs), (7, 7))
+    assert error(out, expected) <= tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize(
+    ("model", "pixels"), [("levit_deck", 64), ("swin_tiny_patch2_window4_32", 32)]
+)
+@torch.no_grad()
+def test_a_half_precision_model(model: str, pixels: int, name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    net = timm.create_model(model, num_classes=5, attention=name).eval().to(dtype)
+    out = net(torch.randn(1, 3, pixels, pixels).to(dtype))
+    assert out.dtype == dtype
+    assert out.isfinite().all()
 
 
 def test_jaccard_is_one_for_itself_and_bounded() -> None:

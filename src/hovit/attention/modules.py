@@ -167,7 +167,9 @@ class GatedAttention(nn.Module):
             if self.two_way:
                 q, k, v, *logs = (t.flip(2) for t in (q, k, v, *logs))
                 out = out + self.scan(q, k, v, logs[0], logs[1]).flip(2)
-        return F.silu(self.gate(x)) * from_heads(self.norm(out))
+            weight, bias = (p.to(wide) for p in self.norm.parameters())
+            out = F.layer_norm(out, self.norm.normalized_shape, weight, bias, self.norm.eps)
+        return (F.silu(self.gate(x)) * from_heads(out)).to(x.dtype)
 
 
 ATTENTIONS = (*SIMILARITIES, "focused", "gated")
