@@ -16,6 +16,7 @@ from hovit.attention import similarity as sim
 from hovit.attention.linear import (
     CHUNK,
     LEAST_GATE,
+    LONGEST,
     focus,
     gated_chunks,
     gated_recurrence,
@@ -277,7 +278,32 @@ def test_gates_at_their_floor_for_a_whole_chunk(n: int) -> None:
     a = torch.full((2, 2, n, 16), LEAST_GATE)
     slow = gated_recurrence(*(t.double() for t in (q, k, v, a, a)))
     assert error(gated_chunks(q, k, v, a, a), slow) <= 1e-4
-    assert CHUNK * LEAST_GATE > -80
+    assert CHUNK <= LONGEST
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 16.0])
+@torch.no_grad()
+def test_the_chunk_changes_speed_alone(tau: float) -> None:
+    """With gates as a new module has them, and with all of them at the floor."""
+    for bias in (0.0, -30.0):
+        outputs = []
+        for chunk in (0, 1, 17, CHUNK, LONGEST):
+            torch.manual_seed(0)
+            form = GatedAttention(16, 2, tau=tau, two_way=True, chunk=chunk)
+            for gate in (form.alpha, form.beta):
+                torch.nn.init.constant_(gate[1].bias, bias * tau)
+            q, k, v, x = torch.randn(4, 2, 256, 16)
+            outputs.append(form(q, k, v, x, (16, 16)))
+        assert all(error(out, outputs[0]) <= 1e-4 for out in outputs)
+
+
+def test_a_chunk_too_long_for_float32_is_refused() -> None:
+    q = torch.ones(1, 1, LONGEST + 1, 2)
+    for chunk in (LONGEST + 1, -3):
+        with pytest.raises(ValueError, match=f"chunk={chunk}: 1 to {LONGEST} tokens"):
+            gated_chunks(q, q, q, -q, -q, chunk)
+        with pytest.raises(ValueError, match=f"chunk={chunk}: 1 to {LONGEST} tokens"):
+            GatedAttention(16, 2, chunk=chunk)
 
 
 def test_gated_recurrence_by_hand() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 CHUNK = 64  # tokens whose pairs are taken at once, at most
 LEAST_GATE = -0.9  # of a log gate: e^(-58) over a chunk, which float32 bears
+LONGEST = int(-80 / LEAST_GATE)  # chunk whose gates may all be the least
 
 
 def focus(x: Tensor, power: float) -> Tensor:
@@ -79,12 +80,17 @@ def gated_chunks(
 
     Only S goes from chunk to chunk; all else is done for all chunks at once. A and B are taken
     relative to half of the chunk's whole product, so that neither they nor their inverses overflow
-    while the log gates of a chunk sum to more than -80 (see LEAST_GATE).
+    while the log gates of a chunk sum to more than -80: none is less than LEAST_GATE.
 
     How much faster depends on what the recurrence waits for: on a GPU some six launches a token, on
     a CPU memory, which it uses well. `bench/gated_attention.py` times both, and the matrix products
     alone, which bound what is to be had.
+
+    Raises:
+        ValueError: for a chunk longer than LONGEST, where float32 would overflow.
     """
+    if not 1 <= chunk <= LONGEST:
+        raise ValueError(f"chunk={chunk!r}: 1 to {LONGEST} tokens")
     n = q.shape[-2]
     count = -(-n // chunk)
     chunk = -(-n // count)  # no longer than needed: 196 tokens are 4 chunks of 49

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .linear import (
     CHUNK,
     LEAST_GATE,
+    LONGEST,
     focus,
     gated_chunks,
     gated_recurrence,
@@ -121,8 +122,11 @@ class GatedAttention(nn.Module):
     """Gated linear attention as the deck writes it (eq. 4-11), tokens in raster order.
 
     alpha and beta are sigmoid(x W + b)^(1/tau), W of low rank (as in the GLA paper); the output is
-    Swish(x W_r + b_r) * LN(o), LN on each head's. Gates under e^-0.9 a token are held there (ours;
-    at tau = 16 a pre-activation under -14). Runs in float32 whatever the autocast.
+    Swish(x W_r + b_r) * LN(o), LN on each head's. Runs in float32 whatever the autocast.
+
+    Gates under e^-0.9 a token are held there, in chunks or not (ours; chunks need it). At tau = 16
+    that is a pre-activation under -14, at 4 under -3.6; at 1 it is one under -0.38, a seventh of
+    a new module's gates, so that eq. 4-11 do not hold there.
 
     Args:
         dim: channels of k and of v.
@@ -130,7 +134,11 @@ class GatedAttention(nn.Module):
         tau: the root of the gates (16, as in the GLA paper).
         rank: of the gates' projections.
         two_way: add a second scan, from the last token to the first (ours).
-        chunk: tokens whose pairs are taken at once; changes speed alone. 0: a token at a time.
+        chunk: tokens whose pairs are taken at once, LONGEST at most; changes speed alone. 0: a
+            token at a time.
+
+    Raises:
+        ValueError: for another chunk.
     """
 
     def __init__(
@@ -143,6 +151,8 @@ class GatedAttention(nn.Module):
         chunk: int = CHUNK,
     ) -> None:
         super().__init__()
+        if not 0 <= chunk <= LONGEST:
+            raise ValueError(f"chunk={chunk!r}: 1 to {LONGEST} tokens, or 0 for one at a time")
         self.heads = heads
         self.tau = tau
         self.two_way = two_way
