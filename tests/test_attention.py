@@ -425,6 +425,55 @@ def test_linear_forms_are_not_shifted_and_keep_their_stages() -> None:
     assert 28.5e6 < sum(p.numel() for p in net.parameters()) < 29.5e6  # published: 29 M
 
 
+@pytest.mark.parametrize("form", ["focused", "gated"])
+@torch.no_grad()
+def test_no_window_of_a_linear_form_mixes_two_sides(form: str) -> None:
+    """What changes within a window changes nothing beyond it, resized or not."""
+    torch.manual_seed(0)
+    net = timm.create_model("swin_tiny_patch2_window4_32", attention=form).eval()
+    x = torch.randn(1, 16, 16, 96)
+    changed = x.clone()
+    changed[:, 4:8, 8:12] += 1
+    outputs = []
+    for _ in range(2):
+        blocks = net.layers[0].blocks
+        touched = (blocks(changed) - blocks(x)).abs().amax(-1)[0] > 1e-6
+        assert touched[4:8, 8:12].all()
+        assert touched.sum() == 16
+        outputs.append(net(torch.ones(1, 3, 32, 32)))
+        net.set_input_size((32, 32), window_size=4)
+    assert torch.equal(*outputs)
+    net.set_input_size((64, 64), window_size=(4, 4, 4, 2))  # more windows as large
+    assert all(b.shift_size == (0, 0) for stage in net.layers for b in stage.blocks)
+    assert net(torch.ones(1, 3, 64, 64)).isfinite().all()
+
+
+@torch.no_grad()
+def test_windows_with_softmax_are_shifted_and_resized_as_timms() -> None:
+    args = {"num_classes": 5, "img_size": 64, "patch_size": 2, "window_size": (4, 4, 4, 2)}
+    theirs = timm.create_model("swin_tiny_patch4_window7_224", **args)
+    ours = timm.create_model("swin_tiny_patch2_window4_32", attention="focused", form_stages=(0, 1))
+    ours.set_input_size((64, 64), window_size=(4, 4, 4, 2))
+    shifts, expected = (
+        [block.shift_size for stage in net.layers for block in stage.blocks]
+        for net in (ours, theirs)
+    )
+    assert shifts == [(0, 0)] * 4 + expected[4:]
+    assert (2, 2) in shifts
+
+
+@torch.no_grad()
+def test_a_size_that_changes_a_learned_window_is_refused_before_it_changes_anything() -> None:
+    net = timm.create_model("swin_tiny_patch2_window4_32", attention="focused").eval()
+    x = torch.randn(1, 3, 32, 32)
+    before, cfg = net(x), copy.deepcopy(net.pretrained_cfg)
+    with pytest.raises(ValueError, match="a window of 8x8 for 4x4"):
+        net.set_input_size((64, 64))
+    assert torch.equal(net(x), before)
+    assert net.patch_embed.img_size == (32, 32)
+    assert net.pretrained_cfg == cfg
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [

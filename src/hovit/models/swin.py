@@ -11,6 +11,7 @@ no window mixes two sides of the image. FLatten's own windows are the whole map,
 either.
 """
 
+import copy
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -57,7 +58,10 @@ class FormAttention(WindowAttention):
         if self.biased:
             super().set_window_size(window_size)
         elif tuple(window_size) != tuple(self.window_size):
-            raise ValueError("a window without softmax stays as large as it was made")
+            old, new = ("x".join(map(str, size)) for size in (self.window_size, window_size))
+            raise ValueError(
+                f"a window of {new} for {old}: without softmax it stays as it was made"
+            )
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B windows, N, C] -> the same; mask [windows, N, N] or None."""
@@ -99,7 +103,17 @@ class FormSwin(SwinTransformer):
             for block in stage.blocks:
                 block.attn = FormAttention(block.attn, attention, **options)
                 if not block.attn.biased:
-                    block.shift_size, block.attn_mask = (0, 0), None
+                    block.shift_size = block.target_shift_size = (0, 0)  # now, and if resized
+                    block.attn_mask = None
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """As timm's, or nothing at all: a copy is resized first.
+
+        Raises:
+            ValueError: for a size that changes a window without softmax.
+        """
+        SwinTransformer.set_input_size(copy.deepcopy(self), *args, **kwargs)
+        super().set_input_size(*args, **kwargs)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
