@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import timm
@@ -394,6 +395,14 @@ def test_any_form_in_swins_windows(form: str) -> None:
     assert [n for n, p in net.named_parameters() if p.grad is None] == []
 
 
+def test_unless_told_every_stage_has_the_form() -> None:
+    args = {"depths": (2, 2), "num_heads": (3, 6)}
+    net = timm.create_model("swin_tiny_patch2_window4_32", attention="jaccard", **args)
+    assert sum(hasattr(m, "attend") for m in net.modules()) == 4
+    net = timm.create_model("swin_tiny_patch2_window4_32", **args)
+    assert sum(hasattr(m, "attend") for m in net.modules()) == 0
+
+
 def test_dot_is_timms_swin() -> None:
     args = {"num_classes": 5, "img_size": 32, "patch_size": 2, "window_size": 4}
     theirs = timm.create_model("swin_tiny_patch4_window7_224", **args).eval()
@@ -478,10 +487,73 @@ def test_a_size_that_changes_a_learned_window_is_refused_before_it_changes_anyth
     ("args", "says"),
     [
         ({"attention": "cosine"}, "attention 'cosine': there are dot, euclidean"),
-        ({"attention": "jaccard", "power": 3}, "attention 'jaccard' does not take power"),
+        (
+            {"attention": "jaccard", "power": 3},
+            "attention 'jaccard' does not take power",
+        ),
         ({"attention": "focused", "board": "drop"}, "needs every token in its place"),
+        (
+            {"attention": "focused", "tau": 3, "power": 2},
+            "take tau; it takes power, kernel$",
+        ),
+        ({"wat": 3}, "LevitDeck takes no wat$"),
+        ({"attention": "gated", "wat": 3, "tau": 2}, "LevitDeck takes no wat$"),
+        ({"attention": "jaccard", "heads": 3}, "LevitDeck takes no heads$"),
+        ({"embed_dim": (100, 200, 300)}, "embed_dim: 100 is no multiple of 64"),
+        ({"embed_dim": (64, 128, 96)}, "embed_dim: 96 is no multiple of 64"),
     ],
 )
 def test_wrong_arguments_are_one_line(args: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         timm.create_model("levit_deck", **args)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ({"attention": "cosine"}, "attention 'cosine': there are dot, euclidean"),
+        ({"attention": "cosine", "form_stages": ()}, "attention 'cosine': there are"),
+        ({"power": 2}, "attention 'dot' does not take power; it takes no options"),
+        ({"attention": "gated", "form_stages": (7,)}, "form_stages: no stage 7; they are 0 to 3"),
+        ({"attention": "gated", "form_stages": (0, -1)}, "form_stages: no stage -1"),
+        ({"attention": "jaccard", "attn_drop_rate": 0.1}, "has no attention dropout"),
+    ],
+)
+def test_wrong_arguments_of_swin_are_one_line(args: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        timm.create_model("swin_tiny_patch2_window4_32", **args)
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "values"),
+    [
+        ("focused", "kernel", (4, 0, -1, "5", 3.0)),
+        ("focused", "power", (0, -1.0, math.inf, math.nan, "3")),
+        ("gated", "chunk", (-3, 1000, 2.5, "64", None)),
+        ("gated", "rank", (0, -1, 1.5, "16")),
+        ("gated", "tau", (0, -1.0, math.nan, "16")),
+    ],
+)
+def test_a_value_that_an_option_cannot_have_is_one_line(form: str, name: str, values: tuple):
+    for value in values:
+        with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}: ")) as caught:
+            create_attention(form, 16, 2, **{name: value})
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("heads", [3, 0, -2, 2.0])
+@pytest.mark.parametrize("form", ATTENTIONS)
+def test_heads_that_do_not_divide_the_channels_are_refused(form: str, heads: int) -> None:
+    with pytest.raises(ValueError, match=f"16 channels in {heads} heads: heads must be equal"):
+        create_attention(form, 16, heads)
+
+
+def test_what_is_wrong_within_a_form_is_not_blamed_on_its_options(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: object) -> None:
+        raise TypeError("broken")
+
+    monkeypatch.setattr(FocusedAttention, "__init__", broken)
+    with pytest.raises(TypeError, match="broken"):
+        create_attention("focused", 16, 2)

@@ -365,9 +365,9 @@ def test_the_warm_up_is_of_training_alone():
     assert torch.equal(model(x), after)
 
 
-@pytest.mark.parametrize("warmup", [-0.1, 1.5])
+@pytest.mark.parametrize("warmup", [-0.1, 1.5, math.nan, "x"])
 def test_a_warm_up_that_is_no_part_is_refused(warmup):
-    with pytest.raises(ValueError, match=f"warmup={warmup}"):
+    with pytest.raises(ValueError, match=f"warmup={warmup!r}"):
         small("6(45%)+11", warmup=warmup)
 
 

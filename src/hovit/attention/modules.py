@@ -9,7 +9,9 @@ with q, k, v and x (the block's input) [B, N, dim], `size` the tokens' grid (H, 
 """
 
 import math
+from collections.abc import Iterable
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -40,6 +42,25 @@ def from_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def head_width(dim: int, heads: int) -> int:
+    """The channels of one head.
+
+    Raises:
+        ValueError: where heads would not be equal.
+    """
+    if not _whole(heads, 1) or dim % heads:
+        raise ValueError(f"{dim} channels in {heads!r} heads: heads must be equal")
+    return dim // heads
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and value >= least
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf
+
+
 class SimilarityAttention(nn.Module):
     """Softmax attention under a similarity.
 
@@ -52,7 +73,7 @@ class SimilarityAttention(nn.Module):
         self.heads = heads
         self.similarity = similarity
         learned = similarity.startswith("jaccard")
-        start = torch.full((heads,), math.sqrt(dim // heads))
+        start = torch.full((heads,), math.sqrt(head_width(dim, heads)))
         self.temperature = nn.Parameter(start) if learned else None
 
     def forward(
@@ -82,17 +103,24 @@ class FocusedAttention(nn.Module):
         kernel: of the convolution, in tokens; odd.
         tokens: with it, a learned position of that many tokens is added to k (begins at 0), as
             FLatten does in place of a bias. Without, any number of tokens will do.
+
+    Raises:
+        ValueError: for options other than these.
     """
 
     def __init__(
         self, dim: int, heads: int, power: float = 3.0, kernel: int = 5, tokens: int | None = None
     ) -> None:
         super().__init__()
+        width = head_width(dim, heads)
+        if not _positive(power):
+            raise ValueError(f"power={power!r}: a number above 0")
+        if not _whole(kernel, 1) or kernel % 2 == 0:
+            raise ValueError(f"kernel={kernel!r}: an odd number of tokens")
         self.heads = heads
         self.power = power
         self.scale = nn.Parameter(torch.zeros(dim))
         self.position = nn.Parameter(torch.zeros(tokens, dim)) if tokens else None
-        width = dim // heads
         self.conv = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width)
 
     def forward(
@@ -138,7 +166,7 @@ class GatedAttention(nn.Module):
             token at a time.
 
     Raises:
-        ValueError: for another chunk.
+        ValueError: for options other than these.
     """
 
     def __init__(
@@ -151,7 +179,12 @@ class GatedAttention(nn.Module):
         chunk: int = CHUNK,
     ) -> None:
         super().__init__()
-        if not 0 <= chunk <= LONGEST:
+        width = head_width(dim, heads)
+        if not _positive(tau):
+            raise ValueError(f"tau={tau!r}: a number above 0")
+        if not _whole(rank, 1):
+            raise ValueError(f"rank={rank!r}: a whole number, 1 at least")
+        if not _whole(chunk, 0) or chunk > LONGEST:
             raise ValueError(f"chunk={chunk!r}: 1 to {LONGEST} tokens, or 0 for one at a time")
         self.heads = heads
         self.tau = tau
@@ -161,7 +194,7 @@ class GatedAttention(nn.Module):
             nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, dim)) for _ in range(2)
         )
         self.gate = nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim // heads)
+        self.norm = nn.LayerNorm(width)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, size: Size, bias: Tensor | None = None
@@ -182,7 +215,30 @@ class GatedAttention(nn.Module):
         return (F.silu(self.gate(x)) * from_heads(out)).to(x.dtype)
 
 
-ATTENTIONS = (*SIMILARITIES, "focused", "gated")
+ATTENTIONS: dict[str, type[nn.Module]] = {
+    **dict.fromkeys(SIMILARITIES, SimilarityAttention),
+    "focused": FocusedAttention,
+    "gated": GatedAttention,
+}
+NOT_OPTIONS = ("dim", "heads", "similarity", "tokens")
+OPTIONS = {
+    name: [option for option in signature(form).parameters if option not in NOT_OPTIONS]
+    for name, form in ATTENTIONS.items()
+}
+ALL_OPTIONS = sorted({option for options in OPTIONS.values() for option in options})
+
+
+def check_attention(name: str, options: Iterable[str]) -> None:
+    """Whether there is such a form with such options.
+
+    Raises:
+        ValueError: if not.
+    """
+    if name not in ATTENTIONS:
+        raise ValueError(f"attention {name!r}: there are {', '.join(ATTENTIONS)}")
+    if unknown := [option for option in options if option not in OPTIONS[name]]:
+        known = ", ".join(OPTIONS[name]) or "no options"
+        raise ValueError(f"attention {name!r} does not take {', '.join(unknown)}; it takes {known}")
 
 
 def create_attention(
@@ -194,18 +250,14 @@ def create_attention(
         name: one of ATTENTIONS.
         dim, heads: channels, and into how many heads they are split.
         tokens: how many tokens there always are, if that is known.
-        options: the form's own.
+        options: the form's own (OPTIONS).
 
     Raises:
-        ValueError: for a name or an option that there is not.
+        ValueError: for a name, an option or a value of it that there is not.
     """
-    if name not in ATTENTIONS:
-        raise ValueError(f"attention {name!r}: there are {', '.join(ATTENTIONS)}")
-    try:
-        if name == "focused":
-            return FocusedAttention(dim, heads, tokens=tokens, **options)
-        if name == "gated":
-            return GatedAttention(dim, heads, **options)
-        return SimilarityAttention(dim, heads, name, **options)
-    except TypeError:
-        raise ValueError(f"attention {name!r} does not take {', '.join(options)}") from None
+    check_attention(name, options)
+    if name == "focused":
+        return FocusedAttention(dim, heads, tokens=tokens, **options)
+    if name == "gated":
+        return GatedAttention(dim, heads, **options)
+    return SimilarityAttention(dim, heads, name)

@@ -24,7 +24,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.levit import LinearNorm, NormLinear, Stem16
 from torch import Tensor, nn
 
-from ..attention.modules import create_attention
+from ..attention.modules import ALL_OPTIONS, check_attention, create_attention
 
 HEAD_DIM = 64
 Size = tuple[int, int]
@@ -58,6 +58,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, form: str = "dot", **options: Any) -> None:
         super().__init__()
+        if dim % HEAD_DIM:
+            raise ValueError(f"embed_dim: {dim} is no multiple of {HEAD_DIM}, as wide as a head")
         self.qkv = LinearNorm(dim, 3 * dim)
         self.attend = create_attention(form, dim, dim // HEAD_DIM, **options)
         self.act = nn.Identity() if form == "gated" else nn.Hardswish()
@@ -219,8 +221,9 @@ class LevitDeck(nn.Module):
             `focused`, say); the shrinks keep theirs.
 
     Raises:
-        ValueError: for an attention that there is not, or that has no grid to convolve (`focused`
-            with `board='drop'`); from `forward`, for an image under 64 pixels a side.
+        ValueError: for an attention or an argument that there is not, an attention that has no grid
+            to convolve (`focused` with `board='drop'`), or attention on a width that is no multiple
+            of 64; from `forward`, for an image under 64 pixels a side.
     """
 
     def __init__(
@@ -238,6 +241,9 @@ class LevitDeck(nn.Module):
         **attention_options: Any,
     ) -> None:
         super().__init__()
+        if unknown := [name for name in attention_options if name not in ALL_OPTIONS]:
+            raise ValueError(f"LevitDeck takes no {', '.join(unknown)}")
+        check_attention(attention, attention_options)
         if attention == "focused" and board == "drop":
             raise ValueError("attention='focused' needs every token in its place: not board='drop'")
         form = {"form": attention, **attention_options}

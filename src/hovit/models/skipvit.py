@@ -46,8 +46,8 @@ class SkipViT(VisionTransformer):
 
     def __init__(self, schedule: str = "", warmup: float = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not 0 <= warmup <= 1:
-            raise ValueError(f"warmup={warmup}: a part of all epochs, from 0 to 1")
+        if not isinstance(warmup, int | float) or not 0 <= warmup <= 1:
+            raise ValueError(f"warmup={warmup!r}: a part of all epochs, from 0 to 1")
         self.schedule = Schedule.parse(schedule, len(self.blocks))
         self.ratios = dict(zip(self.schedule.layers, self.schedule.ratios, strict=True))
         self.warmup = warmup

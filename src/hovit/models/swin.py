@@ -18,10 +18,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from torch import Tensor
 
-from ..attention.modules import create_attention
+from ..attention.modules import ALL_OPTIONS, check_attention, create_attention
 from ..attention.similarity import SIMILARITIES
-
-OPTIONS = ("power", "kernel", "tau", "rank", "two_way", "chunk")
 
 
 class FormAttention(WindowAttention):
@@ -79,22 +77,27 @@ class FormSwin(SwinTransformer):
         attention: the form's name, `dot` being timm's own.
         form_stages: stages, counted from 0, that have it; all, unless told. FLatten-Swin has
             focused attention in the first two.
-        kwargs: the form's own options (OPTIONS), and timm's.
+        kwargs: the form's own options, and timm's.
 
     Raises:
-        ValueError: for a form or an option that there is not, or for attention dropout in another
-            form than `dot`.
+        ValueError: for a form, an option or a stage that there is not, or for attention dropout in
+            another form than `dot`.
     """
 
     def __init__(
         self,
         attention: str = "dot",
-        form_stages: tuple[int, ...] = (0, 1, 2, 3),
+        form_stages: tuple[int, ...] | None = None,
         **kwargs: Any,
     ) -> None:
-        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        options = {name: kwargs.pop(name) for name in ALL_OPTIONS if name in kwargs}
+        check_attention(attention, options)
         super().__init__(**kwargs)
-        if attention == "dot" and not options:
+        stages = range(len(self.layers))
+        form_stages = tuple(stages) if form_stages is None else form_stages
+        if unknown := [i for i in form_stages if i not in stages]:
+            raise ValueError(f"form_stages: no stage {unknown[0]!r}; they are 0 to {stages[-1]}")
+        if attention == "dot":
             return
         if kwargs.get("attn_drop_rate"):
             raise ValueError(f"attention={attention!r} has no attention dropout")
