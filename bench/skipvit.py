@@ -40,6 +40,7 @@ from hovit.device import describe_device, pick_device
 from hovit.errors import HovitError
 from hovit.files import write_json
 from hovit.measure.latency import summary
+from hovit.models.schedule import Schedule
 
 SEED = {  # Table 1: throughput gained over ViT-S's 4,503 images/s, in percent
     "6(45%)+fused": 10.23,
@@ -51,6 +52,7 @@ SEED = {  # Table 1: throughput gained over ViT-S's 4,503 images/s, in percent
     "6(50%)+11": 11.51,
     "6(55%)+11": 13.23,
 }
+DEPTH = 12  # layers of tiny, small and base alike
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -104,6 +106,22 @@ def build(options: argparse.Namespace, schedule: str | None) -> nn.Module:
     return timm.create_model(name, **size).train()
 
 
+def check(schedules: list[str], options: argparse.Namespace) -> None:
+    """Whether every schedule drops something.
+
+    Raises:
+        HovitError: if one does not, or is none.
+    """
+    patches = (options.image_size // options.patch) ** 2
+    for text in schedules:
+        try:
+            kept = Schedule.parse(text, DEPTH).kept(patches)
+        except ValueError as error:
+            raise HovitError(f"--schedule: {error}") from None
+        if min(kept, default=patches) == patches:
+            raise HovitError(f"--schedule {text!r}: drops none of {patches} patches; drop more")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -122,12 +140,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("results/bench/skipvit.json"))
     options = parser.parse_args(argv)
 
+    schedules = options.schedule or list(SEED)
+    check(schedules, options)
     torch.set_num_threads(options.threads)
     device = pick_device(options.accelerator)
     shape = (3, options.image_size, options.image_size)
     x = torch.randn(options.batch, *shape, device=device)
     y = torch.randint(1000, (options.batch,), device=device)
-    schedules = options.schedule or list(SEED)
     implied: dict[str | None, int] = {}
     steps: dict[str | None, Callable[[], None]] = {}
     for schedule in (None, *schedules):

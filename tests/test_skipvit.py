@@ -1,6 +1,7 @@
 """SkipViT: the notation, the algorithm against plainly written ones, and timm's ViT beside it."""
 
 import math
+import runpy
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 import hovit.models  # noqa: F401 (registers)
 from hovit.analysis.kept_patches import kept_patches as analysed
-from hovit.errors import OutOfTime
+from hovit.errors import HovitError, OutOfTime
 from hovit.models.schedule import Schedule, keep_count
 from hovit.models.skipvit import SkipViT, kept_patches
 from hovit.models.token_skipping import choose, class_attention, fuse, put_back, take
@@ -425,3 +426,22 @@ def test_the_analysis_of_kept_patches():
     assert counts == [[45, 32]] * 2
     with pytest.raises(ValueError, match="drops no patches"):
         analysed(small().eval(), torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "says"),
+    [
+        ("6(45)+11", "--schedule: schedule '6(45)+11': write LAYERS(RATIOS)+LAYER"),
+        ("6(45%)+13", "--schedule: schedule '6(45%)+13': layer 13 is out of range"),
+        ("", "--schedule '': drops none of 4 patches"),
+        ("6(20%)+11", "--schedule '6(20%)+11': drops none of 4 patches"),
+    ],
+)
+def test_the_bench_says_in_one_line_what_is_wrong_with_a_schedule(schedule, says, tmp_path):
+    main = runpy.run_path(str(Path(__file__).parents[1] / "bench" / "skipvit.py"))["main"]
+    small = ["--image-size=32", "--batch=1", "--rounds=1", "--accelerator=cpu", "--threads=1"]
+    told = ["--schedule=6(45%)+11", f"--schedule={schedule}", f"--out={tmp_path / 'out.json'}"]
+    with pytest.raises(HovitError) as caught:
+        main([*small, *told])
+    assert str(caught.value).startswith(says)
+    assert "\n" not in str(caught.value)
