@@ -23,8 +23,18 @@ from hovit.attention.linear import (
     gated_recurrence,
     linear_attention,
 )
-from hovit.attention.modules import ATTENTIONS, FocusedAttention, GatedAttention, create_attention
+from hovit.attention.modules import (
+    ATTENTIONS,
+    FocusedAttention,
+    GatedAttention,
+    SimilarityAttention,
+    create_attention,
+)
 
+CLASSES = {name: (SimilarityAttention, name) for name in sim.SIMILARITIES} | {
+    "focused": (FocusedAttention, None),
+    "gated": (GatedAttention, None),
+}
 SHAPES = [(2, 3, 7, 16), (1, 2, 49, 32), (2, 4, 196, 64), (3, 1, 1, 8)]
 
 
@@ -341,39 +351,51 @@ def test_one_way_is_causal_and_two_ways_are_not() -> None:
         assert changed[:6].any() == two_way
 
 
-def test_gated_module_is_the_decks_equations() -> None:
-    """Eq. 4 to 11, a token and a head at a time."""
+@pytest.mark.parametrize("two_way", [False, True])
+def test_gated_module_is_the_decks_equations(two_way: bool) -> None:
+    """Eq. 4 to 11, a token and a head at a time; and the second scan, from the last to the first."""
     torch.manual_seed(0)
-    form = GatedAttention(8, 2, tau=4.0).double()
+    form = GatedAttention(8, 2, tau=4.0, two_way=two_way).double()
     q, k, v, x = torch.randn(4, 1, 5, 8).double()
     out = form(q, k, v, x, (1, 5))
     alpha = form.alpha(x).sigmoid() ** (1 / 4)
     beta = form.beta(x).sigmoid() ** (1 / 4)
     swish = form.gate(x) * form.gate(x).sigmoid()
     for head in (slice(0, 4), slice(4, 8)):
-        state = torch.zeros(4, 4).double()
-        for t in range(5):
-            state = torch.outer(alpha[0, t, head], beta[0, t, head]) * state + torch.outer(
-                k[0, t, head], v[0, t, head]
-            )
-            o = q[0, t, head] @ state
-            norm = (o - o.mean()) / (o.var(unbiased=False) + 1e-5).sqrt()
-            assert torch.allclose(out[0, t, head], swish[0, t, head] * norm, atol=1e-5)
+        o = torch.zeros(5, 4).double()
+        for order in (range(5), reversed(range(5)))[: 1 + two_way]:
+            state = torch.zeros(4, 4).double()
+            for t in order:
+                gate = torch.outer(alpha[0, t, head], beta[0, t, head])
+                state = gate * state + torch.outer(k[0, t, head], v[0, t, head])
+                o[t] += q[0, t, head] @ state
+        mean, var = o.mean(-1, keepdim=True), o.var(-1, unbiased=False, keepdim=True)
+        norm = (o - mean) / (var + 1e-5).sqrt()
+        assert torch.allclose(out[0, :, head], swish[0, :, head] * norm, atol=1e-5)
 
 
 # The glue.
 
 
-@pytest.mark.parametrize("model", ["levit_deck", "levit_deck_fixed", "hovit", "l_levit_deck"])
+def forms_in(net: torch.nn.Module) -> list[tuple[type, str | None]]:
+    """The class of every attention form in a model, and its similarity."""
+    found = [m.attend for m in net.modules() if hasattr(m, "attend")]
+    return [(type(attend), getattr(attend, "similarity", None)) for attend in found]
+
+
+@pytest.mark.parametrize(
+    ("model", "blocks"),
+    [("levit_deck", 8), ("levit_deck_fixed", 8), ("hovit", 4), ("l_levit_deck", 8)],
+)
 @pytest.mark.parametrize("form", ATTENTIONS)
-def test_any_form_in_the_decks_models(model: str, form: str) -> None:
+def test_any_form_in_the_decks_models(model: str, blocks: int, form: str) -> None:
     torch.manual_seed(0)
     size = {"img_size": 64} if model.startswith("l_") else {}
     net = timm.create_model(model, num_classes=5, attention=form, **size)
     out = net(torch.randn(2, 3, 64, 64))
     assert out.shape == (2, 5)
     assert out.isfinite().all()
-    assert any(type(m).__name__ != "SimilarityAttention" for m in net.modules())
+    assert forms_in(net) == [CLASSES[form]] * blocks
 
 
 def test_dot_changes_no_published_count_and_no_name() -> None:
@@ -393,6 +415,7 @@ def test_any_form_in_swins_windows(form: str) -> None:
     assert out.shape == (2, 5)
     assert out.isfinite().all()
     assert [n for n, p in net.named_parameters() if p.grad is None] == []
+    assert forms_in(net) == [CLASSES[form]] * (0 if form == "dot" else 12)
 
 
 def test_unless_told_every_stage_has_the_form() -> None:
