@@ -23,6 +23,9 @@ from hovit.report.page import page_code
 from hovit.report.paper import FILES
 from hovit.sources import analysis_code, code_hash
 
+KNOWN = ["scale", "data_root", "weights"]
+if unknown := sorted(map(str, config.keys() - set(KNOWN))):
+    sys.exit(f"error: --config {', '.join(unknown)}: not known; there are {', '.join(KNOWN)}")
 SCALE = config.get("scale", "smoke")
 DATA_ROOT = str(config.get("data_root", os.getenv("HOVIT_DATA", "data")))
 WEIGHTS = config.get("weights") or os.getenv("HOVIT_WEIGHTS")

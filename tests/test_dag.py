@@ -117,3 +117,12 @@ def test_a_failed_job_says_why_in_one_line(checkout: Path) -> None:
     wrong = snakemake(checkout, "--config", "scale=nosuch")
     assert wrong.returncode != 0
     assert "no scale 'nosuch'" in wrong.stdout + wrong.stderr
+
+
+def test_a_config_key_that_there_is_not_is_one_line(tmp_path: Path) -> None:
+    for name in ("Snakefile", "profiles", "config", "paper"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    wrong = snakemake(tmp_path, "-n", "--config", "scael=mini", "data_root=data")
+    assert wrong.returncode != 0
+    assert "error: --config scael: not known; there are scale, data_root, weights" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
