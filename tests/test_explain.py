@@ -129,5 +129,7 @@ def test_the_list_names_studies_and_analyses(plan: Plan) -> None:
         "analyses (5)",
         "  attention_maps       6 rows  Where the middle token looks, under each attention",
     ]
+    bare = Plan(plan.catalogue.model_copy(update={"analyses": {}}), plan.scale)
+    assert list_analyses(bare) == "analyses (0)"
     lines = list_studies(plan).splitlines()
     assert lines[0] == f"studies ({len(lines) - 1})" == f"studies ({len(plan.catalogue.studies)})"
