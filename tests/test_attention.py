@@ -353,7 +353,7 @@ def test_one_way_is_causal_and_two_ways_are_not() -> None:
 
 @pytest.mark.parametrize("two_way", [False, True])
 def test_gated_module_is_the_decks_equations(two_way: bool) -> None:
-    """Eq. 4 to 11, a token and a head at a time; and the second scan, from the last to the first."""
+    """Eq. 4 to 11, a token and a head at a time; and the scan from the last to the first."""
     torch.manual_seed(0)
     form = GatedAttention(8, 2, tau=4.0, two_way=two_way).double()
     q, k, v, x = torch.randn(4, 1, 5, 8).double()

@@ -3,6 +3,7 @@
 import math
 import runpy
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,14 @@ def small(schedule: str = "", **args) -> SkipViT:
     """12 layers, 64 patches, weights drawn from the seed 0."""
     torch.manual_seed(0)
     return timm.create_model("skipvit_tiny_patch16_224", schedule=schedule, **SMALL | args)
+
+
+def loud(model: SkipViT) -> SkipViT:
+    """Weights so large that everything matters: timm's begin at 0.02."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.2)
+    return model
 
 
 def plain(**args):
@@ -144,8 +153,9 @@ def test_choose_keeps_the_highest_in_order_and_the_unranked_always():
     assert index.tolist() == [[0, 2, 4, 6], [0, 1, 2, 6]]
 
 
-def test_equal_scores_keep_the_earlier_token():
-    assert choose(torch.ones(1, 9), keep=3, prefix=1).tolist() == [[0, 1, 2, 3]]
+@pytest.mark.parametrize("n", [9, 65, 197, 785])  # sorts of few are stable by themselves
+def test_equal_scores_keep_the_earlier_token(n):
+    assert choose(torch.ones(1, n), keep=3, prefix=1).tolist() == [[0, 1, 2, 3]]
 
 
 def test_dropped_tokens_return_to_their_places_as_they_left():
@@ -174,9 +184,11 @@ def reference(model: SkipViT, x: Tensor) -> Tensor:
 
 
 def _reference(model: SkipViT, x: Tensor) -> Tensor:
-    tokens = model.patch_embed(x)
-    tokens = torch.cat([model.cls_token, tokens], dim=1) + model.pos_embed
+    never_ranked = [t for t in (model.cls_token, model.reg_token) if t is not None]
+    tokens = torch.cat([*never_ranked, model.patch_embed(x)], dim=1) + model.pos_embed
+    tokens = model.norm_pre(tokens)
     active, away = list(range(tokens.shape[1])), {}
+    prefix = tokens.shape[1] - 64
     schedule = model.schedule
     for layer, block in enumerate(model.blocks, start=1):
         if layer == schedule.back:
@@ -186,11 +198,13 @@ def _reference(model: SkipViT, x: Tensor) -> Tensor:
         attn = block.attn
         h = block.norm1(tokens)
         q, k, v = attn.qkv(h).view(1, -1, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+        q, k = attn.q_norm(q), attn.k_norm(k)
         weights = (q @ k.transpose(-2, -1) * attn.head_dim**-0.5).softmax(-1)
-        tokens = tokens + attn.proj((weights @ v).transpose(1, 2).flatten(2))
+        mixed = attn.norm((weights @ v).transpose(1, 2).flatten(2))
+        tokens = tokens + block.ls1(attn.proj(mixed))
         if layer in schedule.layers:
             score = weights.mean(1)[0, 0]  # the class token's row
-            ranked = [j for j in range(1, len(active)) if active[j] >= 0]
+            ranked = [j for j in range(prefix, len(active)) if active[j] >= 0]
             ratio = schedule.ratios[schedule.layers.index(layer)]
             keep = math.ceil(float((1 - ratio) * len(ranked)))
             best = sorted(ranked, key=lambda j: -score[j])[:keep]
@@ -202,15 +216,69 @@ def _reference(model: SkipViT, x: Tensor) -> Tensor:
                 new.append(sum(score[j] * tokens[0, j] for j in gone))
                 names.append(-1)
             tokens, active = torch.stack(new)[None], names
-        tokens = tokens + block.mlp(block.norm2(tokens))
+        tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
     return model.norm(tokens)
 
 
+RICH = {  # all that timm's plain block can have
+    "qk_norm": True,
+    "scale_attn_norm": True,
+    "init_values": 0.3,
+    "reg_tokens": 4,
+    "pre_norm": True,
+}
+
+
+@pytest.mark.parametrize("args", [{}, RICH], ids=["plain", "rich"])
 @pytest.mark.parametrize("schedule", [*FEW, "3,5(50%,50%)+fused"])
+def test_the_model_and_its_gradients_are_the_plain_references(schedule, args):
+    model, x = loud(small(schedule, **args)).double(), torch.randn(2, 3, 32, 32).double()
+    outputs, gradients = [], []
+    for way in (model, partial(reference, model)):
+        model.zero_grad()
+        outputs.append(way(x))
+        outputs[-1].square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
+    for (name, _), ours, theirs in zip(model.named_parameters(), *gradients, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-7, name  # scores are float32
+
+
+def test_a_layer_that_keeps_all_is_timms_block_dropout_included():
+    """To the bit, and one seed: so every module of the block is there, in timm's order."""
+    rates = ("attn_drop_rate", "proj_drop_rate", "drop_path_rate")
+    args = RICH | dict.fromkeys(rates, 0.3)
+    model = loud(small("6(45%)+11", **args))
+    x, block = torch.randn(8, 1 + 4 + 64, 24), model.blocks[5]
+    assert model.training
+    torch.manual_seed(1)
+    expected = block(x)
+    torch.manual_seed(1)
+    whole, index, kept = model._drop(x, block, 64, 0)
+    assert index.tolist() == [list(range(69))] * 8
+    assert torch.equal(kept, expected)
+    torch.manual_seed(1)
+    block.ls2 = torch.nn.Sequential(block.ls2, Zero())
+    assert torch.equal(whole, block(x))  # what is skipped has been through the attention alone
+
+
+class Zero(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
 @torch.no_grad()
-def test_the_model_is_the_plain_reference(schedule):
-    model, x = small(schedule).eval(), torch.randn(3, 3, 32, 32)
-    torch.testing.assert_close(model(x), reference(model, x), rtol=1e-4, atol=1e-5)
+def test_the_first_layers_input_is_timms():
+    """Position, its dropout, dropped patches and the norm before all layers."""
+    args = {"pos_drop_rate": 0.2, "patch_drop_rate": 0.5, "pre_norm": True, "reg_tokens": 4}
+    x, seen = torch.randn(2, 3, 32, 32), []
+    for model in (small("6(45%)+11", **args), plain(**args)):
+        model.norm_pre.weight.normal_(generator=torch.Generator().manual_seed(2))
+        model.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        torch.manual_seed(1)
+        model.train()(x)
+    assert seen[0].shape == (2, 1 + 4 + 32, 24)
+    assert torch.equal(*seen)
 
 
 @pytest.mark.parametrize("schedule", ["", "6(0%)+11"])
