@@ -5,7 +5,8 @@ the same inputs. Told of the two latter: how many times as fast as the recurrenc
 rounds' ratios, quartiles, n).
 
 What was tried on the chunks without gain (AMD EPYC, 2 threads, fp32): longer chunks, cumulative
-sums as products with a triangle, passes in place, a few images at a time.
+sums as products with a triangle, passes in place. Not taken: a few images at a time, at batch 32
+faster on one thread and slower on two.
 
     python bench/gated_attention.py
     python bench/gated_attention.py --batches 1 --tokens 196 4096 --accelerator cuda
