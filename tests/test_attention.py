@@ -171,6 +171,48 @@ def test_half_precision(name: str, dtype: torch.dtype, tolerance: float) -> None
     assert error(sim.attention(name, q, k, v), plain(name, q, k, v)) <= tolerance
 
 
+@pytest.mark.parametrize(("name", "mean"), [("euclidean", 8), ("sqeuclidean", 2), ("jaccard", 1e3)])
+@pytest.mark.parametrize("width", [32, 64])
+def test_a_common_mean_as_large_as_is_said(name: str, mean: float, width: int) -> None:
+    q, k, v = qkv((2, 4, 196, width))
+    q, k = q + mean, k + mean
+    assert error(sim.attention(name, q, k, v), plain(name, q, k, v)) <= 1e-5
+
+
+@pytest.mark.parametrize("deviation", [0.1, 1.0, 30.0, 100.0])
+@pytest.mark.parametrize("width", [32, 64])
+@pytest.mark.parametrize("name", ["euclidean", "jaccard"])
+def test_float16_bears_small_and_large_inputs(name: str, width: int, deviation: float) -> None:
+    q, k, v = (t.half() for t in qkv((2, 4, 49, width)))
+    q, k = ((t * deviation).requires_grad_() for t in (q, k))
+    out = sim.attention(name, q, k, v)
+    assert error(out, plain(name, q, k, v)) <= 2e-2
+    out.float().sum().backward()
+    assert q.grad.isfinite().all()
+    assert k.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_zero_vectors_have_gradients_in_half_precision(
+    name: str, dtype: torch.dtype, autocast: bool
+) -> None:
+    torch.manual_seed(0)
+    form = create_attention(name, dim=16, heads=2, tokens=9).to(
+        torch.float32 if autocast else dtype
+    )
+    zero, some = torch.zeros(2, 9, 16, dtype=dtype), torch.randn(2, 9, 16).to(dtype)
+    for q, k in ((zero, zero), (some, zero), (zero, some)):
+        inputs = [t.clone().requires_grad_() for t in (q, k, some, some)]
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            out = form(*inputs, (3, 3))
+        form.zero_grad()
+        out.float().sum().backward()
+        grads = [t.grad for t in (*inputs, *form.parameters()) if t.grad is not None]
+        assert all(t.isfinite().all() for t in (out, *grads))
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_a_half_precision_module(name: str, dtype: torch.dtype, tolerance: float) -> None:

@@ -95,6 +95,7 @@ class FocusedAttention(nn.Module):
 
     phi(x) = |x| / |x^p| x^p of x = (ReLU(.) + 1e-6) / softplus(scale), over all channels, before
     they are split into heads. The convolution is one for all heads. Constants as in FLatten's code.
+    All but the convolution runs in float32 whatever the autocast: float16 has no 1e-12.
 
     Args:
         dim: channels.
@@ -126,17 +127,21 @@ class FocusedAttention(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, size: Size, bias: Tensor | None = None
     ) -> Tensor:
-        q, k = (to_heads(t, self.heads) for t in self.focused(q, k))
         v = to_heads(v, self.heads)
+        with torch.autocast(x.device.type, enabled=False):
+            q, k = (to_heads(t, self.heads) for t in self.focused(q, k))
+            mixed = linear_attention(q, k, v.to(q.dtype))
         local = v.flatten(0, 1).transpose(1, 2).unflatten(2, size)  # [B heads, d, H, W]
-        local = self.conv(local).flatten(2).transpose(1, 2)
-        return from_heads(linear_attention(q, k, v) + local.unflatten(0, (-1, self.heads)))
+        local = self.conv(local).flatten(2).transpose(1, 2).unflatten(0, (-1, self.heads))
+        return from_heads(mixed + local).to(x.dtype)
 
     def focused(self, q: Tensor, k: Tensor) -> list[Tensor]:
         """phi(q) and phi(k), [B, N, dim] each."""
+        wide = torch.promote_types(q.dtype, torch.float32)
+        q, k = q.to(wide), k.to(wide)
         if self.position is not None:
             k = k + self.position
-        scale = F.softplus(self.scale)
+        scale = F.softplus(self.scale.to(wide))
         return [focus((F.relu(t) + 1e-6) / scale, self.power) for t in (q, k)]
 
     def weights(self, q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
