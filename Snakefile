@@ -25,7 +25,9 @@ from hovit.sources import analysis_code, code_hash
 
 KNOWN = ["scale", "data_root", "weights"]
 if unknown := sorted(map(str, config.keys() - set(KNOWN))):
-    sys.exit(f"error: --config {', '.join(unknown)}: not known; there are {', '.join(KNOWN)}")
+    sys.exit(
+        f"error: --config {', '.join(unknown)}: not known; there are {', '.join(KNOWN)}"
+    )
 SCALE = config.get("scale", "smoke")
 DATA_ROOT = str(config.get("data_root", os.getenv("HOVIT_DATA", "data")))
 WEIGHTS = config.get("weights") or os.getenv("HOVIT_WEIGHTS")
@@ -45,7 +47,9 @@ shell.prefix(f"set -euo pipefail; export {EXPORTS}; ")
 
 RUNS = [run for seeds in PLAN.runs.values() for run in seeds.values()]
 PACKS = PLAN.packs
-COCO = {run.pack.id for run in RUNS if run.detects}  # packs whose images stay where they are
+COCO = {
+    run.pack.id for run in RUNS if run.detects
+}  # packs whose images stay where they are
 STUDIES = PLAN.catalogue.studies
 EVIDENCE = evidence_digest()
 # What a report says of images and recipes.
