@@ -47,9 +47,8 @@ shell.prefix(f"set -euo pipefail; export {EXPORTS}; ")
 
 RUNS = [run for seeds in PLAN.runs.values() for run in seeds.values()]
 PACKS = PLAN.packs
-COCO = {
-    run.pack.id for run in RUNS if run.detects
-}  # packs whose images stay where they are
+# Packs whose images stay where they are.
+COCO = {run.pack.id for run in RUNS if run.detects}
 STUDIES = PLAN.catalogue.studies
 EVIDENCE = evidence_digest()
 # What a report says of images and recipes.
