@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_up import write_all
 
 import hovit.models  # noqa: F401 (registers)
 from hovit.data.pack import prepare
@@ -45,4 +46,11 @@ def packed(tmp_path: Path, plan: Plan) -> Path:
     """A top folder with the digits packed."""
     pack = plan.run("levit_deck.pets.deck").pack
     prepare(pack, tmp_path, tmp_path / pack.folder)
+    return tmp_path
+
+
+@pytest.fixture
+def root(tmp_path: Path, plan: Plan) -> Path:
+    """A whole run of the artifact, of made-up numbers."""
+    write_all(plan, tmp_path)
     return tmp_path

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from made_up import write_all
 
 from hovit.errors import HovitError
 from hovit.plan import Plan, load_plan
@@ -19,13 +18,6 @@ def plan() -> Plan:
     return load_plan("mini", ROOT / "config")
 
 
-@pytest.fixture
-def root(tmp_path: Path, plan: Plan) -> Path:
-    """A whole run of the artifact at scale mini, of made-up numbers."""
-    write_all(plan, tmp_path)
-    return tmp_path
-
-
 def test_explain_leads_to_the_record_and_back(
     plan: Plan, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -35,6 +27,10 @@ def test_explain_leads_to_the_record_and_back(
     for fact in ("27.47", str(run.folder / "record.json"), run.spec_hash, "commit", "n = 2",
                  f"--force '{run.folder / 'record.json'}' --config scale=mini"):  # fmt: skip
         assert fact in text
+    shvit = explain(plan, "efficientvit_imagenet", "m2", "throughput_cpu")
+    assert "reported  147" in shvit
+    assert "nothing is measured for it" in shvit
+    assert "record" not in shvit.replace("no record yet", "")
     assert "10.50" in explain(plan, "hovit", "levit_deck", "latency_32")
     assert "7,349 images" in explain(plan, "datasets", "pets_rule", "images_train")
     for table, row, column, what in (

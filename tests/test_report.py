@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import ROOT
-from made_up import GPU, measure_record, train_record, write_all
+from made_up import GPU, measure_record, train_record
 from pydantic import ValidationError
 
 from hovit.catalogue import Claim
@@ -34,13 +34,6 @@ from hovit.report.values import Results, Value
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     return load_plan("mini", ROOT / "config")
-
-
-@pytest.fixture
-def root(tmp_path: Path, plan: Plan) -> Path:
-    """A whole run of the artifact at scale mini, of made-up numbers."""
-    write_all(plan, tmp_path)
-    return tmp_path
 
 
 def test_every_table_in_three_forms(plan: Plan, root: Path) -> None:

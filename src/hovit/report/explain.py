@@ -7,7 +7,16 @@ from ..errors import HovitError
 from ..files import digest
 from ..plan import Plan
 from ..records import read_record
-from .values import COUNTED, TRAINED, Results, Value, evidence_for, find_evidence, plural
+from .values import (
+    COUNTED,
+    REPORTED_ONLY,
+    TRAINED,
+    Results,
+    Value,
+    evidence_for,
+    find_evidence,
+    plural,
+)
 
 NONE = "no record yet"
 
@@ -87,6 +96,8 @@ def _made(results: Results, study: Study, row: Row, column: str) -> list[str]:
             for run in runs
             for line in _record(results, run.folder / "record.json", run.spec_hash)
         ]
+    if column in REPORTED_ONLY:
+        return ["  nothing is measured for it: the study's notes say who reported it"]
     if not plan.rows_run(study):
         return [f"  nothing is measured for it at scale {plan.scale.id}: no images for it"]
     timed = column.startswith(("latency", "throughput"))
