@@ -120,10 +120,14 @@ def test_a_record_of_other_code_is_named_and_not_used(plan: Plan, root: Path) ->
 
 def test_a_flipped_digit_is_named_and_not_used(plan: Plan, root: Path) -> None:
     path = root / plan.run("hovit.pets.deck").folder / "record.json"
-    digits = [m.start() for m in re.finditer(r"[0-9]", path.read_text())]
-    for at in digits[:: len(digits) // 12]:
-        text = path.read_text()
-        flipped = text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :]
+    text = path.read_text()
+    flips = [
+        text[: m.start()] + str((int(m[0]) + 1) % 10) + text[m.end() :]
+        for m in re.finditer(r"[0-9]", text)
+    ]
+    # The 17th digit of a number may be another without the number being another.
+    flips = [flipped for flipped in flips if json.loads(flipped) != json.loads(text)]
+    for flipped in flips[:: len(flips) // 12]:
         path.write_text(flipped)
         assert "record.json" in not_used(plan, root)
         assert value_of(plan, root, "hovit").n == 1
