@@ -126,13 +126,21 @@ def test_a_flipped_digit_is_named_and_not_used(plan: Plan, root: Path) -> None:
         for m in re.finditer(r"[0-9]", text)
     ]
     # The 17th digit of a number may be another without the number being another.
-    flips = [flipped for flipped in flips if json.loads(flipped) != json.loads(text)]
+    flips = [flipped for flipped in flips if parsed(flipped) != parsed(text)]
     for flipped in flips[:: len(flips) // 12]:
         path.write_text(flipped)
         assert "record.json" in not_used(plan, root)
         assert value_of(plan, root, "hovit").n == 1
         path.write_text(text)
     assert not_used(plan, root) == ""
+
+
+def parsed(text: str) -> object:
+    """The JSON value; None for what is no JSON any more."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def not_used(plan: Plan, root: Path) -> str:
