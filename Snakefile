@@ -63,6 +63,9 @@ PAPER = sorted(
     for path in Path("paper").glob(pattern)
 )
 METRICS = [str(path) for path in metrics_files(PLAN)]
+WEIGHTS_FILE = f"results/runs/{SCALE}/{{run}}/seed{{seed}}/weights.safetensors"
+if not PLAN.scale.keep_weights:
+    WEIGHTS_FILE = temp(WEIGHTS_FILE)
 
 
 # The image that envs/Containerfile builds; used only with `--sdm apptainer`.
@@ -178,7 +181,7 @@ rule train:
         weights=pretrained,
     output:
         f"results/runs/{SCALE}/{{run}}/seed{{seed}}/record.json",
-        f"results/runs/{SCALE}/{{run}}/seed{{seed}}/weights.safetensors",
+        WEIGHTS_FILE,
         f"results/runs/{SCALE}/{{run}}/seed{{seed}}/history.csv",
         f"results/runs/{SCALE}/{{run}}/seed{{seed}}/predictions.csv.gz",
     log:
@@ -207,7 +210,7 @@ use rule train as train_detector with:
         weights=pretrained,
     output:
         f"results/runs/{SCALE}/{{run}}/seed{{seed}}/record.json",
-        f"results/runs/{SCALE}/{{run}}/seed{{seed}}/weights.safetensors",
+        WEIGHTS_FILE,
         f"results/runs/{SCALE}/{{run}}/seed{{seed}}/history.csv",
         f"results/runs/{SCALE}/{{run}}/seed{{seed}}/detections.json.gz",
     wildcard_constraints:
