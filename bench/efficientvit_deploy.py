@@ -11,11 +11,14 @@ over that of timm's fusion in the same round (median of the rounds' ratios, quar
     folded cl       ours, likewise in channels-last order
     deployed        ours, whole: 1 x 1 convolutions as linears, the convolution on Q as a product
     ... compiled    after torch.compile (--compile)
+    ... graph       a CUDA graph of the same kernels (--compile, on a GPU only)
+    vit_base        ViT-B/16 as it is: at batch 1 users found M0 no faster than it on a GPU
 
 A shared machine disturbs single rounds: trust the median, and its quartiles.
 
     python bench/efficientvit_deploy.py --model m0 --model m5 --rounds 30
     python bench/efficientvit_deploy.py --model m0 --batch 1 --compile
+    python bench/efficientvit_deploy.py --model m0 --batch 1 --compile --accelerator cuda
 """
 
 import argparse
@@ -42,6 +45,11 @@ from hovit.models.deploy import INFERENCE, deploy
 
 BASELINE = "timm fused"
 TOLERANCE = 1e-4  # of the outputs' norm
+# What torch.compile makes of a model, by device.
+COMPILED: dict[str, dict[str, dict[str, Any]]] = {
+    "cpu": {"compiled": {}},
+    "cuda": {"compiled": {}, "graph": {"backend": "cudagraphs"}},
+}
 
 
 @torch.no_grad()
@@ -107,9 +115,13 @@ def compare(size: str, batch: int, options: argparse.Namespace, device: torch.de
     models = forms(size, device)
     if options.compile:
         for name in (BASELINE, f"{BASELINE} cl", "folded", "deployed"):
-            models[f"{name} compiled"] = torch.compile(models[name])  # type: ignore[assignment]
+            for how, settings in COMPILED[device.type].items():
+                compiled = torch.compile(models[name], **settings)
+                models[f"{name} {how}"] = compiled  # type: ignore[assignment]
     expected = models["timm"](x)
     runs = {name: runner(name, m, orders[" cl" in name], expected) for name, m in models.items()}
+    vit = timm.create_model("vit_base_patch16_224", img_size=options.image_size).eval().to(device)
+    runs["vit_base"] = lambda: vit(x)
     for run in runs.values():
         milliseconds(run, 3, device)  # warm-up
     passes = max(1, round(1e3 * options.seconds / milliseconds(runs[BASELINE], 3, device)))

@@ -7,7 +7,7 @@ import pandas as pd
 
 from hovit.detection.evaluate import write_detections
 from hovit.files import digest
-from hovit.plan import Plan, Run
+from hovit.plan import Plan, Run, protocol
 from hovit.predictions import metrics, predictions_digest, write_predictions
 from hovit.records import Device, Provenance, Record, make_provenance, write_record
 from hovit.sources import analysis_code, code_hash
@@ -87,7 +87,7 @@ def measure_record(plan: Plan, study_id: str, device: Device = CPU) -> Record:
                     "n": 30,
                     "ms": [10.0 + i + (r % 3 - 1) / 10 for r in range(30)],
                 }
-                for b in (1, 32)
+                for b in protocol(spec["latency"], device.kind)["batches"]
             }
     return Record(
         kind="measure", id=study_id, scale=plan.scale.id, spec=spec, spec_hash=digest(spec),

@@ -79,6 +79,7 @@ def test_the_dag_runs_rests_and_does_only_what_a_change_needs(checkout: Path) ->
     table = checkout / TARGET
     assert "27.47" in table.read_text()
     assert table.with_suffix(".csv").exists()
+    assert not [*checkout.rglob("weights.safetensors")]  # smoke's: `keep_weights: false`
     assert "Nothing to be done" in snakemake(checkout).stderr
 
     study = checkout / "config/studies/tiny.yaml"

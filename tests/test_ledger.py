@@ -15,10 +15,12 @@ from pydantic import ValidationError
 
 from hovit.catalogue import Claim, NotChecked, split_ref
 from hovit.plan import Plan, load_plan
-from hovit.records import write_record
+from hovit.records import Device, write_record
 from hovit.report.claims import judge, write_claims
 from hovit.report.ledger import REASONS, ledger, ledger_lines, ledger_tally
+from hovit.report.tables import describe
 from hovit.report.values import Results
+from hovit.report.variables import origin
 
 PLAN = load_plan("mini", ROOT / "config")
 CLAIMS = {claim.id: claim for file in PLAN.catalogue.claims.values() for claim in file.claims}
@@ -128,6 +130,25 @@ def test_a_sentence_that_names_its_device_is_judged_there_alone(tmp_path: Path) 
         elsewhere = judged(PLAN, tmp_path, f"{name}-{other}")
         assert elsewhere.verdict == "not measured"
         assert elsewhere.why.startswith(f"timed on {device}, but said of a {other.upper()}")
+
+
+@pytest.mark.parametrize(
+    ("device", "batch", "said"), [(CPU, 16, "fp32, TF32 off"), (GPU, 2048, "fp16 autocast")]
+)
+def test_a_throughput_says_how_its_kind_of_device_was_timed(
+    tmp_path: Path, device: Device, batch: int, said: str
+) -> None:
+    study = PLAN.study("efficientvit_imagenet")
+    write_record(tmp_path / PLAN.measured(study), measure_record(PLAN, study.id, device))
+    results = Results(PLAN, tmp_path)
+    first = results.value(study, study.rows[0], "throughput")
+    assert first is not None
+    assert first.mean == pytest.approx(batch * 1e3 / 10)
+    found = origin(results, study, study.rows[0], "throughput", first)
+    assert found.field == f"results.rows.m0.latency.{batch}.median"
+    lines = describe(results, study)
+    assert f", {said}, eager" in lines["Latency"]
+    assert lines["Throughput"].endswith(f"here at batch {batch}")
 
 
 def test_a_value_is_held_against_the_seeds_in_the_headings_unit(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 import hovit.models  # noqa: F401 (registers)
-from hovit.catalogue import Latency
+from hovit.catalogue import Latency, OnGpu
 from hovit.device import describe_device, pick_device
 from hovit.errors import HovitError, OutOfTime
 from hovit.files import digest, read_json, read_sealed, write_sealed
@@ -20,7 +20,7 @@ from hovit.measure import study as study_module
 from hovit.measure.cost import cost, macs
 from hovit.measure.latency import forward_ms, gradients_ms, measure_latency, summary
 from hovit.measure.study import measure_study
-from hovit.plan import Plan, load_plan
+from hovit.plan import Plan, load_plan, protocol
 from hovit.records import Device, read_record
 
 CPU = torch.device("cpu")
@@ -376,6 +376,53 @@ def test_a_study_leaves_a_valid_record(measure):
     both = rows["again"]["latency"]["1"]["ms"] + rows["levit_deck"]["latency"]["1"]["ms"]
     assert sorted(both) == [3, 4, 5, 6, 7, 8]  # one model is timed once, after two warm-up passes
     assert not measure.partial.exists()
+
+
+@pytest.fixture
+def on_gpu(tiny_plan):
+    """The study's throughput: at batch 1 on a CPU, in half precision at 4 on a GPU."""
+    changed = {"columns": ("throughput",), "on_gpu": OnGpu(batches=(4,), precision="bf16 autocast")}
+    return tiny_plan[0], tiny_plan[1].model_copy(update=changed)
+
+
+def test_a_gpu_may_have_batches_and_a_precision_of_its_own(on_gpu):
+    settings = on_gpu[0].measure_spec(on_gpu[1])["latency"]
+    assert (settings["batches"], settings["precision"]) == ([1], "fp32, TF32 off")
+    assert protocol(settings, "cpu") == settings
+    card = protocol(settings, "cuda")
+    assert (card["batches"], card["precision"]) == ([4], "bf16 autocast")
+    assert card["rounds"] == settings["rounds"]
+
+
+def test_on_a_cpu_the_gpus_batches_are_not_timed(on_gpu, tmp_path):
+    rows = measure_study(*on_gpu, CPU, root=tmp_path).results["rows"]
+    assert {*rows["levit_deck"]["latency"]} == {"1"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_card_the_gpus_batches_are_timed(on_gpu, tmp_path):
+    rows = measure_study(*on_gpu, torch.device("cuda"), root=tmp_path).results["rows"]
+    assert {*rows["levit_deck"]["latency"]} == {"4"}
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp16 autocast", torch.float16), ("bf16 autocast", torch.bfloat16)]
+)
+def test_autocast_computes_in_half_precision(precision, dtype):
+    seen = []
+
+    class Head(nn.Linear):
+        def forward(self, x):
+            seen.append(super().forward(x).dtype)
+            return x
+
+    head = Head(3, 2)
+    timer = study_module._timer({"precision": precision})
+    assert timer(head, torch.randn(1, 3)) > 0
+    assert seen == [dtype]
+    assert head.weight.dtype == torch.float32
+    assert study_module._timer({"precision": "fp32, TF32 off"}) is forward_ms
 
 
 def test_the_real_clock_is_the_default(tiny_plan, tmp_path):

@@ -193,6 +193,13 @@ class Latency(Strict):
     image_size: Annotated[int, Field(ge=32)] | None = None  # at most; None: the study's
 
 
+class OnGpu(Strict):
+    """How a study's throughput is measured on a GPU, where its seed does so otherwise than here."""
+
+    batches: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+    precision: Literal["fp16 autocast", "bf16 autocast"]
+
+
 class ModelStandIn(Strict):
     """A smaller model in the place of a seed's, and the size at which it takes its images."""
 
@@ -282,6 +289,7 @@ class Study(Strict):
     workload: Literal["inference", "onnx", "gradients", "training"] = "inference"
     batches: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
     threads: Annotated[int, Field(ge=1)] | None = None  # of the CPU, timed; None: the scale's
+    on_gpu: OnGpu | None = None  # None: as on a CPU
     dataset: Role = "pets"
     recipe: Name = "deck"
     num_classes: Annotated[int, Field(ge=2)] = 37  # at which parameters and multiply-adds count
@@ -290,6 +298,12 @@ class Study(Strict):
     columns: Annotated[tuple[Metric, ...], Field(min_length=1)]
     notes: tuple[Text, ...] = ()
     rows: Annotated[tuple[Row, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _throughput_on_gpu(self) -> "Study":
+        if self.on_gpu and ("latency" in self.columns or "throughput" not in self.columns):
+            raise ValueError("`on_gpu` belongs to a study with `throughput`, and without `latency`")
+        return self
 
     def row(self, row_id: str) -> Row:
         """The row of that id.

@@ -4,6 +4,7 @@ Snakemake's DAG, `hovit sweep` and the report all read this; it imports no torch
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -339,6 +340,8 @@ class Plan:
             latency["threads"] = study.threads
         if study.workload != "inference":
             latency["workload"] = study.workload
+        if study.on_gpu:
+            latency["on_gpu"] = study.on_gpu.model_dump(mode="json")
         return {
             "study": study.id,
             "num_classes": study.num_classes,
@@ -423,6 +426,14 @@ class Plan:
     def analysed(self, analysis: Analysis) -> Path:
         """The record of an analysis."""
         return RUNS / self.scale.id / "analysis" / f"{analysis.id}.json"
+
+
+def protocol(settings: Mapping[str, Any], device: str) -> Mapping[str, Any]:
+    """A study's latency settings on a kind of device, `cpu` or `cuda`.
+
+    On a card, what the study says of it (`on_gpu`: batches and precision) takes the others' place.
+    """
+    return {**settings, **(settings.get("on_gpu", {}) if device == "cuda" else {})}
 
 
 def load_plan(

@@ -55,6 +55,18 @@ def gradients_ms(model: nn.Module, *inputs: Tensor) -> float:
     return timed(call, *inputs)
 
 
+class Autocast:
+    """Times forward passes in half precision by autocast: float32 weights, cast on use."""
+
+    def __init__(self, precision: str) -> None:
+        self.dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float16
+
+    def __call__(self, model: nn.Module, *inputs: Tensor) -> float:
+        """Milliseconds of one forward pass."""
+        with torch.autocast(inputs[0].device.type, self.dtype):
+            return forward_ms(model, *inputs)
+
+
 class TrainingStep:
     """Times whole optimiser steps: forward, cross-entropy, backward, AdamW, gradients cleared."""
 

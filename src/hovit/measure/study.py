@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,19 @@ from ..device import describe_device, peak_memory_mb
 from ..errors import HovitError, OutOfTime
 from ..factory import create_model
 from ..files import digest, read_sealed, write_sealed
-from ..plan import Plan
+from ..plan import Plan, protocol
 from ..records import Device, Record, make_provenance, write_record
 from ..sources import code_hash
 from .cost import cost
-from .latency import Samples, TrainingStep, forward_ms, gradients_ms, measure_latency, summary
+from .latency import (
+    Autocast,
+    Samples,
+    TrainingStep,
+    forward_ms,
+    gradients_ms,
+    measure_latency,
+    summary,
+)
 
 
 def study_code(plan: Plan, study: Study) -> str:
@@ -97,7 +105,7 @@ def _latency(
     deadline: float,
 ) -> Samples:
     """Interleaved latency of the rows; rows that are one and the same model are timed once."""
-    settings = spec["latency"]
+    settings = protocol(spec["latency"], device.type)
     same: dict[str, list[str]] = {}
     for name, row in spec["rows"].items():
         size = row.get("latency_size", settings["image_size"])
@@ -123,13 +131,14 @@ def _latency(
         rounds=settings["rounds"],
         warmup=settings["warmup"],
         samples=_resume(partial, begun),
-        timer=_timer(settings.get("workload", "inference")),
+        timer=_timer(settings),
         after_round=after_round,
     )
     return {name: samples[names[0]] for names in same.values() for name in names}
 
 
-def _timer(workload: str) -> Callable[..., float]:
+def _timer(settings: Mapping[str, Any]) -> Callable[..., float]:
+    workload = settings.get("workload", "inference")
     if workload == "training":
         return TrainingStep()
     if workload == "gradients":
@@ -138,6 +147,8 @@ def _timer(workload: str) -> Callable[..., float]:
         from .onnx_runtime import OnnxPass  # not needed, and not quick to import, for the others
 
         return OnnxPass()
+    if "autocast" in settings["precision"]:
+        return Autocast(settings["precision"])
     return forward_ms
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 
 from ..catalogue import Recipe, Row, Study
 from ..files import write_text
-from ..plan import Plan, Run
+from ..plan import Plan, Run, protocol
 from .latex import to_latex
 from .values import INEXACT, Results, Value, evidence_for, find_evidence, plural
 
@@ -258,7 +258,7 @@ def _measuring(results: Results, study: Study) -> dict[str, str]:
     measured, device = results.measured(study), results.latency_device(study)
     own = any(row.image_size for row in study.rows)
     if measured and device:
-        setting = measured.spec["latency"]
+        setting = protocol(measured.spec["latency"], device.kind)
         size = "the row's own size" if own else _pixels(setting["image_size"])
         if own and (most := results.plan.scale.latency.image_size):
             size += f", {most} px at most"
@@ -298,9 +298,9 @@ def _rank_correlation(results: Results, study: Study) -> str:
             found.append(f"{ranks[0].corr(ranks[1]):.3f} with {column} over {len(pairs)} rows")
     if not found:
         return ""
-    batch = max(results.batches(study), key=len).removeprefix("latency_")
     return (
-        f"rank correlation (Spearman) with the reported: {'; '.join(found)}; here at batch {batch}"
+        f"rank correlation (Spearman) with the reported: {'; '.join(found)}; here at batch "
+        f"{results.throughput_batch(study)}"
     )
 
 

@@ -11,7 +11,7 @@ from ..catalogue import Row, Study
 from ..errors import HovitError, one_line
 from ..evidence import EVIDENCE
 from ..files import digest, read_json
-from ..plan import RUNS, Plan, Run
+from ..plan import RUNS, Plan, Run, protocol
 from ..records import Device, Record, read_record
 from ..sources import analysis_code, code_hash
 from ..splits import split_sizes
@@ -255,6 +255,12 @@ class Results:
     def batches(self, study: Study) -> list[str]:
         """The latency metrics of a study, one a batch size."""
         return [f"latency_{batch}" for batch in study.batches or self.plan.scale.latency.batches]
+
+    def throughput_batch(self, study: Study) -> int:
+        """The batch size of a study's throughput: the largest."""
+        device = self.latency_device(study)
+        settings = self.plan.measure_spec(study)["latency"]
+        return max(protocol(settings, device.kind if device else "cpu")["batches"])
 
     def states(self) -> str:
         """These results in a few words, as a column's heading names them."""

@@ -94,14 +94,10 @@ def origin(results: Results, study: Study, row: Row, metric: str, value: Value) 
 
 def _field(results: Results, study: Study, metric: str) -> str:
     if metric == "throughput":
-        return f"latency.{max(results.batches(study), key=_batch).removeprefix('latency_')}.median"
+        return f"latency.{results.throughput_batch(study)}.median"
     if metric.startswith("latency_"):
         return f"latency.{metric.removeprefix('latency_')}.median"
     return metric.removesuffix("_m")
-
-
-def _batch(metric: str) -> int:
-    return int(metric.removeprefix("latency_"))
 
 
 def resolve(sources: list[Results], name: str, variable: Variable) -> dict[str, Any]:
