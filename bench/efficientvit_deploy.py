@@ -29,7 +29,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import timm
 import torch
@@ -41,7 +40,7 @@ from hovit.device import describe_device, pick_device
 from hovit.errors import HovitError
 from hovit.files import write_json
 from hovit.measure.latency import summary
-from hovit.models.deploy import INFERENCE, deploy
+from hovit.models.deploy import deploy
 
 BASELINE = "timm fused"
 TOLERANCE = 1e-4  # of the outputs' norm
@@ -70,8 +69,7 @@ def forms(size: str, device: torch.device) -> dict[str, nn.Module]:
     theirs = as_trained(timm.create_model(f"efficientvit_{size}")).to(device)
     ours = timm.create_model(f"efficientvit_paper_{size}").eval().to(device)
     ours.load_state_dict(theirs.state_dict())
-    with patch.dict(INFERENCE, clear=True):
-        folded = [deploy(ours) for _ in range(2)]
+    folded = [deploy(ours, parts={}) for _ in range(2)]
     fused = [reparameterize_model(theirs) for _ in range(2)]
     return {
         "timm": theirs,

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import hovit.models  # noqa: F401 (registers)
-from hovit.models.deploy import deploy
+from hovit.models.deploy import TokenFFN, deploy
+from hovit.models.efficientvit import FFN
 from hovit.plan import load_plan
 
 FAMILY = [f"efficientvit_paper_m{i}" for i in range(6)]
@@ -130,6 +131,29 @@ def test_a_deployed_model_by_name(args):
     model = timm.create_model("deployed", of=name, num_classes=10, **args)
     assert norms(model) == []
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 10)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("by", ["folding", "timm", "nothing"])
+def test_the_weights_order_is_the_maps(by, channels_last):
+    of = "efficientvit_m0" if by == "timm" else "efficientvit_paper_m0"
+    model = timm.create_model("deployed", of=of, by=by, channels_last=channels_last)
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    maps = model.forward_features(torch.randn(2, 3, 224, 224))
+    assert maps.is_contiguous(memory_format=order)
+
+
+def test_folding_leaves_the_parts_as_they_are():
+    model = timm.create_model("deployed", of="efficientvit_paper_m0", by="folding")
+    assert norms(model) == []
+    kinds = {type(m) for m in model.modules()}
+    assert FFN in kinds
+    assert TokenFFN not in kinds
+
+
+def test_folding_alone_agrees_too():
+    model = lively(timm.create_model("efficientvit_paper_m0", num_classes=10))
+    agree(model, deploy(model, parts={}), torch.randn(2, 3, 224, 224))
 
 
 def test_a_deployed_model_by_nobody_is_refused():

@@ -14,7 +14,7 @@ identity in a kernel is RepVGG's (2101.03697); the rest is ours.
 import copy
 import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,11 +32,12 @@ from .efficientvit import (
     WindowAttention,
 )
 
+Parts = Mapping[type, Callable[[Any], nn.Module]]
 NOTHING = (nn.Identity, nn.Dropout)  # what they do in evaluation mode
 
 
 @torch.no_grad()
-def deploy(model: nn.Module) -> nn.Module:
+def deploy(model: nn.Module, parts: Parts | None = None) -> nn.Module:
     """A copy for inference: evaluation mode, no gradients, no BatchNorm.
 
     It is called as the model is, and its output differs by rounding. Its state dict is not the
@@ -44,6 +45,7 @@ def deploy(model: nn.Module) -> nn.Module:
 
     Args:
         model: any module; left as it is. Without BatchNorm, only 2 and 3 are done.
+        parts: what to build instead of modules of some classes; None: EfficientViT's, as below.
 
     Returns:
         the copy, on the model's device and in its precision. The weights of its convolutions are
@@ -58,7 +60,8 @@ def deploy(model: nn.Module) -> nn.Module:
     net = copy.deepcopy(model).eval().requires_grad_(False)
     parents = Counter(child for module in net.modules() for child in module.children())
     shared = {module for module, n in parents.items() if n > 1}
-    net = _simplified(net, "", shared, {}).to(memory_format=torch.channels_last)
+    parts = INFERENCE if parts is None else parts
+    net = _simplified(net, "", shared, parts, {}).to(memory_format=torch.channels_last)
     for linear in (m for m in net.modules() if isinstance(m, nn.Linear)):
         linear.weight = nn.Parameter(linear.weight.t().contiguous().t(), requires_grad=False)
     return net
@@ -75,14 +78,18 @@ class _Shallow(fx.Tracer):
 
 
 def _simplified(
-    module: nn.Module, name: str, shared: set[nn.Module], done: dict[nn.Module, nn.Module]
+    module: nn.Module,
+    name: str,
+    shared: set[nn.Module],
+    parts: Parts,
+    done: dict[nn.Module, nn.Module],
 ) -> nn.Module:
     """The module with its parts simplified, or what takes its place; parts come first."""
     if module in done:
         return done[module]
     for child_name, child in list(module.named_children()):
         child_path = f"{name}.{child_name}".lstrip(".")
-        module.set_submodule(child_name, _simplified(child, child_path, shared, done))
+        module.set_submodule(child_name, _simplified(child, child_path, shared, parts, done))
     children = list(module.children())
     norms = [n for n, m in module.named_children() if isinstance(m, _BatchNorm)]
     acts = any(getattr(m, "inplace", None) is False for m in children)
@@ -97,7 +104,7 @@ def _simplified(
                 raise ValueError(f"BatchNorm {name}.{norms[0]} cannot be folded: {what}") from None
         else:
             result = _Rewriter(module, graph, name, shared).rewritten()
-    done[module] = INFERENCE.get(type(result), lambda m: m)(result)
+    done[module] = parts.get(type(result), lambda m: m)(result)
     return done[module]
 
 
@@ -384,7 +391,7 @@ def _residual(block: Residual) -> nn.Module:
     return block.m
 
 
-INFERENCE: dict[type, Callable[[Any], nn.Module]] = {
+INFERENCE: Parts = {
     FFN: _ffn,
     InvertedResidual: _inverted,
     WindowAttention: _attention,
