@@ -16,8 +16,8 @@ from hovit.files import write_text
 from hovit.plan import Plan, load_plan
 from hovit.records import read_record, write_record
 from hovit.report.claims import judge_all
+from hovit.report.columns import NOTHING, columns_of
 from hovit.report.page import PAGE, WEB, write_page
-from hovit.report.tables import NOTHING, columns_of
 from hovit.report.values import Results
 
 HOSTILE = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 1'>&amp;`"

@@ -15,9 +15,9 @@ from made_up import write_all
 from hovit.errors import HovitError
 from hovit.files import write_json
 from hovit.plan import Plan, load_plan
+from hovit.report.columns import NOTHING
 from hovit.report.figures import FIGURES
 from hovit.report.paper import FILES, OUT, PDF, TEXT, compile_text, write_paper
-from hovit.report.tables import NOTHING
 from hovit.report.variables import (
     MISSING,
     VARIABLES,

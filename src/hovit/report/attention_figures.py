@@ -8,7 +8,7 @@ import numpy as np
 from ..catalogue import Row, Study
 from ..plan import Pack
 from .claims import ratio_noise
-from .tables import baseline_ratio
+from .columns import baseline_ratio
 from .values import Results, plural
 
 if TYPE_CHECKING:

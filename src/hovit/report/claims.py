@@ -14,8 +14,8 @@ from ..catalogue import Catalogue, Claim, split_ref
 from ..errors import HovitError
 from ..files import read_json, write_json, write_text
 from ..plan import Plan
+from .columns import SCALES
 from .ledger import last_digit, ledger, ledger_lines, ledger_tally
-from .tables import SCALES
 from .values import INEXACT, TRAINED, Results, Value, find_evidence
 
 VERDICTS = ("reproduced", "contradicted", "within noise", "not measured")

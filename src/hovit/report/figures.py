@@ -20,8 +20,8 @@ from .attention_figures import (
     ratio_error,
     seeds,
 )
+from .columns import baseline_ratio
 from .skipvit_figures import kept_patches, skipvit_accuracy, skipvit_speed, skipvit_warmup
-from .tables import baseline_ratio
 from .values import Results, Value, evidence_for, find_evidence, plural
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from ..catalogue import Study
 
 if TYPE_CHECKING:
-    from .tables import Column
+    from .columns import Column
 
 LATEX = str.maketrans(
     {

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..catalogue import Row, Study
 from ..plan import Plan
-from .tables import SCALES, format_printed
+from .columns import SCALES, format_printed
 from .values import INEXACT, Results, find_evidence
 
 REASONS = {

@@ -19,9 +19,10 @@ from ..plan import RUNS, Plan
 from ..records import Record, read_record
 from ..sources import code_hash
 from .claims import VERDICTS, Verdict, judge_all, say, tally
+from .columns import HEADINGS, NOTHING, SCALES, Column, columns_of, format_printed
 from .explain import remake_command
 from .ledger import REASONS, ledger, ledger_tally
-from .tables import HEADINGS, NOTHING, SCALES, Column, columns_of, describe, format_printed
+from .tables import describe
 from .values import COUNTED, TRAINED, Results, Value, evidence_for, find_evidence
 
 PAGE = Path("results/index.html")

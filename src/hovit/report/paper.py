@@ -16,9 +16,10 @@ from ..files import atomic, write_json
 from ..plan import Plan
 from .attention_figures import seeds
 from .claims import VERDICTS, Verdict, judge_all, say
+from .columns import NOTHING, Column, columns_of
 from .figures import FIGURES, FOLDER, _best
 from .ledger import REASONS, ledger
-from .tables import NOTHING, Column, columns_of, describe
+from .tables import describe
 from .values import COUNTED, INEXACT, TRAINED, Results, evidence_for, find_evidence, plural
 from .variables import Origin, load_variables, origin, resolve, sources_of
 

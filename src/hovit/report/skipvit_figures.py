@@ -8,7 +8,7 @@ import numpy as np
 
 from ..catalogue import Row, Study
 from .attention_figures import photographs, say_unmeasured, show_photograph, state
-from .tables import baseline_ratio
+from .columns import baseline_ratio
 from .values import Results
 
 if TYPE_CHECKING:

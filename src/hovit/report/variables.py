@@ -13,7 +13,7 @@ from ..errors import HovitError
 from ..plan import Plan
 from ..reading import load_file
 from .claims import referenced
-from .tables import HEADINGS, SCALES, format_printed, format_value
+from .columns import HEADINGS, SCALES, format_printed, format_value
 from .values import COUNTED, INEXACT, TRAINED, Results, Value, find_evidence, plural
 
 VARIABLES = Path("paper/variables.yaml")
