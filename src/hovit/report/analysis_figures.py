@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from ..catalogue import Study
-from .attention_figures import say_unmeasured, state
+from .attention_figures import TOP1_BARS, say_unmeasured, state
 from .values import Results
 
 if TYPE_CHECKING:
@@ -31,14 +31,14 @@ def mhsa_share(results: Results) -> "Canvas":
             ]
             if points:
                 at, values = zip(*points, strict=True)
-                spreads = [v.spread if v.n > 1 else 0.0 for v in values]
-                ax.errorbar(at, [v.mean for v in values], spreads, capsize=2, **style.look(i))
+                noise = [v.noise for v in values] if metric == "top1" else None
+                ax.errorbar(at, [v.mean for v in values], noise, capsize=2, **style.look(i))
             ax.axvspan(20, 40, color="#DDDDDD", alpha=0.5, linewidth=0)
         column[0].set_title(f"{title}-1.25×")
         column[1].set_xlabel("Attention layers, %")
     axes[0][0].set_ylabel("Top-1, %\npaper, ImageNet")
     axes[1][0].set_ylabel(f"Top-1, %\n{results.states()}")
-    state(canvas, results, [study])
+    state(canvas, results, [study], [TOP1_BARS])
     return canvas
 
 

@@ -232,6 +232,9 @@ def photographs(results: Results) -> list[str]:
     return [f"photographs: {results.plan.catalogue.datasets[name].title}"] if name else []
 
 
+TOP1_BARS = "bars: 95 % interval of each point's top-1, over test images and seeds"
+
+
 def state(
     canvas: "Canvas", results: Results, studies: list[Study], more: Sequence[str] = ()
 ) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..catalogue import Row, Study
-from .attention_figures import photographs, say_unmeasured, show_photograph, state
+from .attention_figures import TOP1_BARS, photographs, say_unmeasured, show_photograph, state
 from .columns import baseline_ratio
 from .values import Results
 
@@ -74,8 +74,7 @@ def skipvit_accuracy(results: Results) -> "Canvas":
     axes[0].set_ylabel("Top-1 over the baseline's, points")
     handles, labels = axes[0].get_legend_handles_labels()
     canvas.legend(handles, labels, loc="outside right center")
-    bars = "bars: 95 % interval of each point's top-1, over test images and seeds"
-    state(canvas, results, [study], [bars])
+    state(canvas, results, [study], [TOP1_BARS])
     return canvas
 
 

@@ -71,10 +71,9 @@ def _training(results: Results, study: Study) -> dict[str, str]:
 def _here(recipe: Recipe) -> str:
     """What a scale may set otherwise than the recipe's title says."""
     warmup = recipe.warmup_epochs
-    said = (
-        f"{plural(recipe.epochs, 'epoch')}, batch {recipe.batch_size}, learning rate {recipe.lr:g}"
-    )
-    return said + (f", {warmup:g} of the epochs for warm-up" if warmup else "")
+    epochs = plural(recipe.epochs, "epoch")
+    epochs += f", of which the first {warmup:g} for warm-up" if warmup else ""
+    return f"{epochs}, batch {recipe.batch_size}, learning rate {recipe.lr:g}"
 
 
 def _images_of(run: Run) -> str:
