@@ -63,9 +63,9 @@ PAPER = sorted(
     for path in Path("paper").glob(pattern)
 )
 METRICS = [str(path) for path in metrics_files(PLAN)]
-WEIGHTS_FILE = f"results/runs/{SCALE}/{{run}}/seed{{seed}}/weights.safetensors"
-if not PLAN.scale.keep_weights:
-    WEIGHTS_FILE = temp(WEIGHTS_FILE)
+# Whose weights stay.
+ALL_KEPT = PLAN.scale.keep_weights
+KEPT = {run.id for run in RUNS if ALL_KEPT or run.detects or run.id in PLAN.read}
 
 
 # The image that envs/Containerfile builds; used only with `--sdm apptainer`.
@@ -181,13 +181,13 @@ rule train:
         weights=pretrained,
     output:
         f"results/runs/{SCALE}/{{run}}/seed{{seed}}/record.json",
-        WEIGHTS_FILE,
+        f"results/runs/{SCALE}/{{run}}/seed{{seed}}/weights.safetensors",
         f"results/runs/{SCALE}/{{run}}/seed{{seed}}/history.csv",
         f"results/runs/{SCALE}/{{run}}/seed{{seed}}/predictions.csv.gz",
     log:
         f"logs/train/{SCALE}/{{run}}/seed{{seed}}.log",
     wildcard_constraints:
-        run=one_of(run.id for run in RUNS if not run.detects),
+        run=one_of(run.id for run in RUNS if not run.detects and run.id in KEPT),
     priority: lambda w: 1 if w.run in PLAN.upstreams else 0
     threads: PLAN.scale.threads
     resources:
@@ -203,6 +203,17 @@ rule train:
         " --threads {threads} > {log:q} 2>&1"
 
 
+# The scale keeps no weights that nothing reads.
+use rule train as train_and_forget with:
+    output:
+        f"results/runs/{SCALE}/{{run}}/seed{{seed}}/record.json",
+        temp(f"results/runs/{SCALE}/{{run}}/seed{{seed}}/weights.safetensors"),
+        f"results/runs/{SCALE}/{{run}}/seed{{seed}}/history.csv",
+        f"results/runs/{SCALE}/{{run}}/seed{{seed}}/predictions.csv.gz",
+    wildcard_constraints:
+        run=one_of(run.id for run in RUNS if run.id not in KEPT),
+
+
 use rule train as train_detector with:
     input:
         pack=lambda w: run_of(w).pack.folder / "pack.json",
@@ -210,7 +221,7 @@ use rule train as train_detector with:
         weights=pretrained,
     output:
         f"results/runs/{SCALE}/{{run}}/seed{{seed}}/record.json",
-        WEIGHTS_FILE,
+        f"results/runs/{SCALE}/{{run}}/seed{{seed}}/weights.safetensors",
         f"results/runs/{SCALE}/{{run}}/seed{{seed}}/history.csv",
         f"results/runs/{SCALE}/{{run}}/seed{{seed}}/detections.json.gz",
     wildcard_constraints:

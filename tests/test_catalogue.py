@@ -422,6 +422,13 @@ def test_launchers_start_from_the_scales_resnet50(plans, scale):
     assert plan.upstream(plan.run("hovit.pets.deck")) is None
 
 
+def test_weights_that_are_read_are_known(plans):
+    plan = plans["smoke"]
+    looked_into = plan.analysed_runs(plan.analysis("taylor_pruning")).values()
+    assert {RESNET, *(run.id for run in looked_into)} <= plan.read < set(plan.runs)
+    assert "hovit.pets.deck" not in plan.read
+
+
 TIMM = {  # row's model -> timm's weights, at scale paper
     "efficientvit_paper_m5": "efficientvit_m5.r224_in1k",
     "mobilenetv3_large_100": "mobilenetv3_large_100.ra_in1k",

@@ -79,7 +79,7 @@ def test_the_dag_runs_rests_and_does_only_what_a_change_needs(checkout: Path) ->
     table = checkout / TARGET
     assert "27.47" in table.read_text()
     assert table.with_suffix(".csv").exists()
-    assert not [*checkout.rglob("weights.safetensors")]  # smoke's: `keep_weights: false`
+    assert not [*checkout.rglob("weights.safetensors")]  # smoke keeps none that nothing reads
     assert "Nothing to be done" in snakemake(checkout).stderr
 
     study = checkout / "config/studies/tiny.yaml"
@@ -96,7 +96,7 @@ def test_the_dag_runs_rests_and_does_only_what_a_change_needs(checkout: Path) ->
     study.write_text(STUDY + ROW)  # a row: its run, the study's interleaved latency, the table
     result = snakemake(checkout)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count("rule train:") == 1
+    assert result.stderr.count("rule train_and_forget:") == 1
     assert result.stderr.count("rule measure:") == 1
     assert "Dropout" in table.read_text()
 

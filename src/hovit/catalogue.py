@@ -224,7 +224,7 @@ class Scale(Strict):
     batch_sizes: dict[Name, Annotated[int, Field(ge=2)]] = {}  # recipe -> instead of its own
     lrs: dict[Name, Annotated[float, Field(gt=0)]] = {}  # recipe -> instead of its own, as scaled
     weights: dict[Name, WeightsFrom]  # pretrained model -> where from
-    keep_weights: bool = True  # or the DAG removes them once nothing needs them any more
+    keep_weights: bool = True  # or the DAG keeps only those that other runs or analyses read
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     threads: Annotated[int, Field(ge=1)] = 1  # CPU threads of one training run
     memory_mb: Annotated[int, Field(ge=500)] = 3000  # of one training run

@@ -298,6 +298,13 @@ class Plan:
         return {run.weights.run for run in every if run.weights and run.weights.run}
 
     @cached_property
+    def read(self) -> set[str]:
+        """The runs whose weights others start from, or an analysis looks into."""
+        every = self.catalogue.analyses.values()
+        analysed = {run.id for each in every for run in self.analysed_runs(each).values()}
+        return self.upstreams | analysed
+
+    @cached_property
     def claimed(self) -> list[Study]:
         """The studies that claims look at."""
         return [self.study(name) for name in sorted({split_ref(ref)[1] for ref in self._refs})]
