@@ -64,8 +64,11 @@ PAPER = sorted(
 )
 METRICS = [str(path) for path in metrics_files(PLAN)]
 # Whose weights stay.
-ALL_KEPT = PLAN.scale.keep_weights
-KEPT = {run.id for run in RUNS if ALL_KEPT or run.detects or run.id in PLAN.read}
+KEPT = {
+    run.id
+    for run in RUNS
+    if PLAN.scale.keep_weights or run.detects or run.id in PLAN.read
+}
 
 
 # The image that envs/Containerfile builds; used only with `--sdm apptainer`.

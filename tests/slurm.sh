@@ -136,6 +136,7 @@ folder=results/runs/smoke/$id/seed$seed
 mv "$folder" "$state/by slurm"
 snakemake --cores 1 "$folder/record.json" >"$state/local.log" 2>&1 || { tail -40 "$state/local.log"; fail "the local run failed"; }
 for file in weights.safetensors predictions.csv.gz; do
+    [ -e "$state/by slurm/$file" ] || continue # weights that nothing reads are not kept
     cmp "$state/by slurm/$file" "$folder/$file" || fail "$folder/$file is other without Slurm"
 done
 echo "ok: $(grep -c 'has been submitted with SLURM jobid' "$state/snakemake.log") jobs through Slurm; $id, killed and run again, is what it is without Slurm, to the bit"

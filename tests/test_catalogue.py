@@ -127,7 +127,7 @@ MISTAKES = {
     "a claim on no metric": ("claims/hovit.yaml", "of: hovit/levit_deck/parameters", "of: hovit/levit_deck/nosuch", "hovit.yaml: claims[0].of: 'nosuch' is not defined; allowed: parameters"),
     "a claim twice": ("claims/hovit.yaml", "id: parameters-hovit", "id: parameters-levit", "hovit.yaml: claims[1].id: 'parameters-levit' is given twice"),
     "one run, two meanings": (DEPTH, "    model: l_levit_deck\n    pretrained: resnet50\n", "    model: l_levit_deck\n", "l_levit_deck.pets.deck"),
-    "a GPU's own batches of a latency": (DEPTH, "columns:", "on_gpu: {batches: [64], precision: fp16 autocast}\ncolumns:", "depth.yaml: the whole file: value error, `on_gpu` belongs to a study with `throughput`"),
+    "a GPU's own batches of a latency": (DEPTH, "columns:", "on_gpu: {batch: 64, precision: fp16 autocast}\ncolumns:", "depth.yaml: the whole file: value error, `on_gpu` belongs to a study of inference with `throughput` alone"),
     "steps without detection": (DECK, "epochs: 50", "epochs: 50\nschedule: step", "deck.yaml: the whole file: value error, `schedule: step` and `detection` go together"),
     "a classifier's key in detection": (DETECTION, "epochs: 12", "epochs: 12\nlabel_smoothing: 0.1", "detection.yaml: the whole file: value error, warmup_epochs, label_smoothing and augment"),
     "detection of a classifier's images": (DEPTH, "columns:", "recipe: detection\ncolumns:", "depth.yaml: rows[0]: dataset coco and a recipe with `detection` go together"),

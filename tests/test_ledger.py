@@ -147,8 +147,7 @@ def test_a_throughput_says_how_its_kind_of_device_was_timed(
     found = origin(results, study, study.rows[0], "throughput", first)
     assert found.field == f"results.rows.m0.latency.{batch}.median"
     lines = describe(results, study)
-    assert f", {said}, eager" in lines["Latency"]
-    assert lines["Throughput"].endswith(f"here at batch {batch}")
+    assert f"images/s at batch {batch}, {said}, eager" in lines["Latency"]
 
 
 def test_a_value_is_held_against_the_seeds_in_the_headings_unit(tmp_path: Path) -> None:

@@ -196,8 +196,8 @@ class Latency(Strict):
 class OnGpu(Strict):
     """How a study's throughput is measured on a GPU, where its seed does so otherwise than here."""
 
-    batches: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
-    precision: Literal["fp16 autocast", "bf16 autocast"]
+    batch: Annotated[int, Field(ge=1)]
+    precision: Literal["fp16 autocast"]
 
 
 class ModelStandIn(Strict):
@@ -224,7 +224,7 @@ class Scale(Strict):
     batch_sizes: dict[Name, Annotated[int, Field(ge=2)]] = {}  # recipe -> instead of its own
     lrs: dict[Name, Annotated[float, Field(gt=0)]] = {}  # recipe -> instead of its own, as scaled
     weights: dict[Name, WeightsFrom]  # pretrained model -> where from
-    keep_weights: bool = True  # or the DAG keeps only those that other runs or analyses read
+    keep_weights: bool = True  # or, of classifiers, only those that runs or analyses read
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     threads: Annotated[int, Field(ge=1)] = 1  # CPU threads of one training run
     memory_mb: Annotated[int, Field(ge=500)] = 3000  # of one training run
@@ -301,8 +301,9 @@ class Study(Strict):
 
     @model_validator(mode="after")
     def _throughput_on_gpu(self) -> "Study":
-        if self.on_gpu and ("latency" in self.columns or "throughput" not in self.columns):
-            raise ValueError("`on_gpu` belongs to a study with `throughput`, and without `latency`")
+        fits = "throughput" in self.columns and "latency" not in self.columns
+        if self.on_gpu and not (fits and self.workload == "inference"):
+            raise ValueError("`on_gpu` belongs to a study of inference with `throughput` alone")
         return self
 
     def row(self, row_id: str) -> Row:

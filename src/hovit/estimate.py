@@ -77,6 +77,8 @@ def _measuring(plan: Plan, study: Study) -> str:
         *where,
         f"{timing['threads']} thread(s) on a CPU",
     ]
+    if card := timing.get("on_gpu"):
+        parts += [f"on a GPU batch {card['batches'][0]}, {card['precision']}"]
     return f"{line}; {', '.join(parts)}"
 
 

@@ -348,7 +348,8 @@ class Plan:
         if study.workload != "inference":
             latency["workload"] = study.workload
         if study.on_gpu:
-            latency["on_gpu"] = study.on_gpu.model_dump(mode="json")
+            on_gpu = study.on_gpu
+            latency["on_gpu"] = {"batches": [on_gpu.batch], "precision": on_gpu.precision}
         return {
             "study": study.id,
             "num_classes": study.num_classes,

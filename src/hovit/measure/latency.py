@@ -1,7 +1,8 @@
 """Latency, interleaved: every round times each model once, so that drift hits all alike.
 
-The protocol (ours; the seeds state none): eval mode, inputs on the device, warm-up, then rounds.
-CUDA events on a GPU; a monotonic clock with a fixed number of threads on a CPU.
+The protocol (ours; that of EfficientViT's seed is a study's `on_gpu`): eval mode, inputs on the
+device, warm-up, then rounds. CUDA events on a GPU; on a CPU a monotonic clock, with a fixed number
+of threads.
 """
 
 import random
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from ..errors import HovitError
 
 Samples = dict[str, dict[str, list[float]]]  # model -> batch -> milliseconds
 
@@ -55,16 +58,10 @@ def gradients_ms(model: nn.Module, *inputs: Tensor) -> float:
     return timed(call, *inputs)
 
 
-class Autocast:
-    """Times forward passes in half precision by autocast: float32 weights, cast on use."""
-
-    def __init__(self, precision: str) -> None:
-        self.dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float16
-
-    def __call__(self, model: nn.Module, *inputs: Tensor) -> float:
-        """Milliseconds of one forward pass."""
-        with torch.autocast(inputs[0].device.type, self.dtype):
-            return forward_ms(model, *inputs)
+def half_precision_ms(model: nn.Module, *inputs: Tensor) -> float:
+    """Milliseconds of one forward pass in float16, by autocast: weights are cast on use."""
+    with torch.autocast(inputs[0].device.type, torch.float16):
+        return forward_ms(model, *inputs)
 
 
 class TrainingStep:
@@ -132,7 +129,13 @@ def measure_latency(
         if key not in inputs:
             some = example_inputs(models[name], batch, sizes[name])
             inputs[key] = tuple(x.to(device) for x in some)
-        return timer(models[name], *inputs[key])
+        try:
+            return timer(models[name], *inputs[key])
+        except torch.OutOfMemoryError:
+            raise HovitError(
+                f"{name} at batch {batch}: the card's memory is too small; measure on a larger "
+                "one, or give the study smaller batches"
+            ) from None
 
     for name, b in jobs:
         for _ in range(warmup):

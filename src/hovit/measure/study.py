@@ -19,11 +19,11 @@ from ..records import Device, Record, make_provenance, write_record
 from ..sources import code_hash
 from .cost import cost
 from .latency import (
-    Autocast,
     Samples,
     TrainingStep,
     forward_ms,
     gradients_ms,
+    half_precision_ms,
     measure_latency,
     summary,
 )
@@ -147,9 +147,7 @@ def _timer(settings: Mapping[str, Any]) -> Callable[..., float]:
         from .onnx_runtime import OnnxPass  # not needed, and not quick to import, for the others
 
         return OnnxPass()
-    if "autocast" in settings["precision"]:
-        return Autocast(settings["precision"])
-    return forward_ms
+    return half_precision_ms if settings["precision"] == "fp16 autocast" else forward_ms
 
 
 def _resume(partial: Path, begun: dict[str, Any]) -> Samples | None:

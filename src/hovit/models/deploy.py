@@ -37,7 +37,7 @@ NOTHING = (nn.Identity, nn.Dropout)  # what they do in evaluation mode
 
 
 @torch.no_grad()
-def deploy(model: nn.Module, parts: Parts | None = None) -> nn.Module:
+def deploy(model: nn.Module, parts: bool = True) -> nn.Module:
     """A copy for inference: evaluation mode, no gradients, no BatchNorm.
 
     It is called as the model is, and its output differs by rounding. Its state dict is not the
@@ -45,7 +45,7 @@ def deploy(model: nn.Module, parts: Parts | None = None) -> nn.Module:
 
     Args:
         model: any module; left as it is. Without BatchNorm, only 2 and 3 are done.
-        parts: what to build instead of modules of some classes; None: EfficientViT's, as below.
+        parts: also build EfficientViT's parts anew, as below.
 
     Returns:
         the copy, on the model's device and in its precision. The weights of its convolutions are
@@ -60,8 +60,8 @@ def deploy(model: nn.Module, parts: Parts | None = None) -> nn.Module:
     net = copy.deepcopy(model).eval().requires_grad_(False)
     parents = Counter(child for module in net.modules() for child in module.children())
     shared = {module for module, n in parents.items() if n > 1}
-    parts = INFERENCE if parts is None else parts
-    net = _simplified(net, "", shared, parts, {}).to(memory_format=torch.channels_last)
+    made = INFERENCE if parts else {}
+    net = _simplified(net, "", shared, made, {}).to(memory_format=torch.channels_last)
     for linear in (m for m in net.modules() if isinstance(m, nn.Linear)):
         linear.weight = nn.Parameter(linear.weight.t().contiguous().t(), requires_grad=False)
     return net
@@ -352,7 +352,8 @@ class TokenAttention(nn.Module):
         return (y.add_(tokens) if self.residual else y).permute(0, 3, 1, 2)
 
     def attend(self, tokens: Tensor) -> Tensor:  # [windows N, C] -> [windows N, H v]
-        n, outs = self.window**2, list[Tensor]()
+        n = self.window**2
+        outs: list[Tensor] = []
         shares = tokens.chunk(len(self.heads), dim=1)
         for head, share in zip(self.heads, shares, strict=True):
             feat = share + outs[-1].view(share.shape) if outs else share

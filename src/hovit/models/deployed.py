@@ -1,4 +1,4 @@
-"""A model as it is timed: BatchNorm folded, by us or by timm. Random weights do for a time.
+"""A model as it is timed, as a rule with BatchNorm folded. Random weights do for a time.
 
     timm.create_model("deployed", of="efficientvit_paper_m0")
     timm.create_model("deployed", of="efficientvit_m0", by="timm", channels_last=True)
@@ -20,7 +20,7 @@ from .deploy import deploy
 
 FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "hovit": deploy,
-    "folding": lambda model: deploy(model, parts={}),
+    "folding": lambda model: deploy(model, parts=False),
     "timm": reparameterize_model,
     "nothing": lambda model: model,
 }
@@ -36,7 +36,7 @@ def deployed(
     channels_last: bool | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """The deploy form of a model, in evaluation mode.
+    """A form of a model, the deploy form unless told, in evaluation mode.
 
     Args:
         pretrained: of the model.
@@ -48,10 +48,12 @@ def deployed(
         kwargs: the model's.
 
     Raises:
-        ValueError: for another `by`, or a BatchNorm that cannot be folded.
+        ValueError: for another `by` or order, or a BatchNorm that cannot be folded.
     """
     if by not in FORMS:
         raise ValueError(f"by={by!r}: one of {', '.join(map(repr, FORMS))}")
+    if channels_last not in (True, False, None):
+        raise ValueError(f"channels_last={channels_last!r}: true, false or left out")
     known = {key: value for key, value in kwargs.items() if not key.startswith("pretrained_cfg")}
     known.pop("cache_dir", None)
     model = timm.create_model(of, pretrained=pretrained, **known).eval()

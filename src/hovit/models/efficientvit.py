@@ -229,7 +229,8 @@ class CascadedGroupAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, window, window] -> the same
         shares = [x] * self.heads if self.shared_input else x.chunk(self.heads, dim=1)
-        bias, outs = self.bias(), list[Tensor]()
+        bias = self.bias()
+        outs: list[Tensor] = []
         for j, (qkv, dw) in enumerate(zip(self.qkvs, self.dws, strict=True)):
             feat = shares[j]
             if j and self.cascade:

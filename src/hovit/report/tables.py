@@ -111,6 +111,8 @@ def _measuring(results: Results, study: Study) -> dict[str, str]:
         if own and (most := results.plan.scale.latency.image_size):
             size += f", {most} px at most"
         size += ", " if size else ""
+        if "throughput" in study.columns:
+            size += f"images/s at batch {results.throughput_batch(study)}, "
         what = WORKLOADS.get(study.workload, "")
         how = "ONNX Runtime" if study.workload == "onnx" else "eager"
         lines["Latency"] = (
@@ -146,10 +148,7 @@ def _rank_correlation(results: Results, study: Study) -> str:
             found.append(f"{ranks[0].corr(ranks[1]):.3f} with {column} over {len(pairs)} rows")
     if not found:
         return ""
-    return (
-        f"rank correlation (Spearman) with the reported: {'; '.join(found)}; here at batch "
-        f"{results.throughput_batch(study)}"
-    )
+    return f"rank correlation (Spearman) with the reported: {'; '.join(found)}"
 
 
 def _seeds(results: Results, study: Study) -> str:

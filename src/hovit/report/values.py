@@ -11,7 +11,7 @@ from ..catalogue import Row, Study
 from ..errors import HovitError, one_line
 from ..evidence import EVIDENCE
 from ..files import digest, read_json
-from ..plan import RUNS, Plan, Run, protocol
+from ..plan import RUNS, Plan, Run
 from ..records import Device, Record, read_record
 from ..sources import analysis_code, code_hash
 from ..splits import split_sizes
@@ -256,11 +256,11 @@ class Results:
         """The latency metrics of a study, one a batch size."""
         return [f"latency_{batch}" for batch in study.batches or self.plan.scale.latency.batches]
 
-    def throughput_batch(self, study: Study) -> int:
-        """The batch size of a study's throughput: the largest."""
-        device = self.latency_device(study)
-        settings = self.plan.measure_spec(study)["latency"]
-        return max(protocol(settings, device.kind if device else "cpu")["batches"])
+    def throughput_batch(self, study: Study) -> int | None:
+        """The batch size of a study's throughput: the largest that was timed."""
+        record = self.measured(study)
+        rows = record.results["rows"].values() if record else []
+        return max((int(b) for row in rows for b in row.get("latency", {})), default=None)
 
     def states(self) -> str:
         """These results in a few words, as a column's heading names them."""

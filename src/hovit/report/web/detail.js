@@ -142,8 +142,9 @@ function images(kind, record, study, part) {
   if (kind !== "timed") return study.scope;
   const latency = record?.spec?.latency;
   const own = record?.spec?.rows?.[part.row];
+  const card = record?.results?.rows?.[part.row]?.device?.kind === "cuda" && latency?.on_gpu;
   const size = own?.latency_size ?? latency?.image_size;
-  return `no images: synthetic input${size ? ` of ${size} px` : ""}, ${latency?.precision ?? "fp32"}`;
+  return `no images: synthetic input${size ? ` of ${size} px` : ""}, ${(card || latency)?.precision ?? "fp32"}`;
 }
 
 function numberLink(key) {
