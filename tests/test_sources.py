@@ -44,7 +44,7 @@ def test_a_copy_hashes_alike(package: Path) -> None:
         (HOVIT, '"""HoViT', '"""The HoViT'),
         (LEVIT, "# [B, H*W, C] -> [B, H*W, C]", "# same shape"),
         (LOOP, "EVAL_BATCH = 64", "EVAL_BATCH = 64  # images\n"),
-        ("report/tables.py", "NOTHING = ", "NOTHING_AT_ALL = "),
+        ("report/columns.py", "NOTHING = ", "NOTHING_AT_ALL = "),
         ("data/readers.py", "MAX_BYTES = 64", "MAX_BYTES = 32"),
     ],
 )
