@@ -36,7 +36,7 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 import hovit.models  # noqa: F401 (registers)
-from hovit.device import describe_device, pick_device
+from hovit.device import describe_device, keep_freed_memory, pick_device
 from hovit.errors import HovitError
 from hovit.files import write_json
 from hovit.measure.latency import summary
@@ -192,6 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
 
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     device = pick_device(options.accelerator)
     where = describe_device(device)

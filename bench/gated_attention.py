@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hovit.attention.linear import CHUNK, gated_chunks, gated_recurrence
-from hovit.device import describe_device, pick_device
+from hovit.device import describe_device, keep_freed_memory, pick_device
 from hovit.errors import HovitError
 from hovit.files import write_json
 from hovit.measure.latency import measure_latency, summary
@@ -78,6 +78,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     device = pick_device(options.accelerator)
     ways = (Recurrence, Chunks, Products)
     found = {}

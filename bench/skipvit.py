@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import hovit.models  # noqa: F401 (registers)
-from hovit.device import describe_device, pick_device
+from hovit.device import describe_device, keep_freed_memory, pick_device
 from hovit.errors import HovitError
 from hovit.files import write_json
 from hovit.measure.latency import summary
@@ -143,6 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     schedules = options.schedule or list(SEED)
     check(schedules, options)
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     device = pick_device(options.accelerator)
     shape = (3, options.image_size, options.image_size)
     x = torch.randn(options.batch, *shape, device=device)

@@ -1,6 +1,9 @@
 """Costs against hand counts, the latency protocol with a made-up clock, and a study's record."""
 
 import json
+import platform
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -13,7 +16,7 @@ from torch import nn
 
 import hovit.models  # noqa: F401 (registers)
 from hovit.catalogue import Latency, OnGpu
-from hovit.device import describe_device, pick_device
+from hovit.device import describe_device, keep_freed_memory, pick_device
 from hovit.errors import HovitError, OutOfTime
 from hovit.files import digest, read_json, read_sealed, write_sealed
 from hovit.measure import study as study_module
@@ -507,3 +510,40 @@ def test_a_broken_partial_file_is_named(measure):
     measure.partial.write_text(json.dumps({"samples": {}})[:-3])
     with pytest.raises(HovitError, match=r"depth\.partial\.json: not readable as JSON"):
         measure()
+
+
+# Freed memory ------------------------------------------------------------------------------------
+
+PASSES = """
+import resource, sys, torch
+from hovit.device import keep_freed_memory
+if sys.argv[1] == "kept":
+    assert keep_freed_memory()
+def faults():
+    torch.zeros(2**24)  # 64 MiB, more than glibc ever keeps by itself
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+settled = [faults() for _ in range(8)][-1]
+print(max(faults() for _ in range(4)) - settled)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is glibc's")
+def test_a_process_that_keeps_freed_memory_soon_faults_no_page_in():
+    faults = {}
+    for way in ("kept", "handed back"):
+        done = subprocess.run(
+            [sys.executable, "-c", PASSES, way], capture_output=True, text=True, check=True
+        )
+        faults[way] = int(done.stdout)
+    assert faults["kept"] < 16 < faults["handed back"]
+
+
+def test_another_c_library_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    assert keep_freed_memory() is False
+
+
+def test_the_protocol_says_what_becomes_of_freed_memory():
+    plan = load_plan("smoke", ROOT / "config")
+    spec = plan.measure_spec(plan.study("hovit"))
+    assert spec["latency"]["memory"].startswith("freed memory kept")

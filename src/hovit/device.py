@@ -1,5 +1,6 @@
 """What this process runs on."""
 
+import ctypes
 import platform
 import resource
 from pathlib import Path
@@ -33,6 +34,25 @@ def describe_device(device: torch.device) -> Device:
         name = torch.cuda.get_device_name(device)
         return Device(kind="cuda", name=name, driver=_nvidia_driver(), threads=threads)
     return Device(kind="cpu", name=_processor(), threads=threads)
+
+
+def keep_freed_memory() -> bool:
+    """From now on this process keeps the memory it frees, so that the next pass finds it again.
+
+    glibc hands large freed blocks back to the system, and each pass then faults their pages in
+    anew; or it does not, by what else the process has allocated before. That can double a model's
+    time and makes ratios between models differ from one process to the next
+    (`bench/allocator.py`). Peak memory grows. Other C libraries are left as they are.
+
+    Returns:
+        whether it is so: False where the C library has no `mallopt`.
+    """
+    trim_threshold, mmap_max = -1, -4  # glibc's malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, TypeError, OSError):  # musl, macOS; Windows
+        return False
+    return bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
 
 
 def _processor() -> str:

@@ -343,6 +343,7 @@ class Plan:
         timed = {"latency", "throughput"} & set(study.columns)
         latency["image_size"] = self._timed_size(study.image_size)
         latency["precision"] = "fp32, TF32 off"
+        latency["memory"] = "freed memory kept, where the C library is glibc"
         if study.threads:
             latency["threads"] = study.threads
         if study.workload != "inference":

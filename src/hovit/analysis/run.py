@@ -12,7 +12,7 @@ import torch
 from ..catalogue import Analysis
 from ..data.loader import to_input
 from ..data.pack import open_pack
-from ..device import describe_device, peak_memory_mb
+from ..device import describe_device, keep_freed_memory, peak_memory_mb
 from ..errors import HovitError, one_line
 from ..factory import create_model
 from ..files import digest, file_digest, write_text
@@ -51,6 +51,7 @@ def analyse(plan: Plan, analysis: Analysis, device: torch.device, root: Path = P
     """
     begin = time.monotonic()
     torch.manual_seed(0)
+    keep_freed_memory()  # some kinds tell times
     rows: dict[str, Any] = {}
     for ref, run in plan.analysed_runs(analysis).items():
         weights = root / run.folder / "weights.safetensors"

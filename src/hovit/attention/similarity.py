@@ -38,7 +38,7 @@ def euclidean(q: Tensor, k: Tensor) -> Tensor:
     scale, lead = 1 / q.shape[-1], q.shape[:-2]
     q, k = q.flatten(0, -3), k.flatten(0, -3)
     norms = _mean_square(q)[..., None] + _mean_square(k)[..., None, :]
-    squares = torch.baddbmm(norms, q, k.transpose(-2, -1), alpha=-2 * scale)
+    squares = norms.baddbmm_(q, k.transpose(-2, -1), alpha=-2 * scale)
     roots = squares.clamp_(min=_least(squares)).sqrt_()
     return (-roots if roots.requires_grad else roots.neg_()).unflatten(0, lead)
 
@@ -85,10 +85,9 @@ def jaccard_minmax(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _mean_square(x: Tensor) -> Tensor:
-    """|x|^2 / d over the last dimension, summed in float32 at least."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=-1, dtype=wide)
-    return (norm * x.shape[-1] ** -0.5).square().to(x.dtype)
+    """|x|^2 / d over the last dimension, squared and summed in float32 at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide.square().mean(-1).to(x.dtype)
 
 
 def _least(x: Tensor, scale: float = 1.0) -> float:
@@ -140,8 +139,10 @@ def attention(
             near = bias[i % len(bias) :][:step]
             scores = (scores.unflatten(0, (-1, len(near))) + near).flatten(0, 1)
         mixed = scores.softmax(-1).to(v.dtype).flatten(0, 1) @ v_part
-        out.append(mixed.unflatten(0, (-1, heads)).transpose(1, 2))
-    return torch.cat(out).transpose(1, 2)  # laid out as the fused kernel's
+        out.append(mixed.unflatten(0, (-1, heads)))
+    if len(out) == 1:
+        return out[0]
+    return torch.cat([x.transpose(1, 2) for x in out]).transpose(1, 2)  # the fused kernel's layout
 
 
 def _fused(

@@ -2,7 +2,7 @@
 
 The protocol (ours; that of EfficientViT's seed is a study's `on_gpu`): eval mode, inputs on the
 device, warm-up, then rounds. CUDA events on a GPU; on a CPU a monotonic clock, with a fixed number
-of threads.
+of threads, in a process that keeps the memory it frees (`keep_freed_memory`).
 """
 
 import random

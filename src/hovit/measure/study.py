@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..catalogue import Study
-from ..device import describe_device, peak_memory_mb
+from ..device import describe_device, keep_freed_memory, peak_memory_mb
 from ..errors import HovitError, OutOfTime
 from ..factory import create_model
 from ..files import digest, read_sealed, write_sealed
@@ -58,6 +58,7 @@ def measure_study(
     begin = time.monotonic()
     device = torch.device("cpu") if study.workload == "onnx" else device
     torch.manual_seed(0)
+    keep_freed_memory()
     # Else convolutions alone would run in TF32, and HoViT's ideas put them in place of linears.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     spec = plan.measure_spec(study)

@@ -1,0 +1,90 @@
+"""What does the C library's allocator cost a model, and does it change who is faster?
+
+Times timm models in new processes, in turns: in some the process keeps the memory it frees
+(`hovit.device.keep_freed_memory`, as `hovit measure` does), in the others glibc hands large blocks
+back to the system. Told of each model: its median in every process, the ratio of the two ways, and
+how far, in each way, its time over the first model's differs from process to process.
+
+    python bench/allocator.py
+    python bench/allocator.py --models swin_tiny_patch4_window7_224 resnet50 --batch 1 --threads 2
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+
+import hovit.models  # noqa: F401 (registers)
+from hovit.device import describe_device, keep_freed_memory
+from hovit.files import write_json
+from hovit.measure.latency import measure_latency
+
+WAYS = ("kept", "handed back")
+
+
+def time_models(options: argparse.Namespace) -> dict[str, float]:
+    """Median milliseconds of each model in this process."""
+    torch.set_num_threads(options.threads)
+    if options.way == "kept" and not keep_freed_memory():
+        sys.exit("error: this C library has no mallopt: only glibc's allocator is compared")
+    models = {name: timm.create_model(name) for name in options.models}
+    samples = measure_latency(
+        models, torch.device("cpu"), image_size=224, batches=(options.batch,),
+        rounds=options.rounds, warmup=2,
+    )  # fmt: skip
+    return {
+        name: float(np.median(by_batch[str(options.batch)])) for name, by_batch in samples.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    models = ["efficientvit_paper_m5", "efficientnet_b0", "mobilenetv3_large_100", "resnet50"]
+    parser.add_argument("--models", nargs="+", default=models, help="timm's, of 224 px")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--processes", type=int, default=5, help="of each way")
+    parser.add_argument("--way", choices=WAYS, help="time in this process, and print JSON")
+    parser.add_argument("--out", type=Path, default=Path("results/bench/allocator.json"))
+    options = parser.parse_args()
+    if options.way:
+        print(json.dumps(time_models(options)))
+        return
+    unknown = [name for name in options.models if not timm.is_model(name)]
+    if unknown:
+        parser.error(f"timm knows no model {', '.join(unknown)}")
+    times: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for _ in range(options.processes):
+        for way in WAYS:
+            child = subprocess.run(
+                [sys.executable, *sys.argv, "--way", way], stdout=subprocess.PIPE, text=True
+            )
+            if child.returncode:
+                sys.exit(child.returncode)
+            times[way].append(json.loads(child.stdout))
+    found = {}
+    for name in options.models:
+        ms = {way: [each[name] for each in times[way]] for way in WAYS}
+        slower = float(np.median(ms["handed back"]) / np.median(ms["kept"]))
+        over = {way: [each[name] / each[options.models[0]] for each in times[way]] for way in WAYS}
+        found[name] = {"ms": ms, "handed back / kept": slower, "over the first": over}
+        spread = "; ".join(
+            f"{way} {np.median(r):.2f} ({min(r):.2f} to {max(r):.2f})" for way, r in over.items()
+        )
+        print(f"{name}: handed back {slower:.2f} times kept; over {options.models[0]}: {spread}")
+    torch.set_num_threads(options.threads)
+    about = {"device": describe_device(torch.device("cpu")).model_dump(), "batch": options.batch}
+    write_json(options.out, about | {"torch": torch.__version__, "models": found})
+    print(f"n = {options.processes} processes of each way; written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()
