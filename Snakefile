@@ -5,6 +5,7 @@ snakemake --cores all results/runs                         train and measure onl
 snakemake --cores all results/tables/hovit.md              one table
 snakemake --cores all paper/paper.pdf                      the paper, with all that it reads
 snakemake --cores all results/tables --config scale=mini data_root=../shared/data
+snakemake --cores all results/tables --config imagenet=/data/imagenet weights=/data/weights
 """
 
 import os
@@ -23,7 +24,7 @@ from hovit.report.page import page_code
 from hovit.report.paper import FILES
 from hovit.sources import analysis_code, code_hash
 
-KNOWN = ["scale", "data_root", "weights"]
+KNOWN = ["scale", "data_root", "weights", "imagenet"]
 if unknown := sorted(map(str, config.keys() - set(KNOWN))):
     sys.exit(
         f"error: --config {', '.join(unknown)}: not known; there are {', '.join(KNOWN)}"
@@ -31,6 +32,7 @@ if unknown := sorted(map(str, config.keys() - set(KNOWN))):
 SCALE = config.get("scale", "smoke")
 DATA_ROOT = str(config.get("data_root", os.getenv("HOVIT_DATA", "data")))
 WEIGHTS = config.get("weights") or os.getenv("HOVIT_WEIGHTS")
+IMAGENET = config.get("imagenet") or os.getenv("HOVIT_IMAGENET")
 try:
     PLAN = load_plan(SCALE, weights_file=WEIGHTS)
 except HovitError as error:
@@ -40,6 +42,7 @@ except HovitError as error:
 SETTINGS = {
     "HOVIT_DATA": DATA_ROOT,
     "HOVIT_WEIGHTS": str(WEIGHTS or ""),
+    "HOVIT_IMAGENET": str(IMAGENET or ""),
     "PATH": os.path.dirname(sys.executable) + os.pathsep + os.getenv("PATH", ""),
 }
 EXPORTS = " ".join(f"{key}={shlex.quote(value)}" for key, value in SETTINGS.items())
@@ -123,6 +126,8 @@ def records(studies):
             files += [p.folder / "pack.json" for p in PLAN.packs_of(role)]
         if PLAN.rows_run(study):
             files.append(PLAN.measured(study))
+        if IMAGENET and PLAN.evaluation_spec(study)["rows"]:
+            files.append(PLAN.evaluated(study))
     return sorted(set(map(str, files)))
 
 
@@ -250,6 +255,25 @@ rule measure:
         ),
     shell:
         "python -m hovit measure {wildcards.study} --scale {params.scale} > {log} 2>&1"
+
+
+# Asked for only where ImageNet is given.
+rule evaluate:
+    output:
+        f"results/runs/{SCALE}/evaluation/{{study}}.json",
+    log:
+        f"logs/evaluate/{SCALE}/{{study}}.log",
+    threads: PLAN.scale.threads
+    resources:
+        gpu=1,
+        gpu_mb=PLAN.scale.gpu_memory_mb,
+        mem_mb=PLAN.scale.memory_mb,
+    params:
+        scale=SCALE,
+        spec=lambda w: digest(PLAN.evaluation_spec(STUDIES[w.study])),
+        code=code_hash("evaluation"),
+    shell:
+        "python -m hovit evaluate {wildcards.study} --scale {params.scale} > {log} 2>&1"
 
 
 rule analyse:

@@ -127,3 +127,17 @@ def test_a_config_key_that_there_is_not_is_one_line(tmp_path: Path) -> None:
     assert wrong.returncode != 0
     assert "error: --config scael: not known; there are scale, data_root, weights" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+
+
+@pytest.mark.slow
+def test_given_imagenet_the_tables_that_train_nothing_evaluate_weights_on_it(
+    tmp_path: Path,
+) -> None:
+    for name in ("Snakefile", "profiles", "config", "paper"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    command = [sys.executable, "-m", "snakemake", "-n", "results/tables"]
+    given = ["--config", f"imagenet={tmp_path}", f"weights={tmp_path}"]
+    for more, studies in (([], 0), (given, 3)):
+        done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert (done.stdout + done.stderr).count("rule evaluate:") == studies

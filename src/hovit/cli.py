@@ -186,6 +186,33 @@ def measure(
 
 
 @app.command()
+def evaluate(
+    study: str,
+    images: Annotated[
+        Path,
+        typer.Argument(
+            envvar="HOVIT_IMAGENET", help="ImageNet: a folder with val/n01440764/*.JPEG."
+        ),
+    ],
+    scale: ScaleOption = "smoke",
+    weights: WeightsOption = None,
+    accelerator: Accelerator = "auto",
+) -> None:
+    """Evaluate given weights of a study that trains nothing, on ImageNet's validation images."""
+    plan = load_plan(scale)
+    found = plan.study(study)
+    import hovit.models  # noqa: F401 (registers)
+
+    from .device import pick_device
+    from .evaluation.imagenet import evaluate_study
+
+    record = evaluate_study(
+        plan, found, images, weights, pick_device(accelerator), log=lambda line: print(line)
+    )
+    print(f"{study}: {len(record.results['rows'])} models on {record.provenance.device}")
+
+
+@app.command()
 def analyse(
     analysis: str,
     scale: ScaleOption = "smoke",

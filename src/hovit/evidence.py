@@ -24,6 +24,7 @@ from .records import Device, Record, read_record
 from .sources import analysis_code, code_hash, training_code
 
 EVIDENCE = Path("results/evidence")
+OTHERS = ("measure", "evaluation", "analysis")  # kinds of records that are a file of that folder
 
 
 def evidence_digest(root: Path = Path()) -> str:
@@ -53,9 +54,8 @@ def add(catalogue: Catalogue, sources: list[Path], root: Path = Path()) -> list[
     """
     found = [path for source in sources for path in records_in(source)]
     if not found:
-        raise HovitError(
-            f"{sources[0]}: no records in it (record.json, measure/*.json, analysis/*.json)"
-        )
+        kinds = ", ".join(f"{kind}/*.json" for kind in OTHERS)
+        raise HovitError(f"{sources[0]}: no records in it (record.json, {kinds})")
     plans = {name: Plan(catalogue, scale) for name, scale in catalogue.scales.items()}
     for path in found:
         check(plans, path, root)
@@ -77,7 +77,7 @@ def add(catalogue: Catalogue, sources: list[Path], root: Path = Path()) -> list[
 
 def records_in(folder: Path) -> list[Path]:
     """The records under a folder."""
-    others = [p for kind in ("measure", "analysis") for p in folder.rglob(f"{kind}/*.json")]
+    others = [p for kind in OTHERS for p in folder.rglob(f"{kind}/*.json")]
     whole = [p for p in others if not p.name.endswith(".partial.json")]
     return sorted([*folder.rglob("record.json"), *whole])
 
@@ -133,6 +133,8 @@ def check(plans: dict[str, Plan], path: Path, root: Path = Path()) -> Record:
 def _expected(plan: Plan, record: Record) -> str:
     if record.kind == "measure":
         return digest(plan.measure_spec(plan.study(record.id)))
+    if record.kind == "evaluation":
+        return digest(plan.evaluation_spec(plan.study(record.id)))
     if record.kind == "analysis":
         return digest(plan.analysis_spec(plan.analysis(record.id)))
     seed = record.spec.get("seed")
@@ -192,6 +194,8 @@ def record_code(record: Record, package: Path) -> str:
         return training_code(record.spec, package)
     if record.kind == "analysis":
         return analysis_code(record.spec, package)
+    if record.kind == "evaluation":
+        return code_hash("evaluation", package=package)
     models = sorted({row["model"] for row in record.spec["rows"].values()})
     return digest([code_hash("measure", model, package) for model in models])
 

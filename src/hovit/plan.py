@@ -377,6 +377,17 @@ class Plan:
         """The record of a study's parameters, multiply-adds and latency."""
         return RUNS / self.scale.id / "measure" / f"{study.id}.json"
 
+    def evaluation_spec(self, study: Study) -> dict[str, Any]:
+        """Which rows of a study that trains nothing are evaluated, given weights and ImageNet."""
+        evaluated = not study.trained and "top1" in study.columns
+        rows = [row for row in study.rows if row.model] if evaluated else []
+        found = {row.id: {"model": row.model, "model_args": row.model_args} for row in rows}
+        return {"study": study.id, "dataset": "ImageNet-1k, validation images", "rows": found}
+
+    def evaluated(self, study: Study) -> Path:
+        """The record of given weights' accuracy on ImageNet."""
+        return RUNS / self.scale.id / "evaluation" / f"{study.id}.json"
+
     def analysis(self, analysis_id: str) -> Analysis:
         """The analysis of that id.
 

@@ -71,10 +71,10 @@ class Provenance(Strict):
 
 
 class Record(Strict):
-    """One finished run, one study's measurements, or one analysis of trained models."""
+    """One finished run, a study's measurements or evaluation, or an analysis of trained models."""
 
     schema_version: Literal[1] = 1
-    kind: Literal["train", "measure", "analysis"]
+    kind: Literal["train", "measure", "evaluation", "analysis"]
     id: str
     scale: str
     spec: dict[str, Any]

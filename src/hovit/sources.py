@@ -23,7 +23,7 @@ def code_hash(purpose: str, model: str = "", package: Path = PACKAGE) -> str:
     """sha256, in hex, of the sources behind data, a model's training or measuring, or the report.
 
     Args:
-        purpose: `data`, `training`, `detection`, `measure`, `analysis` or `report`.
+        purpose: `data`, `training`, `detection`, `measure`, `evaluation`, `analysis` or `report`.
         model: a registered name, for all but data and the report.
         package: the folder of the package, this one's unless told.
     """
@@ -52,6 +52,7 @@ ENTRIES = {
     "training": ("loop",),
     "detection": ("train",),
     "measure": ("cost", "latency", "study"),
+    "evaluation": ("imagenet",),
     "analysis": ("run",),
     "report": ("tables", "figures", "claims", "paper"),
 }

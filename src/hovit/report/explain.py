@@ -54,7 +54,7 @@ def _cell(plan: Plan, study: Study, row: Row, column: str) -> str:
         f"{study.title} / {row.label} / {column}",
         f"  seed      {study.source.seed}, {study.source.place}",
         f"  reported  {printed or 'nothing'}",
-        f"  this run  {_number(value, column) if value else NONE}",
+        f"  this run  {_number(value, study, column) if value else NONE}",
         f"  row       config/studies/{study.id}.yaml, rows: id: {row.id}",
     ]
     if column in COUNTED:
@@ -63,15 +63,15 @@ def _cell(plan: Plan, study: Study, row: Row, column: str) -> str:
     best = evidence_for(study, find_evidence(plan))
     value = best.value(study, row, column) if best else None
     if best and value:
-        lines.append(f"  evidence  {_number(value, column)}, {best.states()}")
+        lines.append(f"  evidence  {_number(value, study, column)}, {best.states()}")
         lines += _made(best, study, row, column)
     return "\n".join(lines)
 
 
-def _number(value: Value, column: str) -> str:
+def _number(value: Value, study: Study, column: str) -> str:
     """With its spread and how many there are of it, if it is not exact."""
     timed = column.startswith(("latency", "throughput"))
-    if not timed and column not in TRAINED:
+    if not timed and not (study.trained and column in TRAINED):
         return f"{value.mean:,.6g}"
     spread = f"spread {value.spread:.4g}, " if value.n > 1 else ""
     return f"{value.mean:,.6g} ({spread}n = {plural(value.n, 'round' if timed else 'seed')})"
@@ -84,7 +84,13 @@ def _made(results: Results, study: Study, row: Row, column: str) -> list[str]:
         return ["  nothing is run for it: the row has the seed's numbers alone"]
     if column in TRAINED:
         if not study.trained:
-            return ["  nothing is trained for it at any scale: the study only measures its models"]
+            path, spec = plan.evaluated(study), plan.evaluation_spec(study)
+            if column != "top1" or results.evaluated(study) is None:
+                return [
+                    "  nothing is trained for it; given weights, ImageNet's accuracy is evaluated:",
+                    f"  hovit evaluate {study.id} IMAGENET --weights FOLDER",
+                ]
+            return _record(results, path, digest(spec))
         runs = plan.runs_of(study, row)
         if results.is_evidence:
             runs = [run for run, _ in results.trained(study, row)]

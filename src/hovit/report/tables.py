@@ -33,7 +33,7 @@ def describe(results: Results, study: Study) -> dict[str, str]:
             lines["Data"] = "this scale has none for this study, so nothing was run"
             return lines
         lines |= _training(results, study)
-    return lines | _measuring(results, study)
+    return lines | _evaluating(results, study) | _measuring(results, study)
 
 
 def _training(results: Results, study: Study) -> dict[str, str]:
@@ -66,6 +66,19 @@ def _training(results: Results, study: Study) -> dict[str, str]:
         started = sorted({results.weights_from(study, row) for row in with_records} - {""})
         lines["Pretrained weights from"] = "; ".join(started) or "no row was trained yet"
     return lines
+
+
+def _evaluating(results: Results, study: Study) -> dict[str, str]:
+    """On which images given weights were evaluated."""
+    record = None if study.trained else results.evaluated(study)
+    if record is None:
+        return {}
+    images = record.provenance.dataset or {}
+    return {
+        "Accuracy": f"evaluated of given weights on {images['images']:,} images of "
+        f"{images['classes']:,} classes of ImageNet-1k's validation set (it has 50,000 of 1,000); "
+        f"{record.provenance.device}"
+    }
 
 
 def _here(recipe: Recipe) -> str:

@@ -119,6 +119,11 @@ class Results:
         spec = digest(self.plan.measure_spec(study))
         return self.record(self.plan.measured(study), spec, code)
 
+    def evaluated(self, study: Study) -> Record | None:
+        """Given weights' accuracy on ImageNet, of a study that trains nothing."""
+        spec = digest(self.plan.evaluation_spec(study))
+        return self.record(self.plan.evaluated(study), spec, code_hash("evaluation"))
+
     def analysis(self, analysis_id: str) -> Record | None:
         """What an analysis found."""
         analysis = self.plan.analysis(analysis_id)
@@ -142,6 +147,8 @@ class Results:
         if metric.startswith("reported_"):
             printed = row.reported.get(metric.removeprefix("reported_"))  # type: ignore[call-overload]
             return Value(float(printed)) if printed and "–" not in printed else None
+        if metric == "top1" and not study.trained:
+            return self._evaluated_value(study, row)
         if metric in TRAINED:
             return self._trained_value(study, row, metric)
         if metric in COUNTED:
@@ -160,13 +167,20 @@ class Results:
         noise = STUDENT.get(n, 2.0) * spread / math.sqrt(n)
         if metric in ("top1", "val_top1"):  # all seeds share these images: more do not sharpen it
             images = runs[0][1].results["images_val" if metric == "val_top1" else "images_test"]
-            share = mean / 100
-            noise = math.hypot(noise, 196 * math.sqrt(share * (1 - share) / images))
+            noise = math.hypot(noise, _binomial(mean, images))
         if metric == "loss":
             errors = [float(r.results.get("loss_error", 0.0)) for _, r in runs]
             noise = math.hypot(noise, 1.96 * sum(errors) / n)
         paths = tuple(self.place(run.folder / "record.json") for run, _ in runs)
         return Value(mean, spread, n, noise, paths=paths)
+
+    def _evaluated_value(self, study: Study, row: Row) -> Value | None:
+        record = self.evaluated(study)
+        found = record.results["rows"].get(row.id) if record else None
+        if found is None:
+            return None
+        noise = _binomial(found["top1"], found["images"])
+        return Value(found["top1"], noise=noise, paths=(self.place(self.plan.evaluated(study)),))
 
     def _measured_value(self, study: Study, row: Row, metric: str) -> Value | None:
         record = self.measured(study)
@@ -275,6 +289,12 @@ class Results:
             devices.add(str(measured.provenance.device))
         name = "evidence" if self.is_evidence else "this run"
         return ", ".join([f"{name}: {self.plan.scale.id}", *dict.fromkeys(found), *sorted(devices)])
+
+
+def _binomial(percent: float, images: int) -> float:
+    """Half the width of the 95 % interval of a share of so many images, in points."""
+    share = percent / 100
+    return 196 * math.sqrt(share * (1 - share) / images)
 
 
 def _counts(folder: Path) -> tuple[dict[str, int], int]:

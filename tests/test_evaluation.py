@@ -1,0 +1,258 @@
+"""Given weights on ImageNet's images: known answers, timm's own loader, and what is missing."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import save_file
+from timm import create_model
+from timm.data import ImageNetInfo, create_dataset, create_loader, resolve_data_config
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+import hovit.models  # noqa: F401 (registers)
+from hovit import evidence
+from hovit.catalogue import Study
+from hovit.errors import HovitError
+from hovit.evaluation import imagenet
+from hovit.evaluation.imagenet import evaluate_study, find_images, find_weights
+from hovit.plan import load_plan
+from hovit.records import read_record
+from hovit.report.explain import explain
+from hovit.report.tables import write_table
+from hovit.report.values import Results
+from hovit.sources import PACKAGE
+
+CPU = torch.device("cpu")
+COLOURS = {"n01440764": (255, 0, 0), "n02099601": (0, 255, 0), "n03028079": (0, 0, 255)}
+INDEX = {name: ImageNetInfo().label_names().index(name) for name in COLOURS}
+
+
+class MeanColour(nn.Module):
+    """Linear in an image's mean colour."""
+
+    def __init__(self, num_classes=1000, in_chans=3):
+        super().__init__()
+        self.num_classes = num_classes
+        self.fc = nn.Linear(in_chans, num_classes)
+
+    def forward(self, x):
+        return self.fc(x.mean((2, 3)))
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"mean_colour{name}": {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3,
+                               "crop_pct": 1.0, "classifier": "fc", "first_conv": None}
+        for name in ("", "_two")
+    }
+)  # fmt: skip
+
+
+@register_model
+def mean_colour(pretrained=False, **kwargs):
+    return build_model_with_cfg(MeanColour, "mean_colour", pretrained, **kwargs)
+
+
+@register_model
+def mean_colour_two(pretrained=False, **kwargs):
+    return build_model_with_cfg(MeanColour, "mean_colour_two", pretrained, **kwargs)
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Four images of a colour's class, of which one of the first is of another's colour."""
+    root = tmp_path / "imagenet" / "val"
+    for name, colour in COLOURS.items():
+        (root / name).mkdir(parents=True)
+        for i in range(4):
+            seen = COLOURS["n03028079"] if (name, i) == ("n01440764", 3) else colour
+            Image.new("RGB", (40, 30 + i), seen).save(root / name / f"{i}.JPEG")
+    return root.parent
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """Weights that know the colours' classes; every other class is out of the question."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    weight, bias = torch.zeros(1000, 3), torch.full((1000,), -100.0)
+    for channel, name in enumerate(COLOURS):
+        weight[INDEX[name], channel], bias[INDEX[name]] = 10.0, 0.0
+    save_file({"fc.weight": weight, "fc.bias": bias}, folder / "mean_colour.safetensors")
+    return folder
+
+
+def study(*models, **more):
+    rows = [{"id": f"r{i}", "label": m} | form(m) for i, m in enumerate(models)]
+    source = {"seed": "ours", "place": "a test"}
+    return Study.model_validate(
+        {"id": "coloured", "title": "t", "source": source, "trained": False, "columns": ["top1"],
+         "num_classes": 1000, "rows": rows} | more
+    )  # fmt: skip
+
+
+def form(model):
+    if model.startswith("efficientvit"):
+        return {"model": "deployed", "model_args": {"of": model}}
+    return {"model": model}
+
+
+@pytest.fixture
+def plan():
+    return load_plan("smoke", ROOT / "config")
+
+
+def test_accuracy_is_the_share_of_images_that_the_weights_know(plan, images, weights, tmp_path):
+    record = evaluate_study(plan, study("mean_colour"), images, weights, CPU, tmp_path)
+    row = record.results["rows"]["r0"]
+    assert row["top1"] == pytest.approx(100 * 11 / 12)
+    assert (row["top5"], row["images"]) == (100.0, 12)
+    assert 0 < row["loss"] < 40
+    assert record.provenance.dataset["classes"] == 3
+    written = read_record(tmp_path / plan.evaluated(study("mean_colour")))
+    assert written.results == record.results
+
+
+def test_images_reach_a_model_as_timm_would_bring_them_and_its_deploy_form_agrees(
+    plan, images, tmp_path
+):
+    torch.manual_seed(0)
+    model = create_model("efficientvit_m0").eval()
+    for path in sorted(images.rglob("*.JPEG")):  # of a size that is scaled and cropped
+        Image.effect_noise((260, 240), 90).convert("RGB").save(path)
+    save_file(model.state_dict(), tmp_path / "efficientvit_m0.safetensors")
+    record = evaluate_study(plan, study("efficientvit_paper_m0"), images, tmp_path, CPU, tmp_path)
+    dataset = create_dataset("", images, split="validation")
+    loader = create_loader(dataset, batch_size=5, use_prefetcher=False, num_workers=0,
+                           **{k: v for k, v in resolve_data_config(model=model).items()
+                              if k not in ("crop_mode",)})  # fmt: skip
+    numbers = [INDEX[name] for name in sorted(COLOURS)]
+    losses = []
+    with torch.inference_mode():
+        for x, y in loader:
+            wanted = torch.tensor([numbers[i] for i in y])
+            losses.append(nn.functional.cross_entropy(model(x), wanted, reduction="none"))
+    row = record.results["rows"]["r0"]
+    assert row["loss"] == pytest.approx(float(torch.cat(losses).mean()), abs=1e-4)
+    assert row["seen_as"]["input_size"] == [3, 224, 224]
+
+
+def test_rows_without_weights_are_left_out_and_named(plan, images, weights, tmp_path):
+    lines = []
+    both = study("mean_colour", "mean_colour_two")
+    record = evaluate_study(plan, both, images, weights, CPU, tmp_path, lines.append)
+    assert list(record.results["rows"]) == ["r0"]
+    assert any(line.startswith("r1: left out: no weights of mean_colour_two in") for line in lines)
+    (weights / "mean_colour.safetensors").unlink()
+    with pytest.raises(HovitError, match="no weights of any row of coloured"):
+        evaluate_study(plan, both, images, weights, CPU, tmp_path)
+
+
+def test_a_killed_evaluation_goes_on_after_the_last_finished_row(
+    plan, images, weights, tmp_path, monkeypatch
+):
+    both = study("mean_colour", "mean_colour_two")
+    content = (weights / "mean_colour.safetensors").read_bytes()
+    (weights / "mean_colour_two.safetensors").write_bytes(content)
+    calls, real = [], imagenet.evaluate
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(imagenet, "evaluate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_study(plan, both, images, weights, CPU, tmp_path)
+    assert not (tmp_path / plan.evaluated(both)).exists()
+    evaluate_study(plan, both, images, weights, CPU, tmp_path)
+    assert len(calls) == 3  # the first row was not done again
+    assert len(read_record(tmp_path / plan.evaluated(both)).results["rows"]) == 2
+    assert not list(tmp_path.rglob("*.partial.json"))
+
+
+def test_what_is_not_imagenet_is_refused_in_one_line(plan, images, weights, tmp_path):
+    with pytest.raises(HovitError, match="no ImageNet in it"):
+        find_images(tmp_path / "nowhere")
+    (images / "val" / "cats").mkdir()
+    Image.new("RGB", (8, 8)).save(images / "val" / "cats" / "a.JPEG")
+    with pytest.raises(HovitError, match="cats is no class of ImageNet-1k"):
+        find_images(images)
+    (images / "val" / "cats" / "a.JPEG").unlink()
+    (images / "val" / "cats").rmdir()
+    (images / "val" / "n01440764" / "0.JPEG").write_bytes(b"no image")
+    with pytest.raises(HovitError, match="an image cannot be read"):
+        evaluate_study(plan, study("mean_colour"), images, weights, CPU, tmp_path)
+
+
+def test_other_weights_are_refused_by_name(plan, images, weights, tmp_path):
+    save_file({"fc.weight": torch.zeros(10, 3)}, weights / "mean_colour.safetensors")
+    with pytest.raises(HovitError, match="not the weights of mean_colour"):
+        evaluate_study(plan, study("mean_colour"), images, weights, CPU, tmp_path)
+
+
+def test_a_study_that_trains_or_tells_no_accuracy_has_nothing_to_evaluate(plan):
+    assert plan.evaluation_spec(study("mean_colour"))["rows"]
+    assert not plan.evaluation_spec(study("mean_colour", columns=["macs"]))["rows"]
+    assert not plan.evaluation_spec(plan.study("hovit"))["rows"]
+    with pytest.raises(HovitError, match="hovit: nothing of it is evaluated: only"):
+        evaluate_study(plan, plan.study("hovit"), ROOT, None, CPU)
+
+
+def test_weights_by_timms_name_serve_our_model(tmp_path):
+    (tmp_path / "efficientvit_m3.safetensors").touch()
+    assert find_weights("efficientvit_paper_m3", tmp_path).stem == "efficientvit_m3"
+    assert find_weights("efficientvit_paper_m4", tmp_path) is None
+
+
+def test_without_a_folder_weights_are_timms_from_the_hub(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(imagenet, "download_timm", lambda name: asked.append(name) or tmp_path)
+    assert find_weights("efficientvit_paper_m3", None) == tmp_path
+    assert find_weights("mobilenetv3_large_075", None) is None  # timm has none
+    assert asked == ["efficientvit_paper_m3"]
+
+
+def test_the_table_shows_it_and_says_of_what_it_is(plan, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config").symlink_to(ROOT / "config")
+    torch.manual_seed(0)
+    weights = create_model("efficientvit_m0").state_dict()
+    save_file(weights, tmp_path / "efficientvit_m0.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-m", "hovit", "evaluate", "efficientvit_imagenet", images, "--weights",
+         tmp_path], capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "m0: top-1" in done.stdout
+    assert "m1: left out" in done.stdout
+    table = plan.study("efficientvit_imagenet")
+    value = Results(plan, tmp_path).value(table, table.row("m0"), "top1")
+    assert value is not None
+    assert value.paths == (plan.evaluated(table),)
+    write_table(plan, table, tmp_path)
+    text = (tmp_path / "results/tables/efficientvit_imagenet.md").read_text()
+    assert "Top-1, %<br>this run" in text
+    assert "evaluated of given weights on 12 images of 3 classes" in text
+    assert str(plan.evaluated(table)) in explain(plan, "efficientvit_imagenet", "m0", "top1")
+    assert "hovit evaluate backbones" in explain(plan, "backbones", "deit_b", "top1")
+
+
+def test_evidence_takes_an_evaluation_by_spec_and_code(plan, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "_package_at", lambda root, commit: PACKAGE)
+    table = plan.study("efficientvit_imagenet")
+    torch.manual_seed(0)
+    weights = create_model("efficientvit_m0").state_dict()
+    save_file(weights, tmp_path / "efficientvit_m0.safetensors")
+    record = evaluate_study(plan, table, images, tmp_path, CPU, tmp_path)
+    path = tmp_path / plan.evaluated(table)
+    assert evidence.check({"smoke": plan}, path, ROOT).id == table.id
+    assert evidence.location(record).as_posix() == "smoke/evaluation/efficientvit_imagenet.json"
+    one = table.model_copy(update={"rows": table.rows[:1]})
+    evaluate_study(plan, one, images, tmp_path, CPU, tmp_path)
+    with pytest.raises(HovitError, match="its spec is not the catalogue's any more"):
+        evidence.check({"smoke": plan}, path, ROOT)
