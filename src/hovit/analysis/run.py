@@ -52,6 +52,7 @@ def analyse(plan: Plan, analysis: Analysis, device: torch.device, root: Path = P
     begin = time.monotonic()
     torch.manual_seed(0)
     keep_freed_memory()  # some kinds tell times
+    torch.set_num_threads(plan.scale.threads)
     rows: dict[str, Any] = {}
     for ref, run in plan.analysed_runs(analysis).items():
         weights = root / run.folder / "weights.safetensors"
