@@ -547,3 +547,15 @@ def test_the_protocol_says_what_becomes_of_freed_memory():
     plan = load_plan("smoke", ROOT / "config")
     spec = plan.measure_spec(plan.study("hovit"))
     assert spec["latency"]["memory"].startswith("freed memory kept")
+
+
+def test_a_study_may_be_timed_with_freed_memory_handed_back_but_not_after_it_is_kept(
+    monkeypatch, tmp_path
+):
+    plan = load_plan("smoke", ROOT / "config")
+    study = plan.study("efficientvit_allocator")
+    assert "handed back" in plan.measure_spec(study)["latency"]["memory"]
+    monkeypatch.setattr("hovit.device.freed_memory_kept", True)
+    with pytest.raises(HovitError, match=r"this process keeps it by now: .* `hovit measure"):
+        measure_study(plan, study, CPU, tmp_path)
+    assert not list(tmp_path.rglob("*.json"))

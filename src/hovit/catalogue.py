@@ -289,6 +289,7 @@ class Study(Strict):
     workload: Literal["inference", "onnx", "gradients", "training"] = "inference"
     batches: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
     threads: Annotated[int, Field(ge=1)] | None = None  # of the CPU, timed; None: the scale's
+    keep_memory: bool = True  # what a pass frees the next finds again; else glibc's default
     on_gpu: OnGpu | None = None  # None: as on a CPU
     dataset: Role = "pets"
     recipe: Name = "deck"

@@ -10,6 +10,8 @@ import torch
 from .errors import HovitError
 from .records import Device
 
+freed_memory_kept = False  # by this process, from some moment on
+
 
 def pick_device(accelerator: str = "auto") -> torch.device:
     """`cuda` where there is one, else `cpu`; or what was asked for.
@@ -47,12 +49,14 @@ def keep_freed_memory() -> bool:
     Returns:
         whether it is so: False where the C library has no `mallopt`.
     """
+    global freed_memory_kept
     trim_threshold, mmap_max = -1, -4  # glibc's malloc.h
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, TypeError, OSError):  # musl, macOS; Windows
         return False
-    return bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
+    freed_memory_kept = bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
+    return freed_memory_kept
 
 
 def _processor() -> str:

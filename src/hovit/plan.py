@@ -30,6 +30,8 @@ from .sources import training_code
 RUNS = Path("results/runs")
 PREDICTIONS, DETECTIONS = "predictions.csv.gz", "detections.json.gz"
 PICTURES = ("attention_maps", "kept_patches")  # analyses that show an image beside what they find
+KEPT = "freed memory kept, where the C library is glibc"
+HANDED_BACK = "freed memory handed back, as glibc does"
 PRETRAINING = ("pretrain", "upstream")  # roles of what others start from: one seed is enough
 
 
@@ -343,7 +345,7 @@ class Plan:
         timed = {"latency", "throughput"} & set(study.columns)
         latency["image_size"] = self._timed_size(study.image_size)
         latency["precision"] = "fp32, TF32 off"
-        latency["memory"] = "freed memory kept, where the C library is glibc"
+        latency["memory"] = KEPT if study.keep_memory else HANDED_BACK
         if study.threads:
             latency["threads"] = study.threads
         if study.workload != "inference":

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .. import device as device_module
 from ..catalogue import Study
 from ..device import describe_device, keep_freed_memory, peak_memory_mb
 from ..errors import HovitError, OutOfTime
@@ -53,12 +54,19 @@ def measure_study(
 
     Raises:
         OutOfTime: at the deadline; the same call goes on.
-        HovitError: if an interrupted measurement was begun on another device, or its file changed.
+        HovitError: if an interrupted measurement was begun on another device, its file changed, or
+            this process keeps freed memory already and the study wants it handed back.
     """
     begin = time.monotonic()
     device = torch.device("cpu") if study.workload == "onnx" else device
     torch.manual_seed(0)
-    keep_freed_memory()
+    if study.keep_memory:
+        keep_freed_memory()
+    elif device_module.freed_memory_kept:
+        raise HovitError(
+            f"{study.id} is timed with freed memory handed back, and this process keeps it by now: "
+            f"the same command again, or `hovit measure {study.id}`"
+        )
     # Else convolutions alone would run in TF32, and HoViT's ideas put them in place of linears.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     spec = plan.measure_spec(study)

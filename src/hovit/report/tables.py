@@ -126,6 +126,8 @@ def _measuring(results: Results, study: Study) -> dict[str, str]:
         size += ", " if size else ""
         if "throughput" in study.columns:
             size += f"images/s at batch {results.throughput_batch(study)}, "
+        if not study.keep_memory:
+            size += f"{setting['memory']}, "
         what = WORKLOADS.get(study.workload, "")
         how = "ONNX Runtime" if study.workload == "onnx" else "eager"
         lines["Latency"] = (
