@@ -257,8 +257,24 @@ rule measure:
         "python -m hovit measure {wildcards.study} --scale {params.scale} > {log} 2>&1"
 
 
+def imagenet(wildcards):
+    if not IMAGENET:
+        raise WorkflowError("give --config imagenet=FOLDER (and weights=FOLDER)")
+    return []
+
+
+def weights_given():
+    """Name and size of each file of weights: what evaluation must follow."""
+    folder = Path(str(WEIGHTS or ""))
+    return sorted(
+        (path.name, path.stat().st_size) for path in folder.glob("*.safetensors")
+    )
+
+
 # Asked for only where ImageNet is given.
 rule evaluate:
+    input:
+        imagenet,
     output:
         f"results/runs/{SCALE}/evaluation/{{study}}.json",
     log:
@@ -272,6 +288,7 @@ rule evaluate:
         scale=SCALE,
         spec=lambda w: digest(PLAN.evaluation_spec(STUDIES[w.study])),
         code=code_hash("evaluation"),
+        weights=digest([IMAGENET, weights_given() if WEIGHTS else []]),
     shell:
         "python -m hovit evaluate {wildcards.study} --scale {params.scale} > {log} 2>&1"
 

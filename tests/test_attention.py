@@ -622,3 +622,13 @@ def test_what_is_wrong_within_a_form_is_not_blamed_on_its_options(
     monkeypatch.setattr(FocusedAttention, "__init__", broken)
     with pytest.raises(TypeError, match="broken"):
         create_attention("focused", 16, 2)
+
+
+@pytest.mark.parametrize("similarity", ["euclidean", "jaccard"])
+@pytest.mark.parametrize("kinds", [(torch.float32, torch.bfloat16), (torch.float32,) * 2])
+def test_under_autocast_types_may_differ(similarity, kinds):
+    q, k = (torch.randn(2, 3, 9, 8).to(kind) for kind in kinds)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = sim.SIMILARITIES[similarity](q, k)
+    wanted = sim.SIMILARITIES[similarity](q.double(), k.double())
+    assert (scores.double() - wanted).norm() <= 2e-2 * wanted.norm()

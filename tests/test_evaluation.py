@@ -23,7 +23,7 @@ from hovit.plan import load_plan
 from hovit.records import read_record
 from hovit.report.explain import explain
 from hovit.report.tables import write_table
-from hovit.report.values import Results
+from hovit.report.values import Results, evidence_for, find_evidence
 from hovit.sources import PACKAGE
 
 CPU = torch.device("cpu")
@@ -110,6 +110,8 @@ def test_accuracy_is_the_share_of_images_that_the_weights_know(plan, images, wei
     record = evaluate_study(plan, study("mean_colour"), images, weights, CPU, tmp_path)
     row = record.results["rows"]["r0"]
     assert row["top1"] == pytest.approx(100 * 11 / 12)
+    assert (row["weights"], row["file"]) == ("mean_colour", "mean_colour.safetensors")
+    assert torch.get_num_threads() == plan.scale.threads
     assert (row["top5"], row["images"]) == (100.0, 12)
     assert 0 < row["loss"] < 40
     assert record.provenance.dataset["classes"] == 3
@@ -148,8 +150,11 @@ def test_rows_without_weights_are_left_out_and_named(plan, images, weights, tmp_
     assert list(record.results["rows"]) == ["r0"]
     assert any(line.startswith("r1: left out: no weights of mean_colour_two in") for line in lines)
     (weights / "mean_colour.safetensors").unlink()
-    with pytest.raises(HovitError, match="no weights of any row of coloured"):
-        evaluate_study(plan, both, images, weights, CPU, tmp_path)
+    record = evaluate_study(plan, both, images, weights, CPU, tmp_path, lines.append)
+    assert record.results["rows"] == {}
+    assert lines[-1].startswith("no weights of any row in")
+    with pytest.raises(HovitError, match=r"a folder of MODEL\.safetensors is wanted"):
+        evaluate_study(plan, both, images, images / "one.safetensors", CPU, tmp_path)
 
 
 def test_a_killed_evaluation_goes_on_after_the_last_finished_row(
@@ -176,7 +181,7 @@ def test_a_killed_evaluation_goes_on_after_the_last_finished_row(
     assert not list(tmp_path.rglob("*.partial.json"))
 
 
-def test_what_is_not_imagenet_is_refused_in_one_line(plan, images, weights, tmp_path):
+def test_what_is_not_imagenet_is_refused_in_one_line(plan, images, weights, tmp_path, monkeypatch):
     with pytest.raises(HovitError, match="no ImageNet in it"):
         find_images(tmp_path / "nowhere")
     (images / "val" / "cats").mkdir()
@@ -186,8 +191,33 @@ def test_what_is_not_imagenet_is_refused_in_one_line(plan, images, weights, tmp_
     (images / "val" / "cats" / "a.JPEG").unlink()
     (images / "val" / "cats").rmdir()
     (images / "val" / "n01440764" / "0.JPEG").write_bytes(b"no image")
+    for batch in (64, 4):  # 4: read by workers
+        monkeypatch.setattr(imagenet, "BATCH", batch)
+        with pytest.raises(HovitError, match=r"^\S+/n01440764/0.JPEG: an image cannot be read: \S"):
+            evaluate_study(plan, study("mean_colour"), images, weights, CPU, tmp_path)
+    (images / "val" / "n01440764" / "0.JPEG").unlink()
+    (images / "val" / "n01440764" / "0.JPEG").symlink_to(tmp_path / "nowhere")
     with pytest.raises(HovitError, match="an image cannot be read"):
         evaluate_study(plan, study("mean_colour"), images, weights, CPU, tmp_path)
+
+
+def test_weights_whose_outputs_are_not_finite_are_refused(plan, images, weights, tmp_path):
+    bad = {"fc.weight": torch.full((1000, 3), torch.nan), "fc.bias": torch.zeros(1000)}
+    save_file(bad, weights / "mean_colour.safetensors")
+    with pytest.raises(HovitError, match="outputs are not finite"):
+        evaluate_study(plan, study("mean_colour"), images, weights, CPU, tmp_path)
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_images_have_the_size_and_the_tag_has_the_say_at_which_timm_tests(plan, tmp_path):
+    row = plan.study("backbones").row("effnet_b3")
+    save_file(create_model("efficientnet_b3").state_dict(), tmp_path / "b3.safetensors")
+    _, config = imagenet.load_model(row, tmp_path / "b3.safetensors")
+    assert (config["input_size"], config["crop_pct"]) == ((3, 320, 320), 1.0)
+    swin = plan.study("backbones").row("swin_b")
+    assert imagenet.tagged(swin) == "swin_base_patch4_window7_224.ms_in1k"
+    (tmp_path / "swin_base_patch4_window7_224.safetensors").touch()
+    assert find_weights(imagenet.tagged(swin), tmp_path) is not None
 
 
 def test_other_weights_are_refused_by_name(plan, images, weights, tmp_path):
@@ -238,6 +268,7 @@ def test_the_table_shows_it_and_says_of_what_it_is(plan, images, tmp_path, monke
     text = (tmp_path / "results/tables/efficientvit_imagenet.md").read_text()
     assert "Top-1, %<br>this run" in text
     assert "evaluated of given weights on 12 images of 3 classes" in text
+    assert "imagenet=IMAGENET" in explain(plan, "efficientvit_imagenet", "m0", "top1")
     assert str(plan.evaluated(table)) in explain(plan, "efficientvit_imagenet", "m0", "top1")
     assert "hovit evaluate backbones" in explain(plan, "backbones", "deit_b", "top1")
 
@@ -251,6 +282,10 @@ def test_evidence_takes_an_evaluation_by_spec_and_code(plan, images, tmp_path, m
     record = evaluate_study(plan, table, images, tmp_path, CPU, tmp_path)
     path = tmp_path / plan.evaluated(table)
     assert evidence.check({"smoke": plan}, path, ROOT).id == table.id
+    place = tmp_path / "results/evidence/test" / evidence.location(record)
+    place.parent.mkdir(parents=True)
+    place.write_bytes(path.read_bytes())
+    assert evidence_for(table, find_evidence(plan, tmp_path)) is not None
     assert evidence.location(record).as_posix() == "smoke/evaluation/efficientvit_imagenet.json"
     one = table.model_copy(update={"rows": table.rows[:1]})
     evaluate_study(plan, one, images, tmp_path, CPU, tmp_path)

@@ -73,7 +73,7 @@ def test_explain_says_why_nothing_is_run(
 ) -> None:
     monkeypatch.chdir(root)
     family = explain(plan, "efficientvit_family", "m0", "top1")
-    assert "at any scale: the study only measures" in family
+    assert "hovit evaluate efficientvit_family IMAGENET --weights FOLDER" in family
     assert "at scale mini: no images for coco" in explain(
         plan, "efficientvit_detection", "m4", "ap"
     )

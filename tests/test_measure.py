@@ -559,3 +559,17 @@ def test_a_study_may_be_timed_with_freed_memory_handed_back_but_not_after_it_is_
     with pytest.raises(HovitError, match=r"this process keeps it by now: .* `hovit measure"):
         measure_study(plan, study, CPU, tmp_path)
     assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_measuring_keeps_freed_memory_where_its_record_says_so(keep, monkeypatch, tmp_path):
+    plan = load_plan("smoke", ROOT / "config")
+    family = plan.study("efficientvit_speed")
+    study = family.model_copy(
+        update={"id": "one", "rows": family.rows[:1], "batches": (1,), "keep_memory": keep}
+    )
+    called = []
+    monkeypatch.setattr("hovit.device.freed_memory_kept", False)
+    monkeypatch.setattr(study_module, "keep_freed_memory", lambda: called.append(True))
+    record = measure_study(plan, study, CPU, tmp_path)
+    assert bool(called) == keep == ("kept" in record.spec["latency"]["memory"])

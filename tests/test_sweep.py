@@ -106,3 +106,10 @@ def test_no_time_left_does_nothing_and_says_what_is_to_do(tiny: Plan, tmp_path: 
     todo = run_sweep(tiny, tmp_path, time.monotonic() - 1, [])
     assert [job.split()[0] for job in todo] == ["train", "train", "measure"]
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_what_is_timed_with_freed_memory_handed_back_comes_before_what_keeps_it(tmp_path):
+    plan = load_plan("smoke", ROOT / "config")
+    studies = [plan.study(name) for name in ("efficientvit_speed", "efficientvit_allocator")]
+    todo = sweep(plan, studies, data_root=tmp_path, deadline=0.0, root=tmp_path)
+    assert todo == ["measure efficientvit_allocator", "measure efficientvit_speed"]

@@ -256,6 +256,7 @@ class Row(Strict):
     model: Name | None = None
     model_args: dict[str, Argument] = {}
     pretrained: Name | None = None  # the model, or the ResNet50 inside it, starts from these
+    tag: Name | None = None  # timm's, of the weights that are evaluated; None: timm's default
     recipe: Name | None = None  # None: the study's
     dataset: Role | None = None  # None: the study's; in a `data` study: of which the row tells
     image_size: Annotated[int, Field(ge=32)] | None = None  # None: the study's

@@ -383,7 +383,10 @@ class Plan:
         """Which rows of a study that trains nothing are evaluated, given weights and ImageNet."""
         evaluated = not study.trained and "top1" in study.columns
         rows = [row for row in study.rows if row.model] if evaluated else []
-        found = {row.id: {"model": row.model, "model_args": row.model_args} for row in rows}
+        found = {
+            row.id: {"model": row.model, "model_args": row.model_args, "tag": row.tag}
+            for row in rows
+        }
         return {"study": study.id, "dataset": "ImageNet-1k, validation images", "rows": found}
 
     def evaluated(self, study: Study) -> Path:

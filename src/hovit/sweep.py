@@ -74,7 +74,7 @@ def sweep(
         path = root / run.folder / "record.json"
         if not is_done(path, run.spec_hash, run.code):
             jobs.append((f"train {run.id} seed {run.seed}", partial(train_one, run)))
-    for study in studies:
+    for study in sorted(studies, key=lambda s: s.keep_memory):  # what is kept stays kept
         path = root / plan.measured(study)
         if plan.rows_run(study) and not is_done(
             path, digest(plan.measure_spec(study)), study_code(plan, study)

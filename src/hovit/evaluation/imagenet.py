@@ -1,12 +1,12 @@
 """A study's models with given weights on ImageNet's validation images.
 
-timm's own validation: each model sees images as its weights want them (size, crop, interpolation,
-mean and deviation: `timm.data.resolve_data_config`), in fp32. A row that is timed in a deploy form
-is evaluated in it. Weights are timm's (for EfficientViT the authors'), from a folder of
-MODEL.safetensors or from the hub.
+timm's own validation: each model sees images as its weights want them (size and crop of the test,
+interpolation, mean and deviation: `timm.data.resolve_data_config`), in fp32. A row that is timed in
+a deploy form is evaluated in it. Weights are timm's (for EfficientViT the authors'): those of the
+row's tag, or timm's default; from a folder of MODEL.safetensors or from the hub.
 """
 
-import os
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import timm
 import torch
+from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from torch import nn
 from torch.utils.data import DataLoader
@@ -58,8 +59,8 @@ def evaluate_study(
         log: told of each row.
 
     Raises:
-        HovitError: if the study has no such rows, the images are not ImageNet's, there are no
-            weights of any row, or a download fails.
+        HovitError: if the study has no such rows, the images are not ImageNet's, weights are not
+            their model's, or a download fails.
     """
     begin = time.monotonic()
     spec = plan.evaluation_spec(study)
@@ -67,6 +68,10 @@ def evaluate_study(
         raise HovitError(
             f"{study.id}: nothing of it is evaluated: only what is not trained and tells `top1`"
         )
+    if weights and not weights.is_dir():
+        raise HovitError(f"{weights}: a folder of MODEL.safetensors is wanted")
+    torch.set_num_threads(plan.scale.threads)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     images = find_images(folder)
     code = code_hash("evaluation")
     fingerprint = _fingerprint(images)
@@ -77,20 +82,21 @@ def evaluate_study(
     for row in study.rows:
         if row.id not in spec["rows"]:
             continue
-        path = find_weights(base_model(row)[0], weights)
+        name = tagged(row)
+        path = find_weights(name, weights)
         if path is None:
-            log(f"{row.id}: left out: no weights of {base_model(row)[0]} in {weights or 'timm'}")
+            log(f"{row.id}: left out: no weights of {name} in {weights or 'timm'}")
             rows.pop(row.id, None)
             continue
         sha256 = file_digest(path)
         if rows.get(row.id, {}).get("weights_sha256") != sha256:
             model, config = load_model(row, path)
-            rows[row.id] = evaluate(model, images, config, device) | {"weights_sha256": sha256}
+            given = {"weights": name, "file": path.name, "weights_sha256": sha256}
+            rows[row.id] = evaluate(model, images, config, device, plan.scale.threads) | given
             write_sealed(partial, begun | {"rows": rows})
         log(f"{row.id}: top-1 {rows[row.id]['top1']:.2f} %")
     if not rows:
-        raise HovitError(f"{weights or 'timm'}: no weights of any row of {study.id}; a folder has "
-                         "them as MODEL.safetensors")  # fmt: skip
+        log(f"no weights of any row in {weights or 'timm'}: nothing is evaluated")
     record = Record(
         kind="evaluation",
         id=study.id,
@@ -121,7 +127,7 @@ def find_images(folder: Path) -> ImageFolder:
     root = (*inside, folder)[0]
     number = {name: i for i, name in enumerate(ImageNetInfo().label_names())}
     try:
-        images = ImageFolder(str(root))
+        images = ImageFolder(str(root), loader=read_image)
     except OSError as error:
         raise HovitError(
             f"{folder}: no ImageNet in it (val/n01440764/*.JPEG): {one_line(error)}"
@@ -136,7 +142,12 @@ def find_images(folder: Path) -> ImageFolder:
 
 def _fingerprint(images: ImageFolder) -> dict[str, Any]:
     root = Path(images.root)
-    files = [(str(Path(p).relative_to(root)), Path(p).stat().st_size) for p, _ in images.samples]
+    try:
+        files = [
+            (str(Path(p).relative_to(root)), Path(p).stat().st_size) for p, _ in images.samples
+        ]
+    except OSError as error:
+        raise HovitError(f"{root}: an image cannot be read: {one_line(error)}") from None
     return {"images": len(files), "classes": len(images.classes), "sha256": digest(sorted(files))}
 
 
@@ -146,22 +157,30 @@ def _resume(partial: Path, begun: dict[str, Any]) -> dict[str, Any]:
     return rows if all(saved.get(key) == value for key, value in begun.items()) else {}
 
 
+def tagged(row: Row) -> str:
+    """A row's model, with the tag of its weights if the row names one."""
+    name, _ = base_model(row)
+    return f"{name}.{row.tag}" if row.tag else name
+
+
 def find_weights(name: str, folder: Path | None) -> Path | None:
     """A model's weights, or None if there are none.
 
     Args:
-        name: the model.
-        folder: where NAME.safetensors is looked for, by ours and by timm's name of the model; if
-            None, timm's own are taken from the hub's cache or the hub.
+        name: the model, with or without a tag.
+        folder: where NAME.safetensors is looked for, with the tag and without, by ours and by
+            timm's name of the model; if None, timm's own are taken from the hub's cache or the hub.
 
     Raises:
         HovitError: if the download fails.
     """
-    hub = timm.get_pretrained_cfg_value(name, "hf_hub_id")
+    hub = timm.get_pretrained_cfg_value(name, "hf_hub_id") or ""
     if folder is None:
         return download_timm(name) if hub else None
-    names = [name, *([hub.rpartition("/")[2].partition(".")[0]] if hub else [])]
-    return next((p for n in names if (p := folder / f"{n}.safetensors").exists()), None)
+    timms = hub.rpartition("/")[2]
+    names = [name, name.partition(".")[0], timms, timms.partition(".")[0]]
+    files = [folder / f"{each}.safetensors" for each in names if each]
+    return next((path for path in files if path.exists()), None)
 
 
 def base_model(row: Row) -> tuple[str, dict[str, Any]]:
@@ -178,21 +197,39 @@ def load_model(row: Row, path: Path) -> tuple[nn.Module, dict[str, Any]]:
         HovitError: if the weights are not the model's.
     """
     name, args = base_model(row)
-    _, size, _ = timm.get_pretrained_cfg_value(name, "input_size") or (3, 224, 224)
-    model = create_model(name, 1000, size, **args)
+    described = timm.get_pretrained_cfg(tagged(row))
+    assert described is not None
+    config = resolve_data_config(pretrained_cfg=described.to_dict(), use_test_size=True)
+    model = create_model(name, 1000, config["input_size"][1], **args)
     made = {key for key, _ in model.named_buffers()} - model.state_dict().keys()
     given = {key: value for key, value in load_weights(path).items() if key not in made}
     try:
         model.load_state_dict(given)
     except RuntimeError as error:
         raise HovitError(f"{path}: not the weights of {name}: {one_line(error)}") from None
-    config = resolve_data_config(model=model)
     form = row.model_args.get("by", "hovit") if row.model == "deployed" else "nothing"
     return FORMS[str(form)](model.eval()), config
 
 
+def read_image(path: str) -> Image.Image:
+    """An image in RGB.
+
+    Raises:
+        HovitError: naming it, if it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # PIL raises what it will
+        raise HovitError(f"{path}: an image cannot be read: {one_line(error)}") from None
+
+
 def evaluate(
-    model: nn.Module, images: ImageFolder, config: dict[str, Any], device: torch.device
+    model: nn.Module,
+    images: ImageFolder,
+    config: dict[str, Any],
+    device: torch.device,
+    workers: int = 0,
 ) -> dict[str, Any]:
     """Top-1 and top-5 accuracy in percent, and mean cross-entropy (nats).
 
@@ -201,13 +238,13 @@ def evaluate(
         images: as `find_images` gives them.
         config: as timm's `resolve_data_config` gives it.
         device: where.
+        workers: processes that read images, if there are more than a batch of them.
 
     Raises:
-        HovitError: for an image that cannot be read.
+        HovitError: for an image that cannot be read, or outputs that are not finite.
     """
     images.transform = create_transform(**config, is_training=False)
-    workers = (os.cpu_count() or 1) if len(images) > BATCH else 0
-    loader = DataLoader(images, BATCH, num_workers=workers)
+    loader = DataLoader(images, BATCH, num_workers=workers if len(images) > BATCH else 0)
     hits, losses = [], []
     model.to(device)
     try:
@@ -216,14 +253,18 @@ def evaluate(
                 out, y = model(x.to(device)).float(), y.to(device)
                 hits.append((out.topk(5).indices == y[:, None]).cpu())
                 losses.append(nn.functional.cross_entropy(out, y, reduction="none").cpu())
-    except (OSError, ValueError) as error:
-        raise HovitError(f"{images.root}: an image cannot be read: {one_line(error)}") from None
+    except HovitError as error:  # a worker's comes after its traceback
+        last = str(error).strip().splitlines()[-1]
+        raise HovitError(last.removeprefix("hovit.errors.HovitError: ")) from None
+    loss = float(torch.cat(losses).double().mean())
+    if not math.isfinite(loss):
+        raise HovitError("the model's outputs are not finite: other weights are wanted")
     hit = torch.cat(hits).numpy()
     seen = ("input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
     return {
         "top1": float(100 * hit[:, 0].mean()),
         "top5": float(100 * hit.any(1).mean()),
-        "loss": float(torch.cat(losses).double().mean()),
+        "loss": loss,
         "images": len(hit),
         "seen_as": {
             k: list(v) if isinstance(v, tuple) else v for k, v in config.items() if k in seen

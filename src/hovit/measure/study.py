@@ -60,9 +60,7 @@ def measure_study(
     begin = time.monotonic()
     device = torch.device("cpu") if study.workload == "onnx" else device
     torch.manual_seed(0)
-    if study.keep_memory:
-        keep_freed_memory()
-    elif device_module.freed_memory_kept:
+    if not study.keep_memory and device_module.freed_memory_kept:
         raise HovitError(
             f"{study.id} is timed with freed memory handed back, and this process keeps it by now: "
             f"the same command again, or `hovit measure {study.id}`"
@@ -77,6 +75,8 @@ def measure_study(
     where = describe_device(device)
     partial = root / plan.measured(study).with_suffix(".partial.json")
     if spec["latency"]:
+        if study.keep_memory:  # not sooner: counting needs other, larger blocks
+            keep_freed_memory()
         samples = _latency(spec, device, where, partial, code, deadline)
         for name, by_batch in samples.items():
             rows[name]["device"] = where.model_dump()

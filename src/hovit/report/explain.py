@@ -199,5 +199,7 @@ def remake_command(plan: Plan, path: str) -> str:
     """The command that makes one file again, and nothing that it does not need."""
     config = [f"scale={plan.scale.id}"] if plan.scale.id != "smoke" else []
     config += [f"weights='{plan.weights_file}'"] if plan.weights_file else []
+    if "/evaluation/" in path:
+        config = [*config, "imagenet=IMAGENET"] + ["weights=FOLDER"] * (not plan.weights_file)
     settings = f" --config {' '.join(config)}" if config else ""
     return f"snakemake --cores all --force '{path}'{settings}"

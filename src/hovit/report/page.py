@@ -197,6 +197,10 @@ class Content:
             if trained := results.trained(study, row):
                 runs[row.id] = [self._keep(results.place(run.folder / "record.json"))
                                 for run, _ in trained]  # fmt: skip
+        if not study.trained and (evaluated := results.evaluated(study)):
+            seen = evaluated.provenance.dataset or {}
+            what = f"ImageNet-1k, validation: {seen['images']:,} images"
+            data = dict.fromkeys(evaluated.results["rows"], what)
         scale = f"{plan.scale.id}: {plan.scale.title}"
         return {"scale": scale, "states": results.states(), "data": data, "runs": runs}
 
@@ -209,7 +213,9 @@ class Content:
             "model": row.model or "",
             "args": row.model_args,
             "system": digest([row.model, row.model_args, row.pretrained])[:12],
-            "task": self._seeds_images(row.dataset or study.dataset),
+            "task": self._seeds_images(row.dataset or study.dataset)
+            if study.trained
+            else "ImageNet-1k",
             "base": any(other.baseline == row.id for other in study.rows),
         }
 

@@ -327,7 +327,11 @@ def evidence_for(study: Study, evidence: list[Results]) -> Results | None:
 
     def rows(results: Results) -> int:
         measured = results.measured(study)
-        return sum(bool(results.trained(study, row)) for row in study.rows) + bool(measured)
+        return (
+            sum(bool(results.trained(study, row)) for row in study.rows)
+            + bool(measured)
+            + bool(not study.trained and results.evaluated(study))
+        )
 
     there = [results for results in evidence if rows(results)]
     return max(there, key=lambda r: (r.plan.scale.rank, rows(r)), default=None)

@@ -3,6 +3,7 @@
 const UNIT = {
   trained: ["standard deviation over seeds", "seeds"],
   timed: ["inter-quartile range over rounds", "rounds"],
+  evaluated: ["", "models"],
 };
 
 function fact(term, ...text) {
@@ -93,8 +94,8 @@ function reportedFacts(part, study, row) {
 
 function measuredFacts(part, value, study) {
   const context = study.contexts[part.state];
-  const kind = DATA.metrics[part.base]?.kind;
   const record = DATA.records[value.records?.[0]];
+  const kind = record?.kind === "evaluation" ? "evaluated" : DATA.metrics[part.base]?.kind;
   const devices = [
     ...new Set((value.records ?? []).map((path) => DATA.records[path].device).filter(Boolean)),
   ];
@@ -105,7 +106,9 @@ function measuredFacts(part, value, study) {
     fact("Scale", context.scale),
     fact(
       "Dataset",
-      kind === "trained" ? context.data[part.row] : images(kind, record, study, part),
+      ["trained", "evaluated"].includes(kind)
+        ? context.data[part.row]
+        : images(kind, record, study, part),
     ),
     fact("Device", devices.join("; ") || "none: it follows from config/"),
     fact("n", (part.ratio ? both : [value]).map((each) => count(each.n, nIs)).join(" over ")),
