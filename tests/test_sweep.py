@@ -5,10 +5,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SMALL
+from conftest import ROOT, SMALL
 
 from hovit.catalogue import Study
-from hovit.plan import Plan
+from hovit.plan import Plan, load_plan
 from hovit.records import read_record
 from hovit.sweep import sweep
 from hovit.training import loop
