@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import hovit.models  # noqa: F401
 from hovit.attention import similarity as sim
@@ -632,3 +633,12 @@ def test_under_autocast_types_may_differ(similarity, kinds):
         scores = sim.SIMILARITIES[similarity](q, k)
     wanted = sim.SIMILARITIES[similarity](q.double(), k.double())
     assert (scores.double() - wanted).norm() <= 2e-2 * wanted.norm()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("similarity", ["euclidean", "sqeuclidean", "jaccard"])
+def test_as_many_multiply_adds_are_counted_as_of_the_dot_product(similarity, grad):
+    q, k = torch.randn(2, 3, 9, 8), torch.randn(2, 3, 7, 8)
+    with torch.set_grad_enabled(grad), FlopCounterMode(display=False) as counter:
+        sim.SIMILARITIES[similarity](q, k)
+    assert counter.get_total_flops() == 2 * 2 * 3 * 9 * 7 * 8

@@ -12,7 +12,6 @@ that reads the norms of q and k, compiled for each size by itself, is no faster 
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +38,9 @@ def euclidean(q: Tensor, k: Tensor) -> Tensor:
     scale, lead = 1 / q.shape[-1], q.shape[:-2]
     q, k = q.flatten(0, -3), k.flatten(0, -3)
     norms = _mean_square(q)[..., None] + _mean_square(k)[..., None, :]
-    in_place = not torch.is_autocast_enabled(q.device.type)  # which knows baddbmm alone
-    add = norms.baddbmm_ if in_place else partial(torch.baddbmm, norms)
-    squares = add(q, k.transpose(-2, -1), alpha=-2 * scale)
+    plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled(q.device.type))
+    into = norms if plain else None  # a copy less; neither gradients nor autocast know `out`
+    squares = torch.baddbmm(norms, q, k.transpose(-2, -1), alpha=-2 * scale, out=into)
     roots = squares.clamp_(min=_least(squares)).sqrt_()
     return (-roots if roots.requires_grad else roots.neg_()).unflatten(0, lead)
 
