@@ -265,10 +265,8 @@ def imagenet(wildcards):
 
 def weights_given():
     """Name and size of each file of weights: what evaluation must follow."""
-    folder = Path(str(WEIGHTS or ""))
-    return sorted(
-        (path.name, path.stat().st_size) for path in folder.glob("*.safetensors")
-    )
+    found = Path(WEIGHTS).glob("*.safetensors") if WEIGHTS else []
+    return sorted((path.name, path.stat().st_size) for path in found)
 
 
 # Asked for only where ImageNet is given.
@@ -288,7 +286,7 @@ rule evaluate:
         scale=SCALE,
         spec=lambda w: digest(PLAN.evaluation_spec(STUDIES[w.study])),
         code=code_hash("evaluation"),
-        weights=digest([IMAGENET, weights_given() if WEIGHTS else []]),
+        weights=digest([IMAGENET, weights_given()]),
     shell:
         "python -m hovit evaluate {wildcards.study} --scale {params.scale} > {log} 2>&1"
 

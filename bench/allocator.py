@@ -58,6 +58,8 @@ def main() -> None:
     if options.way:
         print(json.dumps(time_models(options)))
         return
+    if min(options.batch, options.threads, options.rounds, options.processes) < 1:
+        parser.error("--batch, --threads, --rounds and --processes: 1 at least")
     unknown = [name for name in options.models if not timm.is_model(name)]
     if unknown:
         parser.error(f"timm knows no model {', '.join(unknown)}")

@@ -13,8 +13,9 @@ What was tried (ViT-Ti/16, batch 64, fp32, AMD EPYC, 2 threads):
   whole rows (`index_select`, `index_copy`), two to three times as fast in both directions.
 - All N x N scores for the ranking: replaced by the class token's row beside the fused kernel.
 - More was reached than is implied where the allocator maps large activations anew in every step: of
-  6(55%)+11 the baseline's step took 319,000 page faults, ours 123,000. Freed memory is kept here
-  since, and neither takes any.
+  6(55%)+11 the baseline's step took 319,000 page faults, ours 123,000. With `MALLOC_MMAP_MAX_=0`
+  neither took any, and of an implied 1.272 there was 1.269 (without: 1.301; n = 7 rounds, a busy
+  machine). This script keeps freed memory since.
 
     python bench/skipvit.py --model tiny --rounds 15
     python bench/skipvit.py --model small --batch 256 --precision bf16-mixed --compile --steps 20

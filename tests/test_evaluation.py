@@ -10,7 +10,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm import create_model
 from timm.data import ImageNetInfo, create_dataset, create_loader, resolve_data_config
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_pretrained_cfg_value,
+    register_model,
+)
 from torch import nn
 
 import hovit.models  # noqa: F401 (registers)
@@ -291,3 +296,10 @@ def test_evidence_takes_an_evaluation_by_spec_and_code(plan, images, tmp_path, m
     evaluate_study(plan, one, images, tmp_path, CPU, tmp_path)
     with pytest.raises(HovitError, match="its spec is not the catalogue's any more"):
         evidence.check({"smoke": plan}, path, ROOT)
+
+
+def test_every_tag_in_the_catalogue_is_one_that_timm_has_weights_of(plan):
+    named = [row for study in plan.catalogue.studies.values() for row in study.rows if row.tag]
+    assert named
+    for row in named:
+        assert get_pretrained_cfg_value(imagenet.tagged(row), "hf_hub_id"), row.id

@@ -78,22 +78,18 @@ def evaluate_study(
     begun = {"spec_hash": digest(spec), "code": code, "images": fingerprint}
     place = root / plan.evaluated(study)
     partial = place.with_suffix(".partial.json")
-    rows = _resume(partial, begun)
-    for row in study.rows:
-        if row.id not in spec["rows"]:
-            continue
-        name = tagged(row)
-        path = find_weights(name, weights)
+    before, rows = _resume(partial, begun), {}
+    for row in (study.row(name) for name in spec["rows"]):
+        path = find_weights(tagged(row), weights)
         if path is None:
-            log(f"{row.id}: left out: no weights of {name} in {weights or 'timm'}")
-            rows.pop(row.id, None)
+            log(f"{row.id}: left out: no weights of {tagged(row)} in {weights or 'timm'}")
             continue
-        sha256 = file_digest(path)
-        if rows.get(row.id, {}).get("weights_sha256") != sha256:
+        given = {"weights": tagged(row), "file": path.name, "weights_sha256": file_digest(path)}
+        rows[row.id] = before.get(row.id, {})
+        if not given.items() <= rows[row.id].items():
             model, config = load_model(row, path)
-            given = {"weights": name, "file": path.name, "weights_sha256": sha256}
             rows[row.id] = evaluate(model, images, config, device, plan.scale.threads) | given
-            write_sealed(partial, begun | {"rows": rows})
+            write_sealed(partial, begun | {"rows": before | rows})
         log(f"{row.id}: top-1 {rows[row.id]['top1']:.2f} %")
     if not rows:
         log(f"no weights of any row in {weights or 'timm'}: nothing is evaluated")
