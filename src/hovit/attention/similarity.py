@@ -5,10 +5,11 @@ Jaccard and Euclidean and prints J = |A & B| / |A | B| and d = sqrt(sum (x - y)^
 vector, the scale and the temperature are ours; each docstring says its choice.
 
 Scores are matrix products and a few passes over them. Without gradients the passes go over as many
-matrices at a time as fit a core's cache, which halves the time of Jaccard and Euclidean at 196
-tokens (the study `attention_speed` times them). `dot` and `sqeuclidean` run in PyTorch's fused
-kernel. FlexAttention is not used: on a CPU (torch 2.15) it has no backward pass, and a score_mod
-that reads the norms of q and k, compiled for each size by itself, is no faster at batch 32.
+matrices at a time as fit the cores' own caches, which takes about a tenth off the time of Jaccard
+and Euclidean at 196 tokens (the study `attention_speed` times them). `dot` and `sqeuclidean` run in
+PyTorch's fused kernel. FlexAttention is not used: on a CPU (torch 2.15) it has no backward pass, and
+a score_mod that reads the norms of q and k, compiled for each size by itself, is no faster at batch
+32.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 2**20  # scores at a time: 4 MiB in float32, as large as two cores' own caches here
+BLOCK = 2**19  # scores at a time: 2 MiB in float32, as large as two cores' own caches here
 
 
 def dot(q: Tensor, k: Tensor) -> Tensor:
@@ -68,11 +69,12 @@ def jaccard(q: Tensor, k: Tensor) -> Tensor:
     |A & B| is q . k and |A| is |q|^2 (ours). Zero vectors have 0, not 0 / 0. Both are divided by
     d, so that float16 bears inputs of deviation 0.1 to 100.
     """
-    scale = 1 / q.shape[-1]
-    shared = (q * scale) @ k.transpose(-2, -1)
+    scale, lead = 1 / q.shape[-1], q.shape[:-2]
+    q, k = q.flatten(0, -3), k.flatten(0, -3)
+    shared = torch.baddbmm(q.new_zeros(1), q, k.transpose(-2, -1), beta=0, alpha=scale)
     union = (_mean_square(q)[..., None] + _least(q, scale)) + _mean_square(k)[..., None, :]
     union = union.sub_(shared)
-    return shared / union if shared.requires_grad else shared.div_(union)
+    return (shared / union if shared.requires_grad else shared.div_(union)).unflatten(0, lead)
 
 
 def jaccard_minmax(q: Tensor, k: Tensor) -> Tensor:
@@ -87,9 +89,10 @@ def jaccard_minmax(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _mean_square(x: Tensor) -> Tensor:
-    """|x|^2 / d over the last dimension, squared and summed in float32 at least."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return wide.square().mean(-1).to(x.dtype)
+    """|x|^2 / d over the last dimension, summed and squared in float32 at least."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=wide)  # one pass, where squares are two
+    return (norm * x.shape[-1] ** -0.5).square().to(x.dtype)
 
 
 def _least(x: Tensor, scale: float = 1.0) -> float:
@@ -131,20 +134,31 @@ def attention(
     size = heads * n * k.shape[2] * (d if score is jaccard_minmax else 1)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     step = batch if needs_grad else _step(batch, size, 1 if bias is None else len(bias))
-    out = []
+    if step == batch:
+        return _attend(score, q, k, v, bias, temperature)
+    out = v.new_empty(batch, n, heads, d).transpose(1, 2)  # the fused kernel's layout
     for i in range(0, batch, step):
-        q_part, k_part, v_part = (x[i : i + step].flatten(0, 1) for x in (q, k, v))
-        scores = score(q_part, k_part).unflatten(0, (-1, heads))  # [step, h, N, M]
-        if temperature is not None:
-            scores = scores * temperature if needs_grad else scores.mul_(temperature)
-        if bias is not None:
-            near = bias[i % len(bias) :][:step]
-            scores = (scores.unflatten(0, (-1, len(near))) + near).flatten(0, 1)
-        mixed = scores.softmax(-1).to(v.dtype).flatten(0, 1) @ v_part
-        out.append(mixed.unflatten(0, (-1, heads)))
-    if len(out) == 1:
-        return out[0]
-    return torch.cat([x.transpose(1, 2) for x in out]).transpose(1, 2)  # the fused kernel's layout
+        near = None if bias is None else bias[i % len(bias) :][:step]
+        part = slice(i, i + step)
+        out[part] = _attend(score, q[part], k[part], v[part], near, temperature)
+    return out
+
+
+def _attend(
+    score: Callable[[Tensor, Tensor], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor | None,
+) -> Tensor:
+    """`attention` of all at once; temperature: [h, 1, 1]."""
+    scores = score(q, k)
+    if temperature is not None:
+        scores = scores * temperature if scores.requires_grad else scores.mul_(temperature)
+    if bias is not None:
+        scores = (scores.unflatten(0, (-1, len(bias))) + bias).flatten(0, 1)
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 def _fused(
