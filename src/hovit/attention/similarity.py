@@ -7,9 +7,9 @@ vector, the scale and the temperature are ours; each docstring says its choice.
 Scores are matrix products and a few passes over them. Without gradients the passes go over as many
 matrices at a time as fit the cores' own caches, which takes about a tenth off the time of Jaccard
 and Euclidean at 196 tokens (the study `attention_speed` times them). `dot` and `sqeuclidean` run in
-PyTorch's fused kernel. FlexAttention is not used: on a CPU (torch 2.15) it has no backward pass, and
-a score_mod that reads the norms of q and k, compiled for each size by itself, is no faster at batch
-32.
+PyTorch's fused kernel. FlexAttention is not used: on a CPU (torch 2.15) it has no backward pass,
+and a score_mod that reads the norms of q and k, compiled for each size by itself, is no faster at
+batch 32.
 """
 
 from collections.abc import Callable
