@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 64  # tokens whose pairs are taken at once, at most
-LEAST_GATE = -0.9  # of a log gate: e^(-58) over a chunk, which float32 bears
-LONGEST = int(-80 / LEAST_GATE)  # chunk whose gates may all be the least
+LEAST_GATE = -0.9  # of a log gate: both together grow k v by e^58 in a chunk; float32 ends at e^88
 
 
 def focus(x: Tensor, power: float) -> Tensor:
@@ -79,18 +78,19 @@ def gated_chunks(
         o_t = B_t * ((q_t * A_t) S + sum_(s <= t) ((q_t * A_t) . (k_s / A_s)) v_s / B_s).
 
     Only S goes from chunk to chunk; all else is done for all chunks at once. A and B are taken
-    relative to half of the chunk's whole product, so that neither they nor their inverses overflow
-    while the log gates of a chunk sum to more than -80: none is less than LEAST_GATE.
+    relative to half of the chunk's whole product, so that k / A times v / B stays under
+    e^(-LEAST_GATE chunk) |k| |v| while no log gate is less than LEAST_GATE: float32 then bears
+    inputs of up to 1e4.
 
     How much faster depends on what the recurrence waits for: on a GPU some six launches a token, on
     a CPU memory, which it uses well. `bench/gated_attention.py` times both, and the matrix products
     alone, which bound what is to be had.
 
     Raises:
-        ValueError: for a chunk longer than LONGEST, where float32 would overflow.
+        ValueError: for a chunk longer than CHUNK, where float32 might overflow.
     """
-    if not 1 <= chunk <= LONGEST:
-        raise ValueError(f"chunk={chunk!r}: 1 to {LONGEST} tokens")
+    if not 1 <= chunk <= CHUNK:
+        raise ValueError(f"chunk={chunk!r}: 1 to {CHUNK} tokens")
     n = q.shape[-2]
     count = -(-n // chunk)
     chunk = -(-n // count)  # no longer than needed: 196 tokens are 4 chunks of 49

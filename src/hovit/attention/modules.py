@@ -18,15 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import (
-    CHUNK,
-    LEAST_GATE,
-    LONGEST,
-    focus,
-    gated_chunks,
-    gated_recurrence,
-    linear_attention,
-)
+from .linear import CHUNK, LEAST_GATE, focus, gated_chunks, gated_recurrence, linear_attention
 from .similarity import SIMILARITIES, attention
 
 Size = tuple[int, int]
@@ -155,7 +147,8 @@ class GatedAttention(nn.Module):
     """Gated linear attention as the deck writes it (eq. 4-11), tokens in raster order.
 
     alpha and beta are sigmoid(x W + b)^(1/tau), W of low rank (as in the GLA paper); the output is
-    Swish(x W_r + b_r) * LN(o), LN on each head's. Runs in float32 whatever the autocast.
+    Swish(x W_r + b_r) * LN(o), LN on each head's. All but the projections of x runs in float32
+    whatever the autocast.
 
     Gates under e^-0.9 a token are held there, in chunks or not (ours; chunks need it). At tau = 16
     that is a pre-activation under -14, at 4 under -3.6; at 1 it is one under -0.38, a seventh of
@@ -167,7 +160,7 @@ class GatedAttention(nn.Module):
         tau: the root of the gates (16, as in the GLA paper).
         rank: of the gates' projections.
         two_way: add a second scan, from the last token to the first (ours).
-        chunk: tokens whose pairs are taken at once, LONGEST at most; changes speed alone. 0: a
+        chunk: tokens whose pairs are taken at once, CHUNK at most; changes speed alone. 0: a
             token at a time.
 
     Raises:
@@ -189,8 +182,8 @@ class GatedAttention(nn.Module):
             raise ValueError(f"tau={tau!r}: a number above 0")
         if not _whole(rank, 1):
             raise ValueError(f"rank={rank!r}: a whole number, 1 at least")
-        if not _whole(chunk, 0) or chunk > LONGEST:
-            raise ValueError(f"chunk={chunk!r}: 1 to {LONGEST} tokens, or 0 for one at a time")
+        if not _whole(chunk, 0) or chunk > CHUNK:
+            raise ValueError(f"chunk={chunk!r}: 1 to {CHUNK} tokens, or 0 for one at a time")
         self.heads = heads
         self.tau = tau
         self.two_way = two_way

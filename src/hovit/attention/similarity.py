@@ -5,13 +5,13 @@ Jaccard and Euclidean and prints J = |A & B| / |A | B| and d = sqrt(sum (x - y)^
 vector, the scale and the temperature are ours; each docstring says its choice.
 
 Scores are matrix products and a few passes over them. Without gradients the passes go over as many
-matrices at a time as fit the cores' own caches, which takes about a tenth off the time of Jaccard
-and Euclidean at 196 tokens (the study `attention_speed` times them). `dot` and `sqeuclidean` run in
-PyTorch's fused kernel. FlexAttention is not used: on a CPU (torch 2.15) it has no backward pass,
-and a score_mod that reads the norms of q and k, compiled for each size by itself, is no faster at
-batch 32.
+matrices at a time as fit the cores' own caches (`bench/attention_blocks.py` times other sizes, the
+study `attention_speed` the whole). `dot` and `sqeuclidean` run in PyTorch's fused kernel.
+FlexAttention is not used: on a CPU (torch 2.15) it has no backward pass, and a score_mod that reads
+the norms of q and k, compiled for each size by itself, is no faster at batch 32.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -22,7 +22,7 @@ BLOCK = 2**19  # scores at a time: 2 MiB in float32, as large as two cores' own 
 
 
 def dot(q: Tensor, k: Tensor) -> Tensor:
-    """q . k / sqrt(d): q [..., N, d] and k [..., M, d] -> [..., N, M]."""
+    """q . k / sqrt(d): q [..., N, d] and k [..., M, d], dimensions before alike -> [..., N, M]."""
     return (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
 
 
@@ -31,19 +31,20 @@ def euclidean(q: Tensor, k: Tensor) -> Tensor:
 
     The divisor is ours, as in `dot`. Where q = k the root's slope is infinite; ours is finite.
 
-    Large terms cancel: in heads of at most 64, normal inputs whose mean is at most 8 times their
-    deviation are right to 1e-5 in float32; at 100 times they are off by 1e-3. Taking the mean key
-    off both would mend it, at the price of more passes over q and k.
-    float16 bears deviations of up to 100.
+    Large terms cancel: in heads of at most 64, independent normal inputs whose mean is at most 8
+    times their deviation are right to 1e-5 in float32; at 100 times they are off by 1e-3. Taking
+    the mean key off both would mend it, at the price of more passes over q and k. A score that
+    should be 0, of a query that is a key, is off by up to 1e-3 of a deviation; the attention of
+    normal inputs is then right to 5e-4. float16 bears deviations of up to 100.
     """
-    scale, lead = 1 / q.shape[-1], q.shape[:-2]
-    q, k = q.flatten(0, -3), k.flatten(0, -3)
+    q, k, shape = _stacked(q, k)
+    scale = 1 / q.shape[-1]
     norms = _mean_square(q)[..., None] + _mean_square(k)[..., None, :]
     plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled(q.device.type))
     into = norms if plain else None  # a copy less; neither gradients nor autocast know `out`
     squares = torch.baddbmm(norms, q, k.transpose(-2, -1), alpha=-2 * scale, out=into)
     roots = squares.clamp_(min=_least(squares)).sqrt_()
-    return (-roots if roots.requires_grad else roots.neg_()).unflatten(0, lead)
+    return (-roots if roots.requires_grad else roots.neg_()).view(shape)
 
 
 def sqeuclidean(q: Tensor, k: Tensor) -> Tensor:
@@ -69,12 +70,12 @@ def jaccard(q: Tensor, k: Tensor) -> Tensor:
     |A & B| is q . k and |A| is |q|^2 (ours). Zero vectors have 0, not 0 / 0. Both are divided by
     d, so that float16 bears inputs of deviation 0.1 to 100.
     """
-    scale, lead = 1 / q.shape[-1], q.shape[:-2]
-    q, k = q.flatten(0, -3), k.flatten(0, -3)
+    q, k, shape = _stacked(q, k)
+    scale = 1 / q.shape[-1]
     shared = torch.baddbmm(q.new_zeros(1), q, k.transpose(-2, -1), beta=0, alpha=scale)
     union = (_mean_square(q)[..., None] + _least(q, scale)) + _mean_square(k)[..., None, :]
     union = union.sub_(shared)
-    return (shared / union if shared.requires_grad else shared.div_(union)).unflatten(0, lead)
+    return (shared / union if shared.requires_grad else shared.div_(union)).view(shape)
 
 
 def jaccard_minmax(q: Tensor, k: Tensor) -> Tensor:
@@ -86,6 +87,14 @@ def jaccard_minmax(q: Tensor, k: Tensor) -> Tensor:
     a, b = F.softplus(q)[..., :, None, :], F.softplus(k)[..., None, :, :]  # [..., N, M, d]
     shared = torch.minimum(a, b).sum(-1)
     return shared / torch.maximum(a, b).sum(-1).clamp(min=_least(shared))
+
+
+def _stacked(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """q [B, N, d] and k [B, M, d], the dimensions before taken as one; and their scores' shape."""
+    lead = q.shape[:-2]
+    count = math.prod(lead)
+    shape = (*lead, q.shape[-2], k.shape[-2])
+    return q.reshape(count, *q.shape[-2:]), k.reshape(count, *k.shape[-2:]), shape
 
 
 def _mean_square(x: Tensor) -> Tensor:
@@ -118,12 +127,13 @@ def attention(
     Args:
         similarity: a name of SIMILARITIES.
         q: [B, h, N, d].
-        k, v: [B, h, M, d].
+        k: [B, h, M, d].
+        v: [B, h, M, e].
         bias: [W, h, N, M] with W dividing B (1, or the windows of an image in turn).
         temperature: [h].
 
     Returns:
-        [B, h, N, d].
+        [B, h, N, e].
     """
     if similarity in ("dot", "sqeuclidean"):
         return _fused(similarity, q, k, v, bias, temperature)
@@ -134,13 +144,19 @@ def attention(
     size = heads * n * k.shape[2] * (d if score is jaccard_minmax else 1)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     step = batch if needs_grad else _step(batch, size, 1 if bias is None else len(bias))
-    if step == batch:
-        return _attend(score, q, k, v, bias, temperature)
-    out = v.new_empty(batch, n, heads, d).transpose(1, 2)  # the fused kernel's layout
-    for i in range(0, batch, step):
+
+    def part(i: int) -> Tensor:
         near = None if bias is None else bias[i % len(bias) :][:step]
-        part = slice(i, i + step)
-        out[part] = _attend(score, q[part], k[part], v[part], near, temperature)
+        now = slice(i, i + step)
+        return _attend(score, q[now], k[now], v[now], near, temperature)
+
+    first = part(0)
+    if step == batch:
+        return first
+    out = first.new_empty(batch, n, heads, v.shape[-1]).transpose(1, 2)  # the fused kernel's layout
+    out[:step] = first
+    for i in range(step, batch, step):
+        out[i : i + step] = part(i)
     return out
 
 

@@ -38,14 +38,17 @@ class FormAttention(WindowAttention):
             window_size=old.window_size,
             qkv_bias=old.qkv.bias is not None,
             proj_drop=old.proj_drop.p,
+            device=old.qkv.weight.device,
+            dtype=old.qkv.weight.dtype,
         )
         self.biased = form in SIMILARITIES
         if not self.biased:
             del self.relative_position_bias_table
         self.load_state_dict(old.state_dict(), strict=False)
-        self.attend = create_attention(
+        attend = create_attention(
             form, self.dim, self.num_heads, tokens=self.window_area, **options
         )
+        self.attend = attend.to(old.qkv.weight)  # its device and dtype
 
     def set_window_size(self, window_size: tuple[int, int]) -> None:
         """As timm's.
@@ -80,8 +83,8 @@ class FormSwin(SwinTransformer):
         kwargs: the form's own options, and timm's.
 
     Raises:
-        ValueError: for a form, an option or a stage that there is not, or for attention dropout in
-            another form than `dot`.
+        ValueError: for a form, an option or a stage that there is not, or for attention dropout or
+            a head_dim in another form than `dot`.
     """
 
     def __init__(
@@ -99,8 +102,9 @@ class FormSwin(SwinTransformer):
             raise ValueError(f"form_stages: no stage {unknown[0]!r}; they are 0 to {stages[-1]}")
         if attention == "dot":
             return
-        if kwargs.get("attn_drop_rate"):
-            raise ValueError(f"attention={attention!r} has no attention dropout")
+        for name, words in (("attn_drop_rate", "attention dropout"), ("head_dim", "head_dim")):
+            if kwargs.get(name):
+                raise ValueError(f"attention={attention!r} has no {words}")
         for i in form_stages:
             stage: Any = self.layers[i]
             for block in stage.blocks:

@@ -80,9 +80,7 @@ def attention_latency(results: Results) -> "Canvas":
     )
     titles = ("In LeViT", "In Swin (CIFAR-10)", "By itself")
     for ax, study, title in zip(axes, studies, titles, strict=True):
-        rows = [r for r in _rows(results, study) if r.baseline and "recurrence" not in r.id]
-        rows = [r for r in rows if "recurrence" not in str(r.baseline)]
-        _bars(ax, results, study, rows)
+        _bars(ax, results, study, [row for row in _rows(results, study) if row.baseline])
         ax.set_title(title)
         ax.set_xlabel("Latency, × dot product's")
     handles, labels = axes[0].get_legend_handles_labels()
