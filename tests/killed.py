@@ -58,9 +58,9 @@ def measuring(root: Path) -> None:
 
 
 def reporting(root: Path) -> None:
-    """All tables, claims and a figure of scale mini."""
+    """Every third table, all claims and a figure of scale mini."""
     plan = load_plan("mini", ROOT / "config")
-    for study in plan.catalogue.studies.values():
+    for study in list(plan.catalogue.studies.values())[::3]:
         write_table(plan, study, root)
     write_index(plan, root)
     write_claims(plan, root)
