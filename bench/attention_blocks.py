@@ -54,6 +54,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("results/bench/attention_blocks.json"))
     options = parser.parse_args()
+    if min(options.tokens, options.batch, options.rounds, options.threads, *options.log2) < 1:
+        parser.error("--log2, --tokens, --batch, --rounds and --threads: 1 at least")
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     keep_freed_memory()

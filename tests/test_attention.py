@@ -190,8 +190,8 @@ def test_extreme_inputs_stay_finite(name: str, factor: float, tokens: int) -> No
     q, k, v, x = ((torch.randn(2, tokens, 16) * factor).requires_grad_() for _ in range(4))
     out = form(q, k, v, x, (1, tokens))
     out.sum().backward()
+    assert all(t.grad is not None for t in (q, k, v))
     grads = [t.grad for t in (q, k, v, x, *form.parameters()) if t.grad is not None]
-    assert len(grads) >= 3
     assert all(t.isfinite().all() for t in (out, *grads))
 
 
@@ -202,7 +202,7 @@ def test_half_precision(name: str, dtype: torch.dtype, tolerance: float) -> None
     assert error(sim.attention(name, q, k, v), plain(name, q, k, v)) <= tolerance
 
 
-@pytest.mark.parametrize(("name", "mean"), [("euclidean", 8), ("sqeuclidean", 2)])
+@pytest.mark.parametrize(("name", "mean"), [("euclidean", 8), ("sqeuclidean", 2), ("jaccard", 1e3)])
 @pytest.mark.parametrize("width", [32, 64])
 def test_a_common_mean_as_large_as_is_said(name: str, mean: float, width: int) -> None:
     q, k, v = qkv((2, 4, 196, width))
@@ -380,9 +380,12 @@ def test_large_inputs_over_several_chunks(chunk: int, least: float) -> None:
     q, k, v = (t * 1e4 for t in qkv((1, 2, 3 * CHUNK + 5, 16)))
     a, b = torch.full_like(q, least), torch.full_like(q, least)
     inputs = [t.requires_grad_() for t in (q, k, v, a, b)]
-    gated_chunks(*inputs, chunk).mean().backward()
+    out = gated_chunks(*inputs, chunk)
+    out.mean().backward()
     wanted = [t.detach().double().requires_grad_() for t in inputs]
-    gated_recurrence(*wanted).mean().backward()
+    slow = gated_recurrence(*wanted)
+    slow.mean().backward()
+    assert error(out, slow) <= 1e-4
     for got, reference in zip(inputs, wanted, strict=True):
         assert got.grad.isfinite().all()
         assert error(got.grad, reference.grad) <= 1e-4
@@ -429,8 +432,8 @@ def test_gated_recurrence_by_hand() -> None:
 
 def test_gated_gradients() -> None:
     q, k, v = (t.requires_grad_() for t in qkv((1, 1, 7, 3), torch.float64))
-    a, b = (-torch.rand(1, 1, 7, 3).double()).requires_grad_(), gates((1, 1, 7, 3), -0.5).double()
-    b = b.requires_grad_()
+    rough = -torch.rand(1, 1, 7, 3).double(), gates((1, 1, 7, 3), -0.5).double()
+    a, b = (t.requires_grad_() for t in rough)
     assert torch.autograd.gradcheck(lambda *t: gated_chunks(*t, chunk=3), (q, k, v, a, b))
 
 

@@ -146,9 +146,14 @@ def attention(
     step = batch if needs_grad else _step(batch, size, 1 if bias is None else len(bias))
 
     def part(i: int) -> Tensor:
-        near = None if bias is None else bias[i % len(bias) :][:step]
         now = slice(i, i + step)
-        return _attend(score, q[now], k[now], v[now], near, temperature)
+        scores = score(q[now], k[now])  # [step, h, N, M]
+        if temperature is not None:
+            scores = scores * temperature if needs_grad else scores.mul_(temperature)
+        if bias is not None:
+            near = bias[i % len(bias) :][:step]
+            scores = (scores.unflatten(0, (-1, len(near))) + near).flatten(0, 1)
+        return scores.softmax(-1).to(v.dtype) @ v[now]
 
     first = part(0)
     if step == batch:
@@ -158,23 +163,6 @@ def attention(
     for i in range(step, batch, step):
         out[i : i + step] = part(i)
     return out
-
-
-def _attend(
-    score: Callable[[Tensor, Tensor], Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    temperature: Tensor | None,
-) -> Tensor:
-    """`attention` of all at once; temperature: [h, 1, 1]."""
-    scores = score(q, k)
-    if temperature is not None:
-        scores = scores * temperature if scores.requires_grad else scores.mul_(temperature)
-    if bias is not None:
-        scores = (scores.unflatten(0, (-1, len(bias))) + bias).flatten(0, 1)
-    return scores.softmax(-1).to(v.dtype) @ v
 
 
 def _fused(
