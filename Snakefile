@@ -14,15 +14,15 @@ import shlex
 import sys
 from pathlib import Path
 
-from hovit.errors import HovitError
-from hovit.evidence import evidence_digest
-from hovit.files import digest
-from hovit.plan import load_plan
-from hovit.report.figures import FIGURES
+from hovit.config.plan import load_plan
+from hovit.records.evidence import evidence_digest
+from hovit.report.figures.draw import FIGURES
 from hovit.report.metrics import metrics_files
-from hovit.report.page import page_code
-from hovit.report.paper import FILES
-from hovit.sources import analysis_code, code_hash
+from hovit.report.page.write import page_code
+from hovit.report.paper.write import FILES
+from hovit.utils.code_hash import code_hash
+from hovit.utils.errors import HovitError
+from hovit.utils.files import digest
 
 KNOWN = ["scale", "data_root", "weights", "imagenet"]
 if unknown := sorted(map(str, config.keys() - set(KNOWN))):
@@ -48,17 +48,22 @@ SETTINGS = {
 EXPORTS = " ".join(f"{key}={shlex.quote(value)}" for key, value in SETTINGS.items())
 shell.prefix(f"set -euo pipefail; export {EXPORTS}; ")
 
-RUNS = [run for seeds in PLAN.runs.values() for run in seeds.values()]
+# Tasks know their records, specs, code hashes and inputs; the rules below only ask them.
+STUDIES = PLAN.config.studies
+TRAIN = {(run.id, str(run.seed)): PLAN.train_task(run) for run in PLAN.all_runs}
+MEASURE = {study.id: PLAN.measure_task(study) for study in STUDIES.values()}
+EVALUATE = {study.id: PLAN.evaluate_task(study) for study in STUDIES.values()}
+ANALYSE = {name: PLAN.analyse_task(a) for name, a in PLAN.config.analyses.items()}
 PACKS = PLAN.packs
-# Packs whose images stay where they are.
-COCO = {run.pack.id for run in RUNS if run.detects}
-STUDIES = PLAN.catalogue.studies
+# COCO's images stay where they are.
+COCO = {pack.id for pack in PACKS.values() if pack.dataset.reader == "coco"}
+REPORT_CODE = code_hash("report")
 EVIDENCE = evidence_digest()
 # What a report says of images and recipes.
 CONFIG = [
     f"config/scales/{SCALE}.yaml",
-    *expand("config/datasets/{name}.yaml", name=PLAN.catalogue.datasets),
-    *expand("config/recipes/{name}.yaml", name=PLAN.catalogue.recipes),
+    *expand("config/datasets/{name}.yaml", name=PLAN.config.datasets),
+    *expand("config/recipes/{name}.yaml", name=PLAN.config.recipes),
 ]
 PAPER = sorted(
     str(path)
@@ -66,12 +71,8 @@ PAPER = sorted(
     for path in Path("paper").glob(pattern)
 )
 METRICS = [str(path) for path in metrics_files(PLAN)]
-# Whose weights stay.
-KEPT = {
-    run.id
-    for run in RUNS
-    if PLAN.scale.keep_weights or run.detects or run.id in PLAN.read
-}
+KEPT = PLAN.runs_with_kept_weights
+DETECTORS = {run.id for run in PLAN.all_runs if run.is_detector}
 
 
 # The image that envs/Containerfile builds; used only with `--sdm apptainer`.
@@ -82,7 +83,7 @@ wildcard_constraints:
     run="[^/]+",
     seed="[0-9]+",
     study="|".join(STUDIES),
-    analysis="|".join(PLAN.catalogue.analyses),
+    analysis="|".join(ANALYSE),
     figure="|".join(FIGURES),
 
 
@@ -104,37 +105,25 @@ rule all_tables:
         METRICS,
 
 
-def run_of(wildcards):
-    return PLAN.run(wildcards.run, int(wildcards.seed))
-
-
-def pretrained(wildcards):
-    upstream = PLAN.upstream(run_of(wildcards))
-    return [upstream.folder / "weights.safetensors"] if upstream else []
-
-
 def records(studies):
     """Everything that a report on these studies reads."""
-    files = []
+    studies = list(studies)
+    files = [task.path for task in PLAN.tasks(studies)]
     for study in studies:
-        for row in study.rows:
-            runs = PLAN.runs_of(study, row)
-            files += [run.folder / "record.json" for run in runs]
-            upstream = [PLAN.upstream(run) for run in runs]
-            files += [run.folder / "record.json" for run in upstream if run]
-            role = row.dataset if study.kind == "data" else None
-            files += [p.folder / "pack.json" for p in PLAN.packs_of(role)]
-        if PLAN.rows_run(study):
-            files.append(PLAN.measured(study))
-        if IMAGENET and PLAN.evaluation_spec(study)["rows"]:
-            files.append(PLAN.evaluated(study))
+        if study.kind == "data":
+            for row in study.rows:
+                files += [p.folder / "pack.json" for p in PLAN.packs_of(row.dataset)]
+        if IMAGENET and EVALUATE[study.id]:
+            files.append(EVALUATE[study.id].path)
     return sorted(set(map(str, files)))
 
 
 def analyses(names):
     """The records of those analyses that this scale has the data for."""
-    found = [PLAN.analysis(name) for name in names]
-    return [PLAN.analysed(each) for each in found if PLAN.analysed_runs(each)]
+    return [ANALYSE[name].path for name in names if ANALYSE[name]]
+
+
+ALL_RECORDS = records(STUDIES.values())
 
 
 rule all_data:
@@ -148,8 +137,8 @@ rule all_runs:
     name:
         "results/runs"
     input:
-        records(STUDIES.values()),
-        analyses(PLAN.catalogue.analyses),
+        ALL_RECORDS,
+        analyses(ANALYSE),
 
 
 rule data:
@@ -184,9 +173,7 @@ use rule data as data_coco with:
 # state.safetensors and best-N.safetensors are not declared: a killed run goes on from them.
 rule train:
     input:
-        pack=lambda w: run_of(w).pack.folder / "pack.json",
-        images=lambda w: run_of(w).pack.folder / "images.npy",
-        weights=pretrained,
+        lambda w: TRAIN[w.run, w.seed].inputs,
     output:
         f"results/runs/{SCALE}/{{run}}/seed{{seed}}/record.json",
         f"results/runs/{SCALE}/{{run}}/seed{{seed}}/weights.safetensors",
@@ -195,7 +182,7 @@ rule train:
     log:
         f"logs/train/{SCALE}/{{run}}/seed{{seed}}.log",
     wildcard_constraints:
-        run=one_of(run.id for run in RUNS if not run.detects and run.id in KEPT),
+        run=one_of(KEPT - DETECTORS),
     priority: lambda w: 1 if w.run in PLAN.upstreams else 0
     threads: PLAN.scale.threads
     resources:
@@ -204,8 +191,8 @@ rule train:
         mem_mb=PLAN.scale.memory_mb,
     params:
         scale=SCALE,
-        spec=lambda w: run_of(w).spec_hash,
-        code=lambda w: run_of(w).code,
+        spec=lambda w: TRAIN[w.run, w.seed].spec_hash,
+        code=lambda w: TRAIN[w.run, w.seed].code,
     shell:
         "python -m hovit train {wildcards.run} --seed {wildcards.seed} --scale {params.scale}"
         " --threads {threads} > {log:q} 2>&1"
@@ -219,21 +206,17 @@ use rule train as train_and_forget with:
         f"results/runs/{SCALE}/{{run}}/seed{{seed}}/history.csv",
         f"results/runs/{SCALE}/{{run}}/seed{{seed}}/predictions.csv.gz",
     wildcard_constraints:
-        run=one_of(run.id for run in RUNS if run.id not in KEPT),
+        run=one_of(PLAN.runs.keys() - KEPT),
 
 
 use rule train as train_detector with:
-    input:
-        pack=lambda w: run_of(w).pack.folder / "pack.json",
-        manifest=lambda w: run_of(w).pack.folder / "manifest.csv",
-        weights=pretrained,
     output:
         f"results/runs/{SCALE}/{{run}}/seed{{seed}}/record.json",
         f"results/runs/{SCALE}/{{run}}/seed{{seed}}/weights.safetensors",
         f"results/runs/{SCALE}/{{run}}/seed{{seed}}/history.csv",
         f"results/runs/{SCALE}/{{run}}/seed{{seed}}/detections.json.gz",
     wildcard_constraints:
-        run=one_of(run.id for run in RUNS if run.detects),
+        run=one_of(DETECTORS),
 
 
 # Latency wants the machine for itself: all cores, and the card.
@@ -249,10 +232,8 @@ rule measure:
         mem_mb=PLAN.scale.memory_mb,
     params:
         scale=SCALE,
-        spec=lambda w: digest(PLAN.measure_spec(STUDIES[w.study])),
-        code=lambda w: digest(
-            [code_hash("measure", model) for model in PLAN.models(STUDIES[w.study])]
-        ),
+        spec=lambda w: MEASURE[w.study].spec_hash,
+        code=lambda w: MEASURE[w.study].code,
     shell:
         "python -m hovit measure {wildcards.study} --scale {params.scale} > {log} 2>&1"
 
@@ -284,8 +265,8 @@ rule evaluate:
         mem_mb=PLAN.scale.memory_mb,
     params:
         scale=SCALE,
-        spec=lambda w: digest(PLAN.evaluation_spec(STUDIES[w.study])),
-        code=code_hash("evaluation"),
+        spec=lambda w: EVALUATE[w.study].spec_hash,
+        code=lambda w: EVALUATE[w.study].code,
         weights=digest([IMAGENET, weights_given()]),
     shell:
         "python -m hovit evaluate {wildcards.study} --scale {params.scale} > {log} 2>&1"
@@ -293,15 +274,7 @@ rule evaluate:
 
 rule analyse:
     input:
-        lambda w: [
-            run.folder / name
-            for run in PLAN.analysed_runs(PLAN.analysis(w.analysis)).values()
-            for name in ("weights.safetensors", "record.json")
-        ],
-        lambda w: [
-            PLAN.analysis_pack(PLAN.analysis(w.analysis), run).folder / "images.npy"
-            for run in PLAN.analysed_runs(PLAN.analysis(w.analysis)).values()
-        ],
+        lambda w: ANALYSE[w.analysis].inputs,
     output:
         f"results/runs/{SCALE}/analysis/{{analysis}}.json",
         f"results/runs/{SCALE}/analysis/{{analysis}}.csv",
@@ -314,8 +287,8 @@ rule analyse:
         mem_mb=PLAN.scale.memory_mb,
     params:
         scale=SCALE,
-        spec=lambda w: digest(PLAN.analysis_spec(PLAN.analysis(w.analysis))),
-        code=lambda w: analysis_code(PLAN.analysis_spec(PLAN.analysis(w.analysis))),
+        spec=lambda w: ANALYSE[w.analysis].spec_hash,
+        code=lambda w: ANALYSE[w.analysis].code,
     shell:
         "python -m hovit analyse {wildcards.analysis} --scale {params.scale} > {log} 2>&1"
 
@@ -331,7 +304,7 @@ rule table:
         "logs/table/{study}.log",
     params:
         scale=SCALE,
-        code=code_hash("report"),
+        code=REPORT_CODE,
         evidence=EVIDENCE,
     shell:
         "python -m hovit table {wildcards.study} --scale {params.scale} > {log} 2>&1"
@@ -349,7 +322,7 @@ rule figure:
         "logs/figure/{figure}.log",
     params:
         scale=SCALE,
-        code=code_hash("report"),
+        code=REPORT_CODE,
         evidence=EVIDENCE,
     shell:
         "python -m hovit figure {wildcards.figure} --scale {params.scale} > {log} 2>&1"
@@ -360,7 +333,7 @@ rule judge:
         lambda w: records(PLAN.claimed),
         analyses(PLAN.claimed_analyses),
         expand("config/studies/{study}.yaml", study=STUDIES),
-        expand("config/claims/{claims}.yaml", claims=PLAN.catalogue.claims),
+        expand("config/claims/{claims}.yaml", claims=PLAN.config.claims),
         CONFIG,
     output:
         "results/claims.json",
@@ -369,7 +342,7 @@ rule judge:
         "logs/judge.log",
     params:
         scale=SCALE,
-        code=code_hash("report"),
+        code=REPORT_CODE,
         evidence=EVIDENCE,
     shell:
         "python -m hovit claims --scale {params.scale} > {log} 2>&1"
@@ -396,17 +369,17 @@ rule index:
         "logs/index.log",
     params:
         scale=SCALE,
-        code=code_hash("report"),
+        code=REPORT_CODE,
     shell:
         "python -m hovit index --scale {params.scale} > {log} 2>&1"
 
 
 rule paper:
     input:
-        records(STUDIES.values()),
+        ALL_RECORDS,
         expand("figures/{figure}.pdf", figure=FIGURES),
         expand("config/studies/{study}.yaml", study=STUDIES),
-        expand("config/claims/{claims}.yaml", claims=PLAN.catalogue.claims),
+        expand("config/claims/{claims}.yaml", claims=PLAN.config.claims),
         CONFIG,
         PAPER,
     output:
@@ -416,7 +389,7 @@ rule paper:
         "logs/paper.log",
     params:
         scale=SCALE,
-        code=code_hash("report"),
+        code=REPORT_CODE,
         evidence=EVIDENCE,
     shell:
         "python -m hovit paper --scale {params.scale} > {log} 2>&1"
@@ -424,7 +397,7 @@ rule paper:
 
 rule metrics:
     input:
-        records(STUDIES.values()),
+        ALL_RECORDS,
         "results/claims.json",
     output:
         METRICS,
@@ -432,18 +405,18 @@ rule metrics:
         "logs/metrics.log",
     params:
         scale=SCALE,
-        code=code_hash("report"),
+        code=REPORT_CODE,
     shell:
         "python -m hovit metrics --scale {params.scale} > {log} 2>&1"
 
 
 rule page:
     input:
-        records(STUDIES.values()),
-        analyses(PLAN.catalogue.analyses),
+        ALL_RECORDS,
+        analyses(ANALYSE),
         expand("config/studies/{study}.yaml", study=STUDIES),
-        expand("config/claims/{claims}.yaml", claims=PLAN.catalogue.claims),
-        expand("config/analyses/{name}.yaml", name=PLAN.catalogue.analyses),
+        expand("config/claims/{claims}.yaml", claims=PLAN.config.claims),
+        expand("config/analyses/{name}.yaml", name=ANALYSE),
         CONFIG,
     output:
         "results/index.html",

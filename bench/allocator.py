@@ -1,9 +1,9 @@
 """What does the C library's allocator cost a model, and does it change who is faster?
 
 Times timm models in new processes, in turns: in some the process keeps the memory it frees
-(`hovit.device.keep_freed_memory`, as `hovit measure` does), in the others glibc hands large blocks
-back to the system. Told of each model: its median in every process, the ratio of the two ways, and
-how far, in each way, its time over the first model's differs from process to process.
+(`hovit.utils.device.keep_freed_memory`, as `hovit measure` does), in the others glibc returns large
+blocks to the system. For each model it prints the median in every process, the ratio of the two
+ways, and, for each way, how far its time over the first model's differs from process to process.
 
     python bench/allocator.py
     python bench/allocator.py --models swin_tiny_patch4_window7_224 resnet50 --batch 1 --threads 2
@@ -20,9 +20,9 @@ import timm
 import torch
 
 import hovit.models  # noqa: F401 (registers)
-from hovit.device import describe_device, keep_freed_memory
-from hovit.files import write_json
 from hovit.measure.latency import measure_latency
+from hovit.utils.device import describe_device, keep_freed_memory
+from hovit.utils.files import write_json
 
 WAYS = ("kept", "handed back")
 

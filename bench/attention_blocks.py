@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from hovit.attention import similarity
-from hovit.device import describe_device, keep_freed_memory
-from hovit.errors import HovitError
-from hovit.files import write_json
 from hovit.measure.latency import measure_latency, summary
+from hovit.utils.device import describe_device, keep_freed_memory
+from hovit.utils.errors import HovitError
+from hovit.utils.files import write_json
 
 FORMS = ("jaccard", "euclidean")
 WHOLE = 63  # log2 of more scores than there are

@@ -36,11 +36,11 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 import hovit.models  # noqa: F401 (registers)
-from hovit.device import describe_device, keep_freed_memory, pick_device
-from hovit.errors import HovitError
-from hovit.files import write_json
 from hovit.measure.latency import summary
 from hovit.models.deploy import deploy
+from hovit.utils.device import describe_device, keep_freed_memory, pick_device
+from hovit.utils.errors import HovitError
+from hovit.utils.files import write_json
 
 BASELINE = "timm fused"
 TOLERANCE = 1e-4  # of the outputs' norm

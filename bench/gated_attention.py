@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from hovit.attention.linear import CHUNK, gated_chunks, gated_recurrence
-from hovit.device import describe_device, keep_freed_memory, pick_device
-from hovit.errors import HovitError
-from hovit.files import write_json
 from hovit.measure.latency import measure_latency, summary
+from hovit.utils.device import describe_device, keep_freed_memory, pick_device
+from hovit.utils.errors import HovitError
+from hovit.utils.files import write_json
 
 
 class Scan(nn.Module):

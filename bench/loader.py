@@ -33,16 +33,17 @@ import torch
 from torch import Tensor
 
 import hovit.models  # noqa: F401 (registers)
+from hovit.config.plan import load_plan
+from hovit.config.runs import Run
 from hovit.data.loader import PackedImages, augment, epoch_batches, make_loader, step_seed, to_input
 from hovit.data.pack import open_pack, prepare
-from hovit.device import describe_device
-from hovit.errors import HovitError
-from hovit.factory import create_model
-from hovit.files import write_json
 from hovit.measure.latency import summary
-from hovit.plan import Run, load_plan
-from hovit.training.job import make_fabric
-from hovit.training.loop import limited, make_optimizer, training_loss
+from hovit.training.classification import limited, make_optimizer, training_loss
+from hovit.training.trainer import make_fabric
+from hovit.utils.create_model import create_model
+from hovit.utils.device import describe_device
+from hovit.utils.errors import HovitError
+from hovit.utils.files import write_json
 
 Step = tuple[tuple[int, ...], Tensor, Tensor]  # (seed, epoch, step, rank), images, labels
 

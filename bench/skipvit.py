@@ -36,11 +36,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import hovit.models  # noqa: F401 (registers)
-from hovit.device import describe_device, keep_freed_memory, pick_device
-from hovit.errors import HovitError
-from hovit.files import write_json
 from hovit.measure.latency import summary
 from hovit.models.schedule import Schedule
+from hovit.utils.device import describe_device, keep_freed_memory, pick_device
+from hovit.utils.errors import HovitError
+from hovit.utils.files import write_json
 
 SEED = {  # Table 1: throughput gained over ViT-S's 4,503 images/s, in percent
     "6(45%)+fused": 10.23,

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from made_up import write_all
+from synthetic import write_all
 
 import hovit.models  # noqa: F401 (registers)
+from hovit.config.plan import Plan, load_plan
+from hovit.config.runs import Run
 from hovit.data.pack import prepare
-from hovit.plan import Plan, Run, load_plan
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"depths": [1, 1, 1], "drop_rate": 0.3}
@@ -22,14 +23,14 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def plan() -> Plan:
-    """The real catalogue at scale smoke."""
+    """The real config at scale smoke."""
     return load_plan("smoke", ROOT / "config")
 
 
 def small_run(
     plan: Plan, run_id: str = "levit_deck.pets.deck", epochs: int = 2, **changes: Any
 ) -> Run:
-    """A run of the catalogue on 96 digits, with a small dropout LeViT unless told otherwise."""
+    """A run of the config on 96 digits, with a small dropout LeViT unless told otherwise."""
     run = plan.run(run_id)
     recipe = run.recipe.model_copy(update={"epochs": epochs, **changes.pop("recipe", {})})
     limit = run.limit.model_copy(update={"train": 96, "val": 40, "test": 50})

@@ -11,20 +11,20 @@ from pathlib import Path
 import torch
 from conftest import ROOT, small_run
 
-from hovit.catalogue import Latency, Study
+from hovit.config.plan import Plan, load_plan
+from hovit.config.schema import Latency, Study
 from hovit.data.pack import prepare
-from hovit.measure.study import measure_study
-from hovit.plan import Plan, load_plan
-from hovit.report.claims import write_claims
-from hovit.report.figures import FIGURES, draw
-from hovit.report.tables import write_index, write_table
-from hovit.training.job import Options, make_fabric
-from hovit.training.loop import train
+from hovit.pipeline.measure import measure_study
+from hovit.report.claims.judge import write_claims
+from hovit.report.figures.draw import FIGURES, draw
+from hovit.report.tables.write import write_index, write_table
+from hovit.training.classification import train
+from hovit.training.trainer import Options, make_fabric
 
 # By the server that every process is forked from, once; it does not find modules of tests/.
-IMPORTED = ["hovit.models", "hovit.training.loop", "hovit.measure.study", "hovit.report.figures",
-            "hovit.report.claims", "hovit.data.pack", "matplotlib.pyplot", "sklearn.datasets",
-            "pytest"]  # fmt: skip
+IMPORTED = ["hovit.models", "hovit.training.classification", "hovit.pipeline.measure",
+            "hovit.report.figures.draw", "hovit.report.claims.judge", "hovit.data.pack",
+            "matplotlib.pyplot", "sklearn.datasets", "pytest"]  # fmt: skip
 ROUNDS = 60  # of the measurement
 
 
@@ -48,19 +48,19 @@ def measured_study() -> tuple[Plan, Study]:
     small = {"depths": [1, 1, 1]}
     rows = [row.model_copy(update={"model_args": small}) for row in study.rows[:2]]
     study = study.model_copy(update={"rows": tuple(rows)})
-    return Plan(plan.catalogue, plan.scale.model_copy(update={"latency": latency})), study
+    return Plan(plan.config, plan.scale.model_copy(update={"latency": latency})), study
 
 
 def measuring(root: Path) -> None:
     torch.set_num_threads(1)
     plan, study = measured_study()
-    measure_study(plan, study, torch.device("cpu"), root)
+    measure_study(plan.measure_task(study), torch.device("cpu"), root)
 
 
 def reporting(root: Path) -> None:
     """Every third table, all claims and a figure of scale mini."""
     plan = load_plan("mini", ROOT / "config")
-    for study in list(plan.catalogue.studies.values())[::3]:
+    for study in list(plan.config.studies.values())[::3]:
         write_table(plan, study, root)
     write_index(plan, root)
     write_claims(plan, root)

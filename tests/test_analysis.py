@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 import hovit.models  # noqa: F401
 from hovit.analysis.attention_maps import attention_maps
 from hovit.analysis.kept_patches import kept_patches
-from hovit.analysis.run import KINDS, analyse, to_csv
 from hovit.attention.modules import SimilarityAttention, create_attention, from_heads, to_heads
 from hovit.cli import app
-from hovit.errors import HovitError
-from hovit.plan import load_plan
+from hovit.config.plan import load_plan
+from hovit.pipeline.analyse import FUNCTIONS, analyse, to_csv
+from hovit.utils.errors import HovitError
 
 
 @pytest.mark.parametrize("form", ["dot", "euclidean", "sqeuclidean", "jaccard", "jaccard_minmax"])
@@ -72,13 +72,13 @@ def test_a_model_without_such_an_attention_is_refused() -> None:
 
 def test_every_kind_of_the_catalogue_is_there() -> None:
     plan = load_plan("smoke", ROOT / "config")
-    assert {a.kind for a in plan.catalogue.analyses.values()} <= set(KINDS)
+    assert {a.kind for a in plan.config.analyses.values()} <= set(FUNCTIONS)
 
 
 def test_a_run_that_was_not_trained_is_named(tmp_path: Path) -> None:
     plan = load_plan("smoke", ROOT / "config")
     with pytest.raises(HovitError, match=r"levit_deck.pets.deck/seed0/weights.safetensors: not th"):
-        analyse(plan, plan.analysis("attention_maps"), torch.device("cpu"), tmp_path)
+        analyse(plan.analyse_task(plan.analysis("attention_maps")), torch.device("cpu"), tmp_path)
 
 
 def test_an_unknown_analysis_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,16 +91,16 @@ def test_pictures_show_the_scales_photographs() -> None:
     """Where a scale names some; what it finds in numbers stays on the runs' own images."""
     mini, smoke = (load_plan(scale, ROOT / "config") for scale in ("mini", "smoke"))
     kept, pruned = mini.analysis("kept_patches"), mini.analysis("taylor_pruning")
-    (run, *_) = mini.analysed_runs(kept).values()
-    assert mini.analysis_pack(kept, run).id == "oxford-iiit-pet-sample-224px"
-    assert mini.analysis_pack(kept, run).id in mini.packs
-    assert mini.analysis_spec(kept)["photographs"]
-    (other, *_) = mini.analysed_runs(pruned).values()
-    assert mini.analysis_pack(pruned, other) == other.pack
-    assert "photographs" not in mini.analysis_spec(pruned)
-    for run in smoke.analysed_runs(kept).values():
-        assert smoke.analysis_pack(kept, run) == run.pack
-    assert "photographs" not in smoke.analysis_spec(kept)
+    (pack, *_) = mini.analyse_task(kept).packs.values()
+    assert pack.id == "oxford-iiit-pet-sample-224px"
+    assert pack.id in mini.packs
+    assert mini.analyse_task(kept).spec["photographs"]
+    task = mini.analyse_task(pruned)
+    assert all(task.packs[ref] == run.pack for ref, run in task.runs.items())
+    assert "photographs" not in mini.analyse_task(pruned).spec
+    task = smoke.analyse_task(kept)
+    assert all(task.packs[ref] == run.pack for ref, run in task.runs.items())
+    assert "photographs" not in smoke.analyse_task(kept).spec
 
 
 def test_what_skipvit_keeps_as_csv() -> None:

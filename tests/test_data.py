@@ -27,7 +27,8 @@ from scipy.io import loadmat, savemat
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms
 
-from hovit.catalogue import Dataset, Split
+from hovit.config.runs import Pack
+from hovit.config.schema import Dataset, Split
 from hovit.data import loader
 from hovit.data.loader import (
     PackedImages,
@@ -40,9 +41,7 @@ from hovit.data.loader import (
     to_input,
 )
 from hovit.data.pack import Packed, open_pack, prepare
-from hovit.errors import HovitError
-from hovit.plan import Pack
-from hovit.splits import split_sizes
+from hovit.utils.errors import HovitError
 
 CPU = torch.device("cpu")
 BREEDS = {1: "Abyssinian", 2: "american_bulldog", 12: "english_setter", 37: "yorkshire_terrier"}
@@ -113,12 +112,12 @@ def make_zip(folder: Path | str, target: Path | str, prefix: str = "") -> Path:
 
 
 def test_the_decks_split():
-    assert split_sizes(7349, Split(train=0.7, val=0.15)) == (5144, 1102, 1103)
+    assert Split(train=0.7, val=0.15).sizes(7349) == (5144, 1102, 1103)
 
 
 def test_an_own_test_set_leaves_the_rest_to_validation():
-    assert split_sizes(50_000, Split(train=0.9), has_test=True) == (45_000, 5_000, 0)
-    assert split_sizes(11, Split(train=0.5, val=0.1), has_test=True) == (5, 6, 0)
+    assert Split(train=0.9).sizes(50_000, has_test=True) == (45_000, 5_000, 0)
+    assert Split(train=0.5, val=0.1).sizes(11, has_test=True) == (5, 6, 0)
 
 
 @given(
@@ -128,7 +127,7 @@ def test_an_own_test_set_leaves_the_rest_to_validation():
     has_test=st.booleans(),
 )
 def test_split_sizes_are_whole(total, train, rest, has_test):
-    sizes = split_sizes(total, Split(train=train, val=(1 - train) * rest), has_test)
+    sizes = Split(train=train, val=(1 - train) * rest).sizes(total, has_test)
     assert sum(sizes) == total
     assert min(sizes) >= 0
     assert abs(sizes[0] - total * train) <= 1

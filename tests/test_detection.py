@@ -14,24 +14,25 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from made_coco import TINY, make_coco, small_detector
+from synthetic_coco import TINY, make_coco, small_detector
 from torch import nn
 
-from hovit import evidence
 from hovit.cli import app
+from hovit.config.plan import Plan, load_plan
+from hovit.config.runs import Run, Weights
 from hovit.detection.batches import Samples, load, mirror
 from hovit.detection.coco import Annotations, read_annotations, read_image
 from hovit.detection.evaluate import METRICS, evaluate, read_detections, write_detections
 from hovit.detection.folder import evaluation_set, open_coco, prepare
 from hovit.detection.model import STRIDES, make_backbone, retinanet
-from hovit.detection.train import Detection, learning_rate, make_optimizer, train
-from hovit.errors import HovitError, OutOfTime
-from hovit.files import digest, file_digest, read_json, write_json
-from hovit.plan import Plan, Run, Weights, load_plan
-from hovit.records import read_record, write_record
+from hovit.pipeline import evidence
+from hovit.records.record import read_record, write_record
 from hovit.training.checkpoint import load_weights, save_weights
-from hovit.training.job import Options, make_fabric
-from hovit.training.weights import load_pretrained
+from hovit.training.detection import Detection, learning_rate, make_optimizer, train
+from hovit.training.pretrained import load_pretrained
+from hovit.training.trainer import Options, make_fabric
+from hovit.utils.errors import HovitError, OutOfTime
+from hovit.utils.files import digest, file_digest, read_json, write_json
 
 TRAIN = "coco/annotations/instances_train2017.json"
 VAL = "coco/annotations/instances_val2017.json"
@@ -39,7 +40,7 @@ VAL = "coco/annotations/instances_val2017.json"
 
 @pytest.fixture(scope="session")
 def paper() -> Plan:
-    """The real catalogue at the one scale that has COCO."""
+    """The real config at the one scale that has COCO."""
     return load_plan("paper", ROOT / "config")
 
 
@@ -122,7 +123,7 @@ def test_weights_of_the_classifier_start_the_backbone(run: Run, tmp_path: Path) 
 
 
 def test_the_learning_rate_rises_over_500_steps_and_falls_twice(paper: Plan) -> None:
-    recipe = paper.catalogue.recipes["detection"]
+    recipe = paper.config.recipes["detection"]
     rates = {(e, s): learning_rate(recipe, e, s, 7000) for e, s in
              ((0, 0), (0, 250), (0, 500), (7, 6999), (8, 0), (10, 6999), (11, 0), (11, 6999))}  # fmt: skip
     expected = [1e-7, 5.005e-5, 1e-4, 1e-4, 1e-5, 1e-5, 1e-6, 1e-6]
@@ -131,7 +132,7 @@ def test_the_learning_rate_rises_over_500_steps_and_falls_twice(paper: Plan) -> 
 
 def test_weight_decay_spares_the_attention_biases_alone(paper: Plan) -> None:
     model = tiny()
-    spared, decayed = make_optimizer(model, paper.catalogue.recipes["detection"]).param_groups
+    spared, decayed = make_optimizer(model, paper.config.recipes["detection"]).param_groups
     biases = [p for name, p in model.named_parameters() if "attention_biases" in name]
     assert biases
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)

@@ -14,9 +14,9 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from hovit.errors import HovitError
-from hovit.report.figures import FIGURES
-from hovit.stored import check_stored
+from hovit.report.figures.draw import FIGURES
+from hovit.utils.dvc_lock import check_stored
+from hovit.utils.errors import HovitError
 
 pytestmark = pytest.mark.slow
 TRACKED = ("Snakefile", "dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvc/plots", ".dvcignore",

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 import hovit.models  # noqa: F401 (registers)
-from hovit.errors import HovitError
-from hovit.factory import create_model
 from hovit.measure.cost import cost
 from hovit.models.efficientvit import CascadedGroupAttention, EfficientViT, Switches
+from hovit.utils.create_model import create_model
+from hovit.utils.errors import HovitError
 
 FAMILY = [f"m{i}" for i in range(6)]
 PARAMETERS = {"m0": 2.3, "m1": 3.0, "m2": 4.2, "m3": 6.9, "m4": 8.8, "m5": 12.4}  # Table 2, M

@@ -11,13 +11,12 @@ import pytest
 import timm
 import torch
 from conftest import ROOT
-from made_up import ANALYSED, analysis_record
+from synthetic import ANALYSED, analysis_record
 from torch import nn
 
 import hovit.models  # noqa: F401
 from hovit.analysis.blocks import attention_blocks, attention_weights
 from hovit.analysis.head_similarity import head_similarity, largest_similarity
-from hovit.analysis.run import to_csv
 from hovit.analysis.runtime_breakdown import CLASSES, operator_class, runtime_breakdown
 from hovit.analysis.taylor_pruning import (
     all_channels,
@@ -28,16 +27,17 @@ from hovit.analysis.taylor_pruning import (
     taylor_pruning,
     zero_dropped,
 )
-from hovit.catalogue import load_catalogue
-from hovit.errors import HovitError
-from hovit.factory import create_model
+from hovit.config.load import load_config
+from hovit.config.plan import load_plan
 from hovit.models.mhsa_share import halves, places, with_mhsa_share
-from hovit.plan import load_plan
-from hovit.records import write_record
-from hovit.report import figures
-from hovit.report.claims import Verdict, judge
-from hovit.report.figures import FIGURES
-from hovit.report.values import Results
+from hovit.pipeline.analyse import to_csv
+from hovit.records.record import write_record
+from hovit.report.claims.judge import Verdict, judge
+from hovit.report.figures import draw
+from hovit.report.figures.draw import FIGURES
+from hovit.report.results import Results
+from hovit.utils.create_model import create_model
+from hovit.utils.errors import HovitError
 
 SWIN: dict[str, Any] = {"img_size": 56, "embed_dim": 24, "depths": (2, 2), "num_heads": (3, 6),
                         "num_classes": 5}  # fmt: skip
@@ -388,8 +388,10 @@ def judged(scale: str, root: Path) -> dict[str, Verdict]:
     """The claims on analyses, by made-up records of the analyses alone."""
     plan = load_plan(scale, ROOT / "config")
     for name in plan.claimed_analyses:
-        write_record(root / plan.analysed(plan.analysis(name)), analysis_record(plan, name))
-    claims = plan.catalogue.claims["efficientvit_analyses"].claims
+        write_record(
+            root / plan.analyse_task(plan.analysis(name)).path, analysis_record(plan, name)
+        )
+    claims = plan.config.claims["efficientvit_analyses"].claims
     sources = [Results(plan, root)]
     return {c.id: judge(sources, c, "efficientvit") for c in claims if ":" in c.of}
 
@@ -415,10 +417,10 @@ def test_a_claim_on_an_analysis_names_one_that_exists(tmp_path: Path) -> None:
     text = path.read_text()
     path.write_text(text.replace("taylor_pruning:mhsa_share/swin/", "nosuch:mhsa_share/swin/"))
     with pytest.raises(HovitError, match="'nosuch' is not defined; allowed: attention_maps"):
-        load_catalogue(config)
+        load_config(config)
     path.write_text(text.replace("taylor_pruning:mhsa_share/swin/", "taylor_pruning:depth/x/"))
     with pytest.raises(HovitError, match="'depth/x' is not defined; allowed: mhsa_share/swin"):
-        load_catalogue(config)
+        load_config(config)
 
 
 def test_a_figure_of_accuracy_passes_over_evidence_that_has_only_times(tmp_path: Path) -> None:
@@ -426,5 +428,5 @@ def test_a_figure_of_accuracy_passes_over_evidence_that_has_only_times(tmp_path:
     (tmp_path / place).parent.mkdir(parents=True)
     shutil.copy(ROOT / place, tmp_path / place)
     plan, figure = load_plan("smoke", ROOT / "config"), FIGURES["mhsa_share"]
-    assert figures._best(plan, replace(figure, of_training=False), tmp_path).is_evidence
-    assert not figures._best(plan, figure, tmp_path).is_evidence
+    assert draw._best(plan, replace(figure, of_training=False), tmp_path).is_evidence
+    assert not draw._best(plan, figure, tmp_path).is_evidence

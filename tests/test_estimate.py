@@ -8,9 +8,9 @@ import torch
 from conftest import ROOT
 from typer.testing import CliRunner
 
-from hovit import estimate
 from hovit.cli import app
-from hovit.plan import load_plan
+from hovit.config.plan import load_plan
+from hovit.pipeline import estimate
 
 
 @pytest.fixture
@@ -56,9 +56,12 @@ def test_an_analysis_is_shown(fresh: Path) -> None:
     text = shown("head_similarity")
     plan = load_plan("smoke", ROOT / "config")
     analysis = plan.analysis("head_similarity")
-    for ref, run in plan.analysed_runs(analysis).items():
+    for ref, run in plan.analyse_task(analysis).runs.items():
         assert re.search(rf"{ref} +{re.escape(run.id)} seed 0", text)
     assert "takes 64 image(s) of digits-64px" in text
-    assert f"{plan.analysed(analysis)} (`hovit analyse head_similarity --scale smoke`)" in text
+    assert (
+        f"{plan.analyse_task(analysis).path} (`hovit analyse head_similarity --scale smoke`)"
+        in text
+    )
     assert "4 runs (with those that others start from), 0 done\ncost: about" in text
     assert "nothing to analyse at this scale" in shown("kept_patches", "--scale", "sample")

@@ -17,19 +17,21 @@ from timm.models import (
     register_model,
 )
 from torch import nn
+from typer.testing import CliRunner
 
 import hovit.models  # noqa: F401 (registers)
-from hovit import evidence
-from hovit.catalogue import Study
-from hovit.errors import HovitError
-from hovit.evaluation import imagenet
-from hovit.evaluation.imagenet import evaluate_study, find_images, find_weights
-from hovit.plan import load_plan
-from hovit.records import read_record
+from hovit.cli import app
+from hovit.config.plan import load_plan
+from hovit.config.schema import Study
+from hovit.pipeline import evaluate as imagenet
+from hovit.pipeline import evidence
+from hovit.pipeline.evaluate import evaluate_study, find_images, find_weights
+from hovit.records.record import read_record
 from hovit.report.explain import explain
-from hovit.report.tables import write_table
-from hovit.report.values import Results, evidence_for, find_evidence
-from hovit.sources import PACKAGE
+from hovit.report.results import Results, evidence_for, find_evidence
+from hovit.report.tables.write import write_table
+from hovit.utils.code_hash import PACKAGE
+from hovit.utils.errors import HovitError
 
 CPU = torch.device("cpu")
 COLOURS = {"n01440764": (255, 0, 0), "n02099601": (0, 255, 0), "n03028079": (0, 0, 255)}
@@ -112,7 +114,9 @@ def plan():
 
 
 def test_accuracy_is_the_share_of_images_that_the_weights_know(plan, images, weights, tmp_path):
-    record = evaluate_study(plan, study("mean_colour"), images, weights, CPU, tmp_path)
+    record = evaluate_study(
+        plan.evaluate_task(study("mean_colour")), images, weights, CPU, tmp_path
+    )
     row = record.results["rows"]["r0"]
     assert row["top1"] == pytest.approx(100 * 11 / 12)
     assert (row["weights"], row["file"]) == ("mean_colour", "mean_colour.safetensors")
@@ -120,7 +124,7 @@ def test_accuracy_is_the_share_of_images_that_the_weights_know(plan, images, wei
     assert (row["top5"], row["images"]) == (100.0, 12)
     assert 0 < row["loss"] < 40
     assert record.provenance.dataset["classes"] == 3
-    written = read_record(tmp_path / plan.evaluated(study("mean_colour")))
+    written = read_record(tmp_path / plan.evaluate_task(study("mean_colour")).path)
     assert written.results == record.results
 
 
@@ -132,7 +136,9 @@ def test_images_reach_a_model_as_timm_would_bring_them_and_its_deploy_form_agree
     for path in sorted(images.rglob("*.JPEG")):  # of a size that is scaled and cropped
         Image.effect_noise((260, 240), 90).convert("RGB").save(path)
     save_file(model.state_dict(), tmp_path / "efficientvit_m0.safetensors")
-    record = evaluate_study(plan, study("efficientvit_paper_m0"), images, tmp_path, CPU, tmp_path)
+    record = evaluate_study(
+        plan.evaluate_task(study("efficientvit_paper_m0")), images, tmp_path, CPU, tmp_path
+    )
     dataset = create_dataset("", images, split="validation")
     loader = create_loader(dataset, batch_size=5, use_prefetcher=False, num_workers=0,
                            **{k: v for k, v in resolve_data_config(model=model).items()
@@ -151,15 +157,15 @@ def test_images_reach_a_model_as_timm_would_bring_them_and_its_deploy_form_agree
 def test_rows_without_weights_are_left_out_and_named(plan, images, weights, tmp_path):
     lines = []
     both = study("mean_colour", "mean_colour_two")
-    record = evaluate_study(plan, both, images, weights, CPU, tmp_path, lines.append)
+    record = evaluate_study(plan.evaluate_task(both), images, weights, CPU, tmp_path, lines.append)
     assert list(record.results["rows"]) == ["r0"]
     assert any(line.startswith("r1: left out: no weights of mean_colour_two in") for line in lines)
     (weights / "mean_colour.safetensors").unlink()
-    record = evaluate_study(plan, both, images, weights, CPU, tmp_path, lines.append)
+    record = evaluate_study(plan.evaluate_task(both), images, weights, CPU, tmp_path, lines.append)
     assert record.results["rows"] == {}
     assert lines[-1].startswith("no weights of any row in")
     with pytest.raises(HovitError, match=r"a folder of MODEL\.safetensors is wanted"):
-        evaluate_study(plan, both, images, images / "one.safetensors", CPU, tmp_path)
+        evaluate_study(plan.evaluate_task(both), images, images / "one.safetensors", CPU, tmp_path)
 
 
 def test_a_killed_evaluation_goes_on_after_the_last_finished_row(
@@ -178,11 +184,11 @@ def test_a_killed_evaluation_goes_on_after_the_last_finished_row(
 
     monkeypatch.setattr(imagenet, "evaluate", killed)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_study(plan, both, images, weights, CPU, tmp_path)
-    assert not (tmp_path / plan.evaluated(both)).exists()
-    evaluate_study(plan, both, images, weights, CPU, tmp_path)
+        evaluate_study(plan.evaluate_task(both), images, weights, CPU, tmp_path)
+    assert not (tmp_path / plan.evaluate_task(both).path).exists()
+    evaluate_study(plan.evaluate_task(both), images, weights, CPU, tmp_path)
     assert len(calls) == 3  # the first row was not done again
-    assert len(read_record(tmp_path / plan.evaluated(both)).results["rows"]) == 2
+    assert len(read_record(tmp_path / plan.evaluate_task(both).path).results["rows"]) == 2
     assert not list(tmp_path.rglob("*.partial.json"))
 
 
@@ -199,18 +205,18 @@ def test_what_is_not_imagenet_is_refused_in_one_line(plan, images, weights, tmp_
     for batch in (64, 4):  # 4: read by workers
         monkeypatch.setattr(imagenet, "BATCH", batch)
         with pytest.raises(HovitError, match=r"^\S+/n01440764/0.JPEG: an image cannot be read: \S"):
-            evaluate_study(plan, study("mean_colour"), images, weights, CPU, tmp_path)
+            evaluate_study(plan.evaluate_task(study("mean_colour")), images, weights, CPU, tmp_path)
     (images / "val" / "n01440764" / "0.JPEG").unlink()
     (images / "val" / "n01440764" / "0.JPEG").symlink_to(tmp_path / "nowhere")
     with pytest.raises(HovitError, match="an image cannot be read"):
-        evaluate_study(plan, study("mean_colour"), images, weights, CPU, tmp_path)
+        evaluate_study(plan.evaluate_task(study("mean_colour")), images, weights, CPU, tmp_path)
 
 
 def test_weights_whose_outputs_are_not_finite_are_refused(plan, images, weights, tmp_path):
     bad = {"fc.weight": torch.full((1000, 3), torch.nan), "fc.bias": torch.zeros(1000)}
     save_file(bad, weights / "mean_colour.safetensors")
     with pytest.raises(HovitError, match="outputs are not finite"):
-        evaluate_study(plan, study("mean_colour"), images, weights, CPU, tmp_path)
+        evaluate_study(plan.evaluate_task(study("mean_colour")), images, weights, CPU, tmp_path)
     assert not list(tmp_path.rglob("*.json"))
 
 
@@ -228,15 +234,15 @@ def test_images_have_the_size_and_the_tag_has_the_say_at_which_timm_tests(plan, 
 def test_other_weights_are_refused_by_name(plan, images, weights, tmp_path):
     save_file({"fc.weight": torch.zeros(10, 3)}, weights / "mean_colour.safetensors")
     with pytest.raises(HovitError, match="not the weights of mean_colour"):
-        evaluate_study(plan, study("mean_colour"), images, weights, CPU, tmp_path)
+        evaluate_study(plan.evaluate_task(study("mean_colour")), images, weights, CPU, tmp_path)
 
 
 def test_a_study_that_trains_or_tells_no_accuracy_has_nothing_to_evaluate(plan):
-    assert plan.evaluation_spec(study("mean_colour"))["rows"]
-    assert not plan.evaluation_spec(study("mean_colour", columns=["macs"]))["rows"]
-    assert not plan.evaluation_spec(plan.study("hovit"))["rows"]
-    with pytest.raises(HovitError, match="hovit: nothing of it is evaluated: only"):
-        evaluate_study(plan, plan.study("hovit"), ROOT, None, CPU)
+    assert plan.evaluate_task(study("mean_colour")).spec["rows"]
+    assert plan.evaluate_task(study("mean_colour", columns=["macs"])) is None
+    assert plan.evaluate_task(plan.study("hovit")) is None
+    with pytest.raises(HovitError, match="hovit: only a study with `trained: false` and `top1`"):
+        CliRunner().invoke(app, ["evaluate", "hovit", str(ROOT)], catch_exceptions=False)
 
 
 def test_weights_by_timms_name_serve_our_model(tmp_path):
@@ -268,13 +274,15 @@ def test_the_table_shows_it_and_says_of_what_it_is(plan, images, tmp_path, monke
     table = plan.study("efficientvit_imagenet")
     value = Results(plan, tmp_path).value(table, table.row("m0"), "top1")
     assert value is not None
-    assert value.paths == (plan.evaluated(table),)
+    assert value.paths == (plan.evaluate_task(table).path,)
     write_table(plan, table, tmp_path)
     text = (tmp_path / "results/tables/efficientvit_imagenet.md").read_text()
     assert "Top-1, %<br>this run" in text
     assert "evaluated of given weights on 12 images of 3 classes" in text
     assert "imagenet=IMAGENET" in explain(plan, "efficientvit_imagenet", "m0", "top1")
-    assert str(plan.evaluated(table)) in explain(plan, "efficientvit_imagenet", "m0", "top1")
+    assert str(plan.evaluate_task(table).path) in explain(
+        plan, "efficientvit_imagenet", "m0", "top1"
+    )
     assert "hovit evaluate backbones" in explain(plan, "backbones", "deit_b", "top1")
 
 
@@ -284,8 +292,8 @@ def test_evidence_takes_an_evaluation_by_spec_and_code(plan, images, tmp_path, m
     torch.manual_seed(0)
     weights = create_model("efficientvit_m0").state_dict()
     save_file(weights, tmp_path / "efficientvit_m0.safetensors")
-    record = evaluate_study(plan, table, images, tmp_path, CPU, tmp_path)
-    path = tmp_path / plan.evaluated(table)
+    record = evaluate_study(plan.evaluate_task(table), images, tmp_path, CPU, tmp_path)
+    path = tmp_path / plan.evaluate_task(table).path
     assert evidence.check({"smoke": plan}, path, ROOT).id == table.id
     place = tmp_path / "results/evidence/test" / evidence.location(record)
     place.parent.mkdir(parents=True)
@@ -293,13 +301,13 @@ def test_evidence_takes_an_evaluation_by_spec_and_code(plan, images, tmp_path, m
     assert evidence_for(table, find_evidence(plan, tmp_path)) is not None
     assert evidence.location(record).as_posix() == "smoke/evaluation/efficientvit_imagenet.json"
     one = table.model_copy(update={"rows": table.rows[:1]})
-    evaluate_study(plan, one, images, tmp_path, CPU, tmp_path)
-    with pytest.raises(HovitError, match="its spec is not the catalogue's any more"):
+    evaluate_study(plan.evaluate_task(one), images, tmp_path, CPU, tmp_path)
+    with pytest.raises(HovitError, match="its spec is not the config's any more"):
         evidence.check({"smoke": plan}, path, ROOT)
 
 
 def test_every_tag_in_the_catalogue_is_one_that_timm_has_weights_of(plan):
-    named = [row for study in plan.catalogue.studies.values() for row in study.rows if row.tag]
+    named = [row for study in plan.config.studies.values() for row in study.rows if row.tag]
     assert named
     for row in named:
         assert get_pretrained_cfg_value(imagenet.tagged(row), "hf_hub_id"), row.id

@@ -11,24 +11,25 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from made_up import GPU, made_up_predictions, measure_record, write_all
+from synthetic import GPU, made_up_predictions, measure_record, write_all
 
-from hovit.catalogue import Catalogue, load_catalogue
-from hovit.errors import HovitError
-from hovit.evidence import EVIDENCE, add, records_in, verify
-from hovit.files import write_json
-from hovit.plan import Plan, load_plan
-from hovit.predictions import metrics, predictions_digest, write_predictions
-from hovit.records import read_record, write_record
-from hovit.report.claims import judge_all
-from hovit.report.tables import write_table
+from hovit.config.load import load_config
+from hovit.config.plan import Plan, load_plan
+from hovit.config.schema import Config
+from hovit.pipeline.evidence import EVIDENCE, add, records_in, verify
+from hovit.records.predictions import metrics, predictions_digest, write_predictions
+from hovit.records.record import read_record, write_record
+from hovit.report.claims.judge import judge_all
+from hovit.report.tables.write import write_table
+from hovit.utils.errors import HovitError
+from hovit.utils.files import write_json
 
 RUN = "mini/hovit.pets.deck/seed0/record.json"
 
 
 @pytest.fixture(scope="module")
-def catalogue() -> Catalogue:
-    return load_catalogue(ROOT / "config")
+def config() -> Config:
+    return load_config(ROOT / "config")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def here(history: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=root, check=True, capture_output=True, text=True
     ).stdout.strip()
-    monkeypatch.setattr("hovit.records.git_state", lambda: (commit, False))
+    monkeypatch.setattr("hovit.records.record.git_state", lambda: (commit, False))
     write_all(load_plan("mini", root / "config"), root, "elsewhere")
     return root
 
@@ -61,23 +62,23 @@ def plan(here: Path) -> Plan:
     return load_plan("smoke", here / "config")
 
 
-def test_what_verifies_is_taken_byte_for_byte_and_once(catalogue: Catalogue, here: Path) -> None:
-    taken = add(catalogue, [here / "elsewhere"], here)
+def test_what_verifies_is_taken_byte_for_byte_and_once(config: Config, here: Path) -> None:
+    taken = add(config, [here / "elsewhere"], here)
     assert len(taken) == len(records_in(here / "elsewhere")) > 60
     assert (here / EVIDENCE / "test-cpu" / RUN).read_bytes() == (
         here / "elsewhere" / RUN
     ).read_bytes()
-    assert add(catalogue, [here / "elsewhere"], here) == []
-    assert verify(catalogue, here) == (len(taken), [])
+    assert add(config, [here / "elsewhere"], here) == []
+    assert verify(config, here) == (len(taken), [])
 
 
-def test_what_is_committed_verifies(catalogue: Catalogue) -> None:
+def test_what_is_committed_verifies(config: Config) -> None:
     commits = {read_record(p).provenance.commit for p in records_in(ROOT / EVIDENCE)}
     for commit in commits - {"unknown"}:
         there = subprocess.run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], cwd=ROOT)
         if there.returncode:
             pytest.skip(f"this clone has not the whole history: no commit {commit[:10]}")
-    assert verify(catalogue, ROOT)[1] == []
+    assert verify(config, ROOT)[1] == []
 
 
 def mutate(path: Path, **results: object) -> None:
@@ -130,59 +131,57 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_every_mutation_turns_it_red(catalogue: Catalogue, here: Path, mutation: str) -> None:
+def test_every_mutation_turns_it_red(config: Config, here: Path, mutation: str) -> None:
     change, says = MUTATIONS[mutation]
     change(here / "elsewhere" / RUN)
     with pytest.raises(HovitError, match=says):
-        add(catalogue, [here / "elsewhere"], here)
+        add(config, [here / "elsewhere"], here)
     assert not (here / EVIDENCE).exists()  # nothing of the lot is taken
 
     shutil.copytree(here / "elsewhere", here / EVIDENCE / "test-cpu")
-    count, problems = verify(catalogue, here)
+    count, problems = verify(config, here)
     assert len(problems) == 1
     assert says in problems[0]
     assert "hovit.pets.deck/seed0" in problems[0]
     assert count > 60
 
 
-def test_evidence_in_another_devices_folder_is_red(catalogue: Catalogue, here: Path) -> None:
-    add(catalogue, [here / "elsewhere"], here)
+def test_evidence_in_another_devices_folder_is_red(config: Config, here: Path) -> None:
+    add(config, [here / "elsewhere"], here)
     (here / EVIDENCE / "test-cpu").rename(here / EVIDENCE / "better-cpu")
-    count, problems = verify(catalogue, here)
+    count, problems = verify(config, here)
     assert len(problems) == count
     assert "belongs to" in problems[0]
 
 
-def test_another_record_of_the_same_run_is_not_overwritten(
-    catalogue: Catalogue, here: Path
-) -> None:
-    add(catalogue, [here / "elsewhere"], here)
+def test_another_record_of_the_same_run_is_not_overwritten(config: Config, here: Path) -> None:
+    add(config, [here / "elsewhere"], here)
     path = here / "elsewhere" / RUN
     table = made_up_predictions(read_record(path).results["top1"] + 5)
     write_predictions(path.parent / "predictions.csv.gz", table)
     mutate(path, top1=metrics(table)[1], predictions_sha256=predictions_digest(table))
     with pytest.raises(HovitError, match="another record of this run is there"):
-        add(catalogue, [here / "elsewhere"], here)
+        add(config, [here / "elsewhere"], here)
 
 
-def test_a_commit_that_is_not_known_is_looked_for(catalogue: Catalogue, here: Path) -> None:
+def test_a_commit_that_is_not_known_is_looked_for(config: Config, here: Path) -> None:
     path = here / "elsewhere" / RUN
     record = read_record(path)
     made = record.provenance.model_copy(update={"commit": "unknown", "dirty": True})
     write_record(path, record.model_copy(update={"provenance": made}))
-    assert add(catalogue, [here / "elsewhere"], here)
+    assert add(config, [here / "elsewhere"], here)
     other_code(path)
     with pytest.raises(HovitError, match="made by other code than stands in any commit"):
-        add(catalogue, [here / "elsewhere"], here)
+        add(config, [here / "elsewhere"], here)
 
 
-def test_nothing_to_add_is_said(catalogue: Catalogue, tmp_path: Path) -> None:
+def test_nothing_to_add_is_said(config: Config, tmp_path: Path) -> None:
     with pytest.raises(HovitError, match="no records in it"):
-        add(catalogue, [tmp_path], tmp_path)
+        add(config, [tmp_path], tmp_path)
 
 
-def test_tables_show_it_beside_this_run(catalogue: Catalogue, here: Path, plan: Plan) -> None:
-    add(catalogue, [here / "elsewhere"], here)
+def test_tables_show_it_beside_this_run(config: Config, here: Path, plan: Plan) -> None:
+    add(config, [here / "elsewhere"], here)
     write_all(plan, here)
     write_table(plan, plan.study("hovit"), here)
     text = (here / "results/tables/hovit.md").read_text()
@@ -193,13 +192,11 @@ def test_tables_show_it_beside_this_run(catalogue: Catalogue, here: Path, plan: 
     assert "Tiny-ImageNet-37" in re.search(r"\*\*Evidence\*\*: (.*)", text)[1]  # type: ignore[index]
 
 
-def test_claims_use_it_where_this_run_cannot_tell(
-    catalogue: Catalogue, here: Path, plan: Plan
-) -> None:
+def test_claims_use_it_where_this_run_cannot_tell(config: Config, here: Path, plan: Plan) -> None:
     write_all(plan, here)
     before = {v.id: v for v in judge_all(plan, here)}
     assert before["hovit-accuracy"].verdict == "not measured"
-    add(catalogue, [here / "elsewhere"], here)
+    add(config, [here / "elsewhere"], here)
     after = {v.id: v for v in judge_all(plan, here)}
     assert after["hovit-accuracy"].verdict != "not measured"
     assert after["hovit-accuracy"].source == (
@@ -209,24 +206,22 @@ def test_claims_use_it_where_this_run_cannot_tell(
     assert after["parameters-hovit"].source.startswith("this run: smoke, digits")
 
 
-def test_a_dropped_run_turns_its_claims(catalogue: Catalogue, here: Path, plan: Plan) -> None:
-    add(catalogue, [here / "elsewhere"], here)
+def test_a_dropped_run_turns_its_claims(config: Config, here: Path, plan: Plan) -> None:
+    add(config, [here / "elsewhere"], here)
     for seed in (0, 1):
         shutil.rmtree(here / EVIDENCE / f"test-cpu/mini/hovit.pets.deck/seed{seed}")
     verdicts = {v.id: v.verdict for v in judge_all(plan, here)}
     assert verdicts["hovit-accuracy"] == "not measured"
 
 
-def test_tables_from_evidence_alone_in_seconds_without_torch(
-    catalogue: Catalogue, here: Path
-) -> None:
-    add(catalogue, [here / "elsewhere"], here)
+def test_tables_from_evidence_alone_in_seconds_without_torch(config: Config, here: Path) -> None:
+    add(config, [here / "elsewhere"], here)
     code = (
-        "import sys; from hovit.plan import load_plan\n"
-        "from hovit.report.tables import write_table\n"
-        "from hovit.report.claims import write_claims\n"
+        "import sys; from hovit.config.plan import load_plan\n"
+        "from hovit.report.tables.write import write_table\n"
+        "from hovit.report.claims.judge import write_claims\n"
         "plan = load_plan('smoke')\n"
-        "for study in plan.catalogue.studies.values(): write_table(plan, study)\n"
+        "for study in plan.config.studies.values(): write_table(plan, study)\n"
         "write_claims(plan); assert 'torch' not in sys.modules"
     )
     began = time.monotonic()
@@ -235,10 +230,10 @@ def test_tables_from_evidence_alone_in_seconds_without_torch(
     assert "evidence, mini" in (here / "results/tables/launcher.md").read_text()
 
 
-def test_measurements_of_two_devices_stay_apart(catalogue: Catalogue, here: Path) -> None:
+def test_measurements_of_two_devices_stay_apart(config: Config, here: Path) -> None:
     plan = load_plan("mini", here / "config")
-    add(catalogue, [here / "elsewhere"], here)
+    add(config, [here / "elsewhere"], here)
     write_record(here / "gpu/mini/measure/hovit.json", measure_record(plan, "hovit", GPU))
-    (taken,) = add(catalogue, [here / "gpu"], here)
+    (taken,) = add(config, [here / "gpu"], here)
     assert taken == here / EVIDENCE / "test-gpu/mini/measure/hovit.json"
-    assert verify(catalogue, here)[1] == []
+    assert verify(config, here)[1] == []

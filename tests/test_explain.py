@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from hovit.errors import HovitError
-from hovit.plan import Plan, load_plan
-from hovit.records import read_record
+from hovit.config.plan import Plan, load_plan
+from hovit.records.record import read_record
 from hovit.report.explain import explain
 from hovit.report.listing import list_analyses, list_runs, list_studies
+from hovit.utils.errors import HovitError
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,11 @@ def test_explain_says_of_evidence_what_it_says_of_a_run(
         assert fact in after
     study = plan.study("hovit")
     timed = explain(smoke, "hovit", "hovit", "latency_32").split("  evidence  ")[1]
-    for fact in ("n = 30 rounds", "interleaved over", f"{plan.measured(study)}' --config scale="):
+    for fact in (
+        "n = 30 rounds",
+        "interleaved over",
+        f"{plan.measure_task(study).path}' --config scale=",
+    ):
         assert fact in timed
     (root / "results/evidence/some-card/mini" / run.id / "seed0/record.json").unlink()
     alone = explain(smoke, "hovit", "hovit", "top1").split("  evidence  ")[1]
@@ -86,7 +90,7 @@ def test_explain_traces_an_analysis(
     plan: Plan, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(root)
-    path = plan.analysed(plan.analysis("head_similarity"))
+    path = plan.analyse_task(plan.analysis("head_similarity")).path
     evidence = Path("results/evidence/some-card") / path.relative_to("results/runs")
     evidence.parent.mkdir(parents=True)
     shutil.copy(path, evidence)
@@ -125,7 +129,7 @@ def test_the_list_names_studies_and_analyses(plan: Plan) -> None:
         "analyses (5)",
         "  attention_maps       6 rows  Where the middle token looks, under each attention",
     ]
-    bare = Plan(plan.catalogue.model_copy(update={"analyses": {}}), plan.scale)
+    bare = Plan(plan.config.model_copy(update={"analyses": {}}), plan.scale)
     assert list_analyses(bare) == "analyses (0)"
     lines = list_studies(plan).splitlines()
-    assert lines[0] == f"studies ({len(lines) - 1})" == f"studies ({len(plan.catalogue.studies)})"
+    assert lines[0] == f"studies ({len(lines) - 1})" == f"studies ({len(plan.config.studies)})"

@@ -25,32 +25,35 @@ import torch
 from conftest import ROOT, small_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from made_up import made_up_predictions, train_record, write_all
 from PIL import Image
+from synthetic import made_up_predictions, train_record, write_all
 from torch import nn
 
-import hovit.training.loop
+import hovit.training.classification
 from hovit import cli
-from hovit.catalogue import KINDS, Dataset
+from hovit.config.plan import Plan, load_plan
+from hovit.config.runs import Pack, Run
+from hovit.config.schema import KINDS, Dataset
 from hovit.data.pack import fingerprint, open_pack, prepare
-from hovit.errors import HovitError
-from hovit.evidence import check
-from hovit.files import alone, digest, read_json, read_sealed, write_json, write_sealed, write_text
-from hovit.measure.study import _resume
-from hovit.plan import Pack, Plan, Run, load_plan
-from hovit.predictions import read_predictions, write_predictions
-from hovit.reading import load_file
-from hovit.records import read_record, write_record
-from hovit.report.values import _counts
-from hovit.training.checkpoint import (
-    State,
-    load_state,
-    load_weights,
-    save_state,
-    save_weights,
+from hovit.pipeline.evidence import check
+from hovit.pipeline.measure import _resume
+from hovit.records.predictions import read_predictions, write_predictions
+from hovit.records.record import read_record, write_record
+from hovit.report.results import _counts
+from hovit.training.checkpoint import State, load_state, load_weights, save_state, save_weights
+from hovit.training.classification import train
+from hovit.training.trainer import Options, make_fabric
+from hovit.utils.errors import HovitError
+from hovit.utils.files import (
+    alone,
+    digest,
+    read_json,
+    read_sealed,
+    write_json,
+    write_sealed,
+    write_text,
 )
-from hovit.training.job import Options, make_fabric
-from hovit.training.loop import train
+from hovit.utils.yaml_file import load_file
 
 KILLS = 20  # each of training, a measurement, the report, packing
 EXAMPLES = 200  # damaged versions of each file
@@ -136,7 +139,7 @@ def position(path: Path) -> tuple[int, int]:
 @pytest.mark.slow
 def test_killed_measurement_keeps_its_rounds(tmp_path: Path) -> None:
     plan, study = killed.measured_study()
-    path = tmp_path / plan.measured(study)
+    path = tmp_path / plan.measure_task(study).path
     partial = path.with_suffix(".partial.json")
     length = killed.undisturbed(killed.measuring, tmp_path)
     exact = {name: row["macs"] for name, row in rows_of(path).items()}
@@ -260,7 +263,7 @@ def test_two_processes_do_not_train_one_run(plan: Plan, packed: Path) -> None:
 
 def test_the_lock_of_a_killed_process_is_gone(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from hovit.files import alone\n"
+        "import sys, time; from pathlib import Path; from hovit.utils.files import alone\n"
         "with alone(Path(sys.argv[1])): print('in', flush=True); time.sleep(100)"
     )
     with subprocess.Popen(
@@ -410,7 +413,7 @@ WRITERS = {
 
 @pytest.fixture
 def records(tmp_path: Path) -> Path:
-    """The catalogue and all records of scale mini."""
+    """The config and all records of scale mini."""
     shutil.copytree(ROOT / "config", tmp_path / "config")
     write_all(load_plan("mini", ROOT / "config"), tmp_path)
     return tmp_path
@@ -494,7 +497,7 @@ def test_a_disk_that_fills_while_training(
         options.on_epoch = fill
     with monkeypatch.context() as patch:
         if moment == "the test":
-            patch.setattr(hovit.training.loop, "write_predictions", full_at_the_test)
+            patch.setattr(hovit.training.classification, "write_predictions", full_at_the_test)
         with pytest.raises(HovitError, match=r"cannot be written: .*No space left") as caught:
             train(run, fabric, packed, options)
     assert str(small.place) in str(caught.value)
@@ -735,7 +738,7 @@ def test_a_record_changed_and_sealed_again_is_no_evidence(
     """Whatever a hostile record says, checking it ends in one line."""
     plan = load_plan("smoke", ROOT / "config")
     run = next(iter(plan.run(name) for name in plan.runs))
-    monkeypatch.setattr("hovit.evidence._check_code", lambda *_: None)
+    monkeypatch.setattr("hovit.pipeline.evidence._check_code", lambda *_: None)
     valid = train_record(run, 50.0)
     path = tmp_path / "record.json"
     write_predictions(tmp_path / "predictions.csv.gz", made_up_predictions(50.0))

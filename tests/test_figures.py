@@ -8,16 +8,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from conftest import ROOT
-from made_up import write_all
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure as Canvas
 from matplotlib.text import Text
+from synthetic import write_all
 
-from hovit.evidence import EVIDENCE
-from hovit.plan import Plan, load_plan
-from hovit.report import figures, style
-from hovit.report.figures import FIGURES
-from hovit.report.values import Results
+from hovit.config.plan import Plan, load_plan
+from hovit.pipeline.evidence import EVIDENCE
+from hovit.report.figures import draw, style
+from hovit.report.figures.draw import FIGURES
+from hovit.report.results import Results
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def plan() -> Plan:
 def drawn(plan: Plan, root: Path, name: str) -> Canvas:
     """A figure, laid out as it is saved."""
     with mpl.rc_context(style.RC):
-        canvas = FIGURES[name].draw(figures._best(plan, FIGURES[name], root))
+        canvas = FIGURES[name].draw(draw._best(plan, FIGURES[name], root))
         canvas.draw_without_rendering()
     plt.close(canvas)
     return canvas

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from hovit.errors import HovitError
-from hovit.files import atomic, digest, file_digest, read_json, write_json, write_text
+from hovit.utils.errors import HovitError
+from hovit.utils.files import atomic, digest, file_digest, read_json, write_json, write_text
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False,

@@ -15,16 +15,17 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 import hovit.models  # noqa: F401 (registers)
-from hovit.catalogue import Latency, OnGpu
-from hovit.device import describe_device, keep_freed_memory, pick_device
-from hovit.errors import HovitError, OutOfTime
-from hovit.files import digest, read_json, read_sealed, write_sealed
-from hovit.measure import study as study_module
+from hovit.config.plan import Plan, load_plan
+from hovit.config.runs import protocol
+from hovit.config.schema import Latency, OnGpu
 from hovit.measure.cost import cost, macs
 from hovit.measure.latency import forward_ms, gradients_ms, measure_latency, summary
-from hovit.measure.study import measure_study
-from hovit.plan import Plan, load_plan, protocol
-from hovit.records import Device, read_record
+from hovit.pipeline import measure as study_module
+from hovit.pipeline.measure import measure_study
+from hovit.records.record import Device, read_record
+from hovit.utils.device import describe_device, keep_freed_memory, pick_device
+from hovit.utils.errors import HovitError, OutOfTime
+from hovit.utils.files import digest, read_json, read_sealed, write_sealed
 
 CPU = torch.device("cpu")
 
@@ -326,7 +327,7 @@ def tiny_plan():
     blocks = rows["blocks_222"].model_copy(update={"part": "stages.2"})
     again = blocks.model_copy(update={"id": "again", "part": None})
     study = study.model_copy(update={"rows": (rows["levit_deck"], blocks, again)})
-    return Plan(plan.catalogue, plan.scale.model_copy(update={"latency": latency})), study
+    return Plan(plan.config, plan.scale.model_copy(update={"latency": latency})), study
 
 
 @pytest.fixture
@@ -347,10 +348,10 @@ def measure(tiny_plan, tmp_path, monkeypatch):
             return float(begin + passes[0])
 
         monkeypatch.setattr(study_module, "_timer", lambda _: clock)
-        return measure_study(plan, study, CPU, root=tmp_path, **kwargs)
+        return measure_study(plan.measure_task(study), CPU, root=tmp_path, **kwargs)
 
     run.plan, run.study = plan, study
-    run.path = tmp_path / plan.measured(study)
+    run.path = tmp_path / plan.measure_task(study).path
     run.partial = run.path.with_suffix(".partial.json")
     return run
 
@@ -359,7 +360,7 @@ def test_a_study_leaves_a_valid_record(measure):
     measure()
     record = read_record(measure.path)
     assert (record.kind, record.id, record.scale) == ("measure", "depth", "smoke")
-    assert record.spec == measure.plan.measure_spec(measure.study)
+    assert record.spec == measure.plan.measure_task(measure.study).spec
     assert record.spec_hash == digest(record.spec)
     rows = record.results["rows"]
     assert set(rows) == {"levit_deck", "blocks_222", "again"}
@@ -389,7 +390,7 @@ def on_gpu(tiny_plan):
 
 
 def test_a_gpu_may_have_batches_and_a_precision_of_its_own(on_gpu):
-    settings = on_gpu[0].measure_spec(on_gpu[1])["latency"]
+    settings = on_gpu[0].measure_task(on_gpu[1]).spec["latency"]
     assert (settings["batches"], settings["precision"]) == ([1], "fp32, TF32 off")
     assert protocol(settings, "cpu") == settings
     card = protocol(settings, "cuda")
@@ -398,14 +399,16 @@ def test_a_gpu_may_have_batches_and_a_precision_of_its_own(on_gpu):
 
 
 def test_on_a_cpu_the_gpus_batches_are_not_timed(on_gpu, tmp_path):
-    rows = measure_study(*on_gpu, CPU, root=tmp_path).results["rows"]
+    rows = measure_study(on_gpu[0].measure_task(on_gpu[1]), CPU, root=tmp_path).results["rows"]
     assert {*rows["levit_deck"]["latency"]} == {"1"}
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_card_the_gpus_batches_are_timed(on_gpu, tmp_path):
-    rows = measure_study(*on_gpu, torch.device("cuda"), root=tmp_path).results["rows"]
+    rows = measure_study(
+        on_gpu[0].measure_task(on_gpu[1]), torch.device("cuda"), root=tmp_path
+    ).results["rows"]
     assert {*rows["levit_deck"]["latency"]} == {"4"}
 
 
@@ -436,7 +439,7 @@ def test_a_batch_too_large_for_the_card_is_one_line():
 
 def test_the_real_clock_is_the_default(tiny_plan, tmp_path):
     plan, study = tiny_plan
-    rows = measure_study(plan, study, CPU, root=tmp_path).results["rows"]
+    rows = measure_study(plan.measure_task(study), CPU, root=tmp_path).results["rows"]
     assert all(ms > 0 for row in rows.values() for ms in row["latency"]["1"]["ms"])
 
 
@@ -545,7 +548,7 @@ def test_another_c_library_is_left_as_it_is(monkeypatch):
 
 def test_the_protocol_says_what_becomes_of_freed_memory():
     plan = load_plan("smoke", ROOT / "config")
-    spec = plan.measure_spec(plan.study("hovit"))
+    spec = plan.measure_task(plan.study("hovit")).spec
     assert spec["latency"]["memory"].startswith("freed memory kept")
 
 
@@ -554,10 +557,10 @@ def test_a_study_may_be_timed_with_freed_memory_handed_back_but_not_after_it_is_
 ):
     plan = load_plan("smoke", ROOT / "config")
     study = plan.study("efficientvit_allocator")
-    assert "handed back" in plan.measure_spec(study)["latency"]["memory"]
-    monkeypatch.setattr("hovit.device.freed_memory_kept", True)
+    assert "handed back" in plan.measure_task(study).spec["latency"]["memory"]
+    monkeypatch.setattr("hovit.utils.device.freed_memory_kept", True)
     with pytest.raises(HovitError, match=r"this process keeps it by now: .* `hovit measure"):
-        measure_study(plan, study, CPU, tmp_path)
+        measure_study(plan.measure_task(study), CPU, tmp_path)
     assert not list(tmp_path.rglob("*.json"))
 
 
@@ -569,7 +572,7 @@ def test_measuring_keeps_freed_memory_where_its_record_says_so(keep, monkeypatch
         update={"id": "one", "rows": family.rows[:1], "batches": (1,), "keep_memory": keep}
     )
     called = []
-    monkeypatch.setattr("hovit.device.freed_memory_kept", False)
+    monkeypatch.setattr("hovit.utils.device.freed_memory_kept", False)
     monkeypatch.setattr(study_module, "keep_freed_memory", lambda: called.append(True))
-    record = measure_study(plan, study, CPU, tmp_path)
+    record = measure_study(plan.measure_task(study), CPU, tmp_path)
     assert bool(called) == keep == ("kept" in record.spec["latency"]["memory"])

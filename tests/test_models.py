@@ -10,8 +10,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import hovit.models  # noqa: F401 (registers)
-from hovit.errors import HovitError
-from hovit.factory import create_model
 from hovit.models.levit_deck import (
     Attention,
     Block,
@@ -22,6 +20,8 @@ from hovit.models.levit_deck import (
     Mlp,
     checkerboard,
 )
+from hovit.utils.create_model import create_model
+from hovit.utils.errors import HovitError
 
 DECK = [*timm.list_models(module="levit_deck"), *timm.list_models(module="hovit")]
 LAUNCHERS = timm.list_models(module="launcher")

@@ -10,10 +10,10 @@ from sklearn.datasets import load_digits, load_sample_images
 from torch import nn
 
 import hovit.models  # noqa: F401 (registers)
-from hovit.errors import HovitError
 from hovit.measure import onnx_runtime
 from hovit.measure.onnx_runtime import OnnxPass, run, session
 from hovit.models.deploy import TokenAttention, TokenFFN, deploy
+from hovit.utils.errors import HovitError
 
 
 @pytest.fixture(autouse=True)

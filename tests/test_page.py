@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from browser import CHROMIUM, Browser
 from conftest import ROOT
-from made_up import GPU, measure_record, train_record, write_all
 from markupsafe import escape
+from synthetic import GPU, measure_record, train_record, write_all
 
-from hovit.files import write_text
-from hovit.plan import Plan, load_plan
-from hovit.records import read_record, write_record
-from hovit.report.claims import judge_all
-from hovit.report.columns import NOTHING, columns_of
-from hovit.report.page import PAGE, WEB, write_page
-from hovit.report.values import Results
+from hovit.config.plan import Plan, load_plan
+from hovit.records.record import read_record, write_record
+from hovit.report.claims.judge import judge_all
+from hovit.report.page.write import PAGE, WEB, write_page
+from hovit.report.results import Results
+from hovit.report.tables.columns import NOTHING, columns_of
+from hovit.utils.files import write_text
 
 HOSTILE = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 1'>&amp;`"
 EVIDENCE = "results/evidence/test-gpu"
@@ -50,18 +50,18 @@ def data_of(root: Path) -> dict:
 def test_every_claim_table_and_number_is_there(plan: Plan, root: Path) -> None:
     text, data = (root / PAGE).read_text(), data_of(root)
     assert list(data["claims"]) == [v.id for v in judge_all(plan, root)]
-    for name, file in plan.catalogue.claims.items():
+    for name, file in plan.config.claims.items():
         assert all(data["claims"][claim.id]["file"] == name for claim in file.claims)
         assert all(str(escape(entry.says)) in text for entry in file.not_checkable)
     results = Results(plan, root)
-    for study in plan.catalogue.studies.values():
+    for study in plan.config.studies.values():
         assert f'id="t-{study.id}"' in text
         own = [key for key in data["values"] if key.startswith(f"{study.id}/")]
         cells = [c for column in columns_of(study, [results]) for c in column.cells]
         run = [key for key in own if key.endswith(("/run", "/reported"))]
         assert len(run) == len([cell for cell in cells if cell != NOTHING])
     assert {key.rsplit("/", 1)[1] for key in data["values"]} == {"reported", "evidence", "run"}
-    assert all(name in text for name in plan.catalogue.analyses)
+    assert all(name in text for name in plan.config.analyses)
 
 
 def test_any_number_leads_to_its_record_and_the_command_that_remakes_it(root: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_record_or_a_table_that_is_refused_is_named(
     write_text(path, path.read_text()[:100])
     two = measure_record(plan, "depth")
     two.results["rows"]["l_blocks_222"]["device"] = GPU.model_dump()
-    write_record(tmp_path / plan.measured(plan.study("depth")), two)
+    write_record(tmp_path / plan.measure_task(plan.study("depth")).path, two)
     write_page(plan, tmp_path)
     text = (tmp_path / PAGE).read_text()
     assert re.search(r"hovit\.pets\.deck/seed0/record\.json: not readable as JSON", text)

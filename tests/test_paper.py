@@ -10,15 +10,11 @@ import pytest
 import typst
 import yaml
 from conftest import ROOT
-from made_up import write_all
+from synthetic import write_all
 
-from hovit.errors import HovitError
-from hovit.files import write_json
-from hovit.plan import Plan, load_plan
-from hovit.report.columns import NOTHING
-from hovit.report.figures import FIGURES
-from hovit.report.paper import FILES, OUT, PDF, TEXT, compile_text, write_paper
-from hovit.report.variables import (
+from hovit.config.plan import Plan, load_plan
+from hovit.report.figures.draw import FIGURES
+from hovit.report.paper.variables import (
     MISSING,
     VARIABLES,
     Variable,
@@ -26,6 +22,10 @@ from hovit.report.variables import (
     resolve,
     sources_of,
 )
+from hovit.report.paper.write import FILES, OUT, PDF, TEXT, compile_text, write_paper
+from hovit.report.tables.columns import NOTHING
+from hovit.utils.errors import HovitError
+from hovit.utils.files import write_json
 
 # What may stand in the text as digits: names, and sizes of an architecture or a protocol.
 ALLOWED = (
@@ -74,7 +74,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, smoke: Plan) -> Path:
     root = tmp_path_factory.mktemp("paper")
     shutil.copytree(ROOT / "paper", root / "paper", ignore=shutil.ignore_patterns("*.pdf"))
     write_all(smoke, root)
-    mini = Plan(smoke.catalogue, smoke.catalogue.scales["mini"])
+    mini = Plan(smoke.config, smoke.config.scales["mini"])
     write_all(mini, root, "results/evidence/test-cpu")
     write_paper(smoke, root)
     return root
@@ -124,7 +124,7 @@ def test_every_variable_is_used_and_of_the_catalogue(made: Path, smoke: Plan) ->
     assert names - read(made, "variables").keys() == set()
     assert variables.keys() - names == set()
     for name, variable in variables.items():
-        assert variable.of.split("/")[0] in smoke.catalogue.studies, name
+        assert variable.of.split("/")[0] in smoke.config.studies, name
 
 
 def test_a_trained_or_timed_number_says_where_it_is_from(made: Path) -> None:
@@ -204,8 +204,8 @@ def test_a_cell_and_its_records_agree(made: Path) -> None:
 
 def test_every_table_and_figure_of_the_catalogue_is_there(made: Path, smoke: Plan) -> None:
     """By a section, or after them: a study that no text knows stands too."""
-    assert read(made, "tables").keys() == smoke.catalogue.studies.keys()
-    assert labels(made) >= {f"tab-{study}" for study in smoke.catalogue.studies}
+    assert read(made, "tables").keys() == smoke.config.studies.keys()
+    assert labels(made) >= {f"tab-{study}" for study in smoke.config.studies}
     assert labels(made) >= {f"fig-{figure}" for figure in FIGURES}
     tables = read(made, "tables")
     newcomer = tables["depth"] | {"title": "A newcomer"}
@@ -234,8 +234,8 @@ def test_an_unknown_variable_is_one_line(made: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ({"of": "hovit/nobody/top1"}, "the catalogue has no hovit/nobody/top1"),
-        ({"of": "hovit/hovit/beauty"}, "the catalogue has no hovit/hovit/beauty"),
+        ({"of": "hovit/nobody/top1"}, "the config has no hovit/nobody/top1"),
+        ({"of": "hovit/hovit/beauty"}, "the config has no hovit/hovit/beauty"),
         ({"of": "hovit/hovit/top1", "kind": "ratio"}, "`to` belongs to every kind but `value`"),
         ({"of": "hovit"}, "of"),
     ],

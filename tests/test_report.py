@@ -8,15 +8,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import ROOT
-from made_up import GPU, measure_record, train_record
 from pydantic import ValidationError
+from synthetic import GPU, measure_record, train_record
 
-from hovit.catalogue import Claim
-from hovit.errors import HovitError
-from hovit.files import write_json
-from hovit.plan import Plan, load_plan
-from hovit.records import read_record, write_record
-from hovit.report.claims import (
+from hovit.config.plan import Plan, load_plan
+from hovit.config.schema import Claim
+from hovit.records.record import read_record, write_record
+from hovit.report.claims.judge import (
     ACCEPTED,
     accept,
     check_accepted,
@@ -26,9 +24,11 @@ from hovit.report.claims import (
     tally,
     write_claims,
 )
-from hovit.report.figures import FIGURES, draw
-from hovit.report.tables import write_index, write_table
-from hovit.report.values import Results, Value
+from hovit.report.figures.draw import FIGURES, draw
+from hovit.report.results import Results, Value
+from hovit.report.tables.write import write_index, write_table
+from hovit.utils.errors import HovitError
+from hovit.utils.files import write_json
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def plan() -> Plan:
 
 
 def test_every_table_in_three_forms(plan: Plan, root: Path) -> None:
-    for study in plan.catalogue.studies.values():
+    for study in plan.config.studies.values():
         write_table(plan, study, root)
         stem = root / "results/tables" / study.id
         text = stem.with_suffix(".md").read_text()
@@ -63,7 +63,7 @@ def test_every_table_in_three_forms(plan: Plan, root: Path) -> None:
                 assert f"**{fact}**" in text
     write_index(plan, root)
     index = (root / "results/tables/index.md").read_text()
-    assert all(f"`{study}`" in index for study in plan.catalogue.studies)
+    assert all(f"`{study}`" in index for study in plan.config.studies)
 
 
 def test_a_mean_has_its_spread_and_latency_its_ratio(plan: Plan, root: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_mean_has_its_spread_and_latency_its_ratio(plan: Plan, root: Path) -> 
 
 
 def test_reported_and_three_baselines_wherever_the_deck_compares(plan: Plan) -> None:
-    for study in plan.catalogue.studies.values():
+    for study in plan.config.studies.values():
         ids = {row.id for row in study.rows}
         if "levit_deck" in ids:
             assert {"levit_deck", "levit_deck_fixed", "levit_256"} <= ids
@@ -93,7 +93,7 @@ def test_reported_and_three_baselines_wherever_the_deck_compares(plan: Plan) -> 
 def test_latencies_of_two_devices_are_refused(plan: Plan, root: Path) -> None:
     record = measure_record(plan, "hovit")
     record.results["rows"]["l_hovit"]["device"] = GPU.model_dump()
-    write_record(root / plan.measured(plan.study("hovit")), record)
+    write_record(root / plan.measure_task(plan.study("hovit")).path, record)
     with pytest.raises(HovitError, match=r"Test CPU.*Test GPU"):
         write_table(plan, plan.study("hovit"), root)
     assert not (root / "results/tables/hovit.md").exists()
@@ -103,9 +103,7 @@ def test_a_record_of_another_spec_is_named_and_not_used(plan: Plan, root: Path) 
     run = plan.run("hovit.pets.deck")
     other = run.model_copy(update={"image_size": 97})
     write_record(root / run.folder / "record.json", train_record(other, 99.0))
-    assert "hovit.pets.deck/seed0/record.json: its spec is not the catalogue's" in not_used(
-        plan, root
-    )
+    assert "hovit.pets.deck/seed0/record.json: its spec is not the config's" in not_used(plan, root)
     assert value_of(plan, root, "hovit").n == 1  # the other seed alone
 
 
@@ -217,7 +215,7 @@ def test_stand_ins_do_not_judge_an_absolute_accuracy(plan: Plan, root: Path) -> 
 
 def test_rounds_are_compared_in_pairs(plan: Plan, root: Path) -> None:
     """Drift that hits both rows alike is no noise: 20 % of it hides no difference of 5 %."""
-    path = root / plan.measured(plan.study("hovit"))
+    path = root / plan.measure_task(plan.study("hovit")).path
     record = read_record(path)
     rows = record.results["rows"]
     for name, factor in (("levit_deck", 1.0), ("hovit", 0.95)):
@@ -331,9 +329,9 @@ def test_accepted_verdicts_that_cannot_be_read(plan: Plan, root: Path) -> None:
 
 def test_the_committed_verdicts_are_of_this_catalogue(plan: Plan) -> None:
     committed = json.loads((ROOT / ACCEPTED).read_text())
-    assert committed["reported"] == reported_numbers(plan.catalogue)
+    assert committed["reported"] == reported_numbers(plan.config)
     assert set(committed["verdicts"]) == {
-        claim.id for file in plan.catalogue.claims.values() for claim in file.claims
+        claim.id for file in plan.config.claims.values() for claim in file.claims
     }
 
 
@@ -341,7 +339,7 @@ def test_a_ratio_to_nothing_is_not_measured(plan: Plan, root: Path) -> None:
     study = plan.study("hovit")
     record = measure_record(plan, "hovit")
     record.results["rows"]["levit_deck"]["parameters"] = 0
-    write_record(root / plan.measured(study), record)
+    write_record(root / plan.measure_task(study).path, record)
     claim = Claim(id="r", says="s", place="p", kind="ratio", reported="1",
                   of="hovit/hovit/parameters", to="hovit/levit_deck/parameters")  # fmt: skip
     verdict = judge([Results(plan, root)], claim, "hovit")

@@ -16,13 +16,13 @@ from torch import Tensor
 
 import hovit.models  # noqa: F401 (registers)
 from hovit.analysis.kept_patches import kept_patches as analysed
-from hovit.errors import HovitError, OutOfTime
+from hovit.config.plan import Plan
 from hovit.models.schedule import Schedule, keep_count
 from hovit.models.skipvit import SkipViT, kept_patches
 from hovit.models.token_skipping import choose, class_attention, fuse, put_back, take
-from hovit.plan import Plan
-from hovit.training.job import Options, make_fabric
-from hovit.training.loop import train
+from hovit.training.classification import train
+from hovit.training.trainer import Options, make_fabric
+from hovit.utils.errors import HovitError, OutOfTime
 
 SEED = [  # Table 1
     "6(45%)+fused token",

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SMALL
 
-from hovit.catalogue import Study
-from hovit.plan import Plan, load_plan
-from hovit.records import read_record
-from hovit.sweep import sweep
-from hovit.training import loop
-from hovit.training.job import Options
+from hovit.config.plan import Plan, load_plan
+from hovit.config.schema import Study
+from hovit.pipeline.sweep import sweep
+from hovit.records.record import read_record
+from hovit.training import classification as loop
+from hovit.training.trainer import Options
 
 STUDY = {
     "id": "tiny",
@@ -35,7 +35,7 @@ def tiny(plan: Plan) -> Plan:
     latency = plan.scale.latency.model_copy(update={"rounds": 3, "batches": (1,), "warmup": 1})
     return dataclasses.replace(
         plan,
-        catalogue=plan.catalogue.model_copy(update={"studies": {"tiny": study}}),
+        config=plan.config.model_copy(update={"studies": {"tiny": study}}),
         scale=plan.scale.model_copy(
             update={"limit": limit, "latency": latency, "epoch_factor": 0.06}
         ),
@@ -70,7 +70,7 @@ def test_many_short_sittings_end_as_one_long(
     log: list[str] = []
     assert run_sweep(tiny, tmp_path / "one", time.monotonic() + 600, log) == []
     assert sum("top-1" in line for line in log) == 2
-    assert (tmp_path / "one" / tiny.measured(tiny.study("tiny"))).exists()
+    assert (tmp_path / "one" / tiny.measure_task(tiny.study("tiny")).path).exists()
 
     sittings = 0
     clock = {"steps": 0}

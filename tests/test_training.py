@@ -15,15 +15,22 @@ import torch
 from conftest import ROOT, small_run
 from safetensors.torch import save_file
 
-from hovit.catalogue import Recipe
-from hovit.errors import HovitError, OutOfTime
-from hovit.factory import create_model
-from hovit.plan import Plan, Run, Weights, load_plan
-from hovit.sweep import parse_budget
+from hovit.config.plan import Plan, load_plan
+from hovit.config.runs import Run, Weights
+from hovit.config.schema import Recipe
+from hovit.pipeline.sweep import parse_budget
 from hovit.training.checkpoint import load_weights, save_weights
-from hovit.training.job import Options, make_fabric
-from hovit.training.loop import learning_rate, make_optimizer, metrics, train, training_loss
-from hovit.training.weights import download_timm, load_pretrained
+from hovit.training.classification import (
+    learning_rate,
+    make_optimizer,
+    metrics,
+    train,
+    training_loss,
+)
+from hovit.training.pretrained import download_timm, load_pretrained
+from hovit.training.trainer import Options, make_fabric
+from hovit.utils.create_model import create_model
+from hovit.utils.errors import HovitError, OutOfTime
 
 
 def test_results_are_what_the_predictions_say(plan: Plan, packed: Path) -> None:

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .catalogue import KINDS, load_catalogue
-from .errors import HovitError
-from .files import write_json
-from .plan import Run, all_packs, load_plan
+from .config.load import load_config
+from .config.plan import all_packs, load_plan
+from .config.runs import Run
+from .config.schema import KINDS
+from .utils.errors import HovitError
+from .utils.files import write_json
 
 if TYPE_CHECKING:
-    from .training.job import Options
+    from .training.trainer import Options
 
 app = typer.Typer(
     help="Fast vision transformers, reproduced: train, measure, report.",
@@ -68,12 +70,12 @@ def show(
     """Show what a study, an analysis or a run will do, and about what it costs on this machine."""
     import hovit.models  # noqa: F401 (registers)
 
-    from .estimate import show_analysis, show_run, show_study
+    from .pipeline.estimate import show_analysis, show_run, show_study
 
     plan = load_plan(scale)
-    if name in plan.catalogue.studies:
+    if name in plan.config.studies:
         print(show_study(plan, plan.study(name)))
-    elif name in plan.catalogue.analyses:
+    elif name in plan.config.analyses:
         print(show_analysis(plan, plan.analysis(name)))
     else:
         print(show_run(plan, plan.run(name)))
@@ -99,7 +101,7 @@ def data(
     data_root: DataRoot = Path("data"),
 ) -> None:
     """Decode a dataset once, split it, and keep it under data/packed; COCO's is only checked."""
-    from .task import prepare_pack
+    from .pipeline.train import prepare_pack
 
     packs = all_packs()
     if name not in packs:
@@ -125,8 +127,8 @@ def train(
 
     import hovit.models  # noqa: F401 (registers)
 
-    from .task import outcome, train_run
-    from .training.job import make_fabric
+    from .pipeline.train import outcome, train_run
+    from .training.trainer import make_fabric
 
     torch.set_num_threads(threads or plan.scale.threads)
     fabric = make_fabric(run.precision, accelerator=accelerator)
@@ -143,8 +145,8 @@ def _watching(run: Run, quiet: bool = False) -> "Iterator[Options]":
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from .task import progress
-    from .training.job import Options
+    from .pipeline.train import progress
+    from .training.trainer import Options
 
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn())
@@ -175,13 +177,15 @@ def measure(
 ) -> None:
     """Measure a study's parameters, multiply-adds and interleaved latency."""
     plan = load_plan(scale)
-    found = plan.study(study)
+    task = plan.measure_task(plan.study(study))
+    if task is None:
+        raise HovitError(f"{study}: scale {scale} runs none of its rows, so nothing is measured")
     import hovit.models  # noqa: F401 (registers)
 
-    from .device import pick_device
-    from .measure.study import measure_study
+    from .pipeline.measure import measure_study
+    from .utils.device import pick_device
 
-    record = measure_study(plan, found, pick_device(accelerator))
+    record = measure_study(task, pick_device(accelerator))
     print(f"{study}: {len(record.results['rows'])} rows on {record.provenance.device}")
 
 
@@ -200,14 +204,16 @@ def evaluate(
 ) -> None:
     """Evaluate given weights of a study that trains nothing, on ImageNet's validation images."""
     plan = load_plan(scale)
-    found = plan.study(study)
+    task = plan.evaluate_task(plan.study(study))
+    if task is None:
+        raise HovitError(f"{study}: only a study with `trained: false` and `top1` is evaluated")
     import hovit.models  # noqa: F401 (registers)
 
-    from .device import pick_device
-    from .evaluation.imagenet import evaluate_study
+    from .pipeline.evaluate import evaluate_study
+    from .utils.device import pick_device
 
     record = evaluate_study(
-        plan, found, images, weights, pick_device(accelerator), log=lambda line: print(line)
+        task, images, weights, pick_device(accelerator), log=lambda line: print(line)
     )
     print(f"{study}: {len(record.results['rows'])} models on {record.provenance.device}")
 
@@ -221,13 +227,15 @@ def analyse(
 ) -> None:
     """Compute an analysis of trained models: what config/analyses says, for a figure."""
     plan = load_plan(scale, weights_file=weights)
-    found = plan.analysis(analysis)
+    task = plan.analyse_task(plan.analysis(analysis))
+    if task is None:
+        raise HovitError(f"{analysis}: scale {scale} has none of the runs that it analyses")
     import hovit.models  # noqa: F401 (registers)
 
-    from .analysis.run import analyse as run_analysis
-    from .device import pick_device
+    from .pipeline.analyse import analyse as run_analysis
+    from .utils.device import pick_device
 
-    record = run_analysis(plan, found, pick_device(accelerator))
+    record = run_analysis(task, pick_device(accelerator))
     print(f"{analysis}: {len(record.results['rows'])} models on {record.provenance.device}")
 
 
@@ -244,10 +252,10 @@ def sweep(
     began = time.monotonic()
     import hovit.models  # noqa: F401 (registers)
 
-    from .sweep import parse_budget
-    from .sweep import sweep as sweep_studies
-    from .task import progress
-    from .training.job import Options
+    from .pipeline.sweep import parse_budget
+    from .pipeline.sweep import sweep as sweep_studies
+    from .pipeline.train import progress
+    from .training.trainer import Options
 
     seconds = parse_budget(budget)
     if seconds < 30:
@@ -286,7 +294,7 @@ def sweep(
 @app.command()
 def table(study: str, scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
     """Write a study's table under results/tables: CSV, Markdown, LaTeX."""
-    from .report.tables import write_table
+    from .report.tables.write import write_table
 
     plan = load_plan(scale, weights_file=weights)
     write_table(plan, plan.study(study))
@@ -295,7 +303,7 @@ def table(study: str, scale: ScaleOption = "smoke", weights: WeightsOption = Non
 @app.command()
 def index(scale: ScaleOption = "smoke") -> None:
     """Write results/tables/index.md."""
-    from .report.tables import write_index
+    from .report.tables.write import write_index
 
     write_index(load_plan(scale))
 
@@ -303,7 +311,7 @@ def index(scale: ScaleOption = "smoke") -> None:
 @app.command()
 def figure(name: str, scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
     """Draw a figure under figures/: PDF and PNG."""
-    from .report.figures import draw
+    from .report.figures.draw import draw
 
     draw(load_plan(scale, weights_file=weights), name)
 
@@ -311,7 +319,7 @@ def figure(name: str, scale: ScaleOption = "smoke", weights: WeightsOption = Non
 @app.command()
 def page(scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
     """Write results/index.html: every claim, table, curve and record on one page."""
-    from .report.page import write_page
+    from .report.page.write import write_page
 
     write_page(load_plan(scale, weights_file=weights))
 
@@ -328,7 +336,7 @@ def claims(
     ] = False,
 ) -> None:
     """Judge the seeds' claims by the records; write results/claims.json and .md."""
-    from .report import claims as report
+    from .report.claims import judge as report
 
     plan = load_plan(scale, weights_file=weights)
     print(report.write_claims(plan))
@@ -346,7 +354,7 @@ def claims(
 @app.command()
 def readme() -> None:
     """Write README's table and figure of results from the committed evidence."""
-    from .report.front import write_front
+    from .report.readme import write_front
 
     write_front(load_plan())
 
@@ -354,7 +362,7 @@ def readme() -> None:
 @app.command()
 def paper(scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
     """Write results/paper, and compile the paper from it: paper/paper.pdf."""
-    from .report.paper import write_paper
+    from .report.paper.write import write_paper
 
     write_paper(load_plan(scale, weights_file=weights))
 
@@ -370,7 +378,7 @@ def metrics(scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None
 @app.command()
 def verify() -> None:
     """Read every file that dvc.lock promises, and DVC's cache; exit code 1 if a byte is other."""
-    from .stored import check_stored
+    from .utils.dvc_lock import check_stored
 
     count, problems = check_stored()
     for problem in problems:
@@ -392,9 +400,9 @@ def evidence_add(
     sources: Annotated[list[Path], typer.Argument(help="results/runs of another machine.")],
 ) -> None:
     """Verify finished records and copy them to results/evidence/DEVICE/."""
-    from .evidence import add
+    from .pipeline.evidence import add
 
-    taken = add(load_catalogue(), sources)
+    taken = add(load_config(), sources)
     for path in taken:
         print(path)
     print(f"{len(taken)} records taken")
@@ -403,9 +411,9 @@ def evidence_add(
 @evidence.command("verify")
 def evidence_verify() -> None:
     """Check every record under results/evidence again; exit code 1 if one does not hold."""
-    from .evidence import verify
+    from .pipeline.evidence import verify
 
-    count, problems = verify(load_catalogue())
+    count, problems = verify(load_config())
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
@@ -416,7 +424,7 @@ def evidence_verify() -> None:
 @app.command()
 def schema() -> None:
     """Write the JSON Schemas of config/'s files and of records."""
-    from .records import Record
+    from .records.record import Record
 
     for kind, model in (KINDS | {"record": Record}).items():
         write_json(Path(f"config/schema/{kind}.schema.json"), model.model_json_schema())

@@ -15,7 +15,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import HovitError
+from ..utils.errors import HovitError
 from .pack import Packed
 
 Batch = tuple[Tensor, Tensor]  # uint8 [B, H, W, 3], int64 [B]

@@ -20,11 +20,10 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .. import plan
-from ..catalogue import Dataset
-from ..errors import HovitError, one_line
-from ..files import clear_leftovers, read_json, write_json
-from ..splits import split_sizes
+from ..config import plan
+from ..config.schema import Dataset
+from ..utils.errors import HovitError, one_line
+from ..utils.files import clear_leftovers, read_json, write_json
 from .readers import Item, read_items
 
 SPLITS = ("train", "val", "test")
@@ -138,7 +137,7 @@ def _write(
     own_val = sum(item.val for item in items)
     sizes = (len(items) - own_val, own_val, 0)
     if not own_val:
-        sizes = split_sizes(len(items), dataset.split, has_test=bool(own_test))
+        sizes = dataset.split.sizes(len(items), has_test=bool(own_test))
     everything = [*items, *own_test]
     splits = np.repeat(SPLITS, [sizes[0], sizes[1], sizes[2] + len(own_test)])
     numbers = _label_numbers(dataset, everything)

@@ -20,9 +20,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from ..catalogue import Dataset
-from ..errors import HovitError, one_line
-from ..files import clear_leftovers, digest, file_digest
+from ..config.schema import Dataset
+from ..utils.errors import HovitError, one_line
+from ..utils.files import clear_leftovers, digest, file_digest
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
 EXTRACTED = Path("data/extracted")
@@ -53,7 +53,7 @@ def read_items(dataset: Dataset, data_root: Path) -> list[Item]:
     """All images of a dataset, in a stable order.
 
     Args:
-        dataset: what the catalogue says of it.
+        dataset: what the config says of it.
         data_root: folder with downloads and archives.
 
     Raises:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import HovitError, one_line
-from ..files import read_json
+from ..utils.errors import HovitError, one_line
+from ..utils.files import read_json
 
 # (annotation, image): the two boxes of COCO's own train2017 that have no height.
 WITHOUT_AREA = {(918, 200365), (2206849, 550395)}

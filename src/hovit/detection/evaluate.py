@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import HovitError, one_line
-from ..files import atomic, digest
+from ..utils.errors import HovitError, one_line
+from ..utils.files import atomic, digest
 from .coco import Annotations, Picture
 
 # COCOeval's first six, in its order

@@ -15,10 +15,10 @@ from typing import Any
 
 import pandas as pd
 
-from ..catalogue import Dataset
-from ..errors import HovitError, one_line
-from ..files import atomic, digest, file_digest, read_json, write_json
-from ..plan import Pack
+from ..config.runs import Pack
+from ..config.schema import Dataset
+from ..utils.errors import HovitError, one_line
+from ..utils.files import atomic, digest, file_digest, read_json, write_json
 from .coco import Annotations, Picture, open_sized, read_annotations, read_content
 
 

@@ -16,8 +16,8 @@ from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork
 
-from ..errors import HovitError
-from ..factory import create_model
+from ..utils.create_model import create_model
+from ..utils.errors import HovitError
 
 STRIDES = (8, 16, 32, 64, 128)  # pixels per cell of the five levels
 ANCHOR_SCALES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))  # RetinaNet's three a octave, times 4 strides

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..errors import HovitError
-from ..factory import create_model
+from ..utils.create_model import create_model
+from ..utils.errors import HovitError
 from .latency import example_inputs
 
 
@@ -22,7 +22,7 @@ def cost(
     """What a model costs, before any weight is trained.
 
     Args:
-        model, args: as in the catalogue.
+        model, args: as in the config.
         num_classes, image_size: the setting at which to count.
         part: a submodule whose parameters are counted apart.
         backward: also count what needs a backward pass: what is unused, and `activations`.

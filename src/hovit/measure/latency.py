@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import HovitError
+from ..utils.errors import HovitError
 
 Samples = dict[str, dict[str, list[float]]]  # model -> batch -> milliseconds
 

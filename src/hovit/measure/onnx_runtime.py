@@ -9,7 +9,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from ..errors import HovitError, one_line
+from ..utils.errors import HovitError, one_line
 from .latency import timed
 
 TOLERANCE = 1e-5  # of the outputs' norm: untrained outputs hardly vary with the image

@@ -24,13 +24,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from .efficientvit import (
-    FFN,
-    CascadedGroupAttention,
-    InvertedResidual,
-    Residual,
-    WindowAttention,
-)
+from .efficientvit import FFN, CascadedGroupAttention, InvertedResidual, Residual, WindowAttention
 
 Parts = Mapping[type, Callable[[Any], nn.Module]]
 NOTHING = (nn.Identity, nn.Dropout)  # what they do in evaluation mode

@@ -1,13 +1,11 @@
 """`hovit explain`: from a table's cell to its records, spec and commit, and how to re-make it."""
 
-from pathlib import Path
-
-from ..catalogue import Analysis, Row, Study
-from ..errors import HovitError
-from ..files import digest
-from ..plan import Plan
-from ..records import read_record
-from .values import (
+from ..config.plan import Plan
+from ..config.schema import Analysis, Row, Study
+from ..config.tasks import Task
+from ..records.record import read_record
+from ..utils.errors import HovitError
+from .results import (
     COUNTED,
     REPORTED_ONLY,
     TRAINED,
@@ -25,7 +23,7 @@ def explain(plan: Plan, name: str, row_id: str = "", column: str = "") -> str:
     """Trace one cell of a table, or what an analysis found.
 
     Args:
-        plan: the catalogue at a scale.
+        plan: the config at a scale.
         name: a study or an analysis.
         row_id: of a study a row; of an analysis STUDY/ROW, or nothing for the analysis as a whole.
         column: a metric of the study; `latency` may name a batch, as in `latency_1`. Of an
@@ -34,7 +32,7 @@ def explain(plan: Plan, name: str, row_id: str = "", column: str = "") -> str:
     Raises:
         HovitError: for a study, analysis, row or column that is not there.
     """
-    if name in plan.catalogue.analyses:
+    if name in plan.config.analyses:
         return _analysis(plan, plan.analysis(name), row_id, column)
     study = plan.study(name)
     if not (row_id and column):
@@ -84,32 +82,29 @@ def _made(results: Results, study: Study, row: Row, column: str) -> list[str]:
         return ["  nothing is run for it: the row has the seed's numbers alone"]
     if column in TRAINED:
         if not study.trained:
-            path, spec = plan.evaluated(study), plan.evaluation_spec(study)
-            if column != "top1" or results.evaluated(study) is None:
+            evaluate = plan.evaluate_task(study)
+            if column != "top1" or evaluate is None or results.record(evaluate) is None:
                 return [
                     "  nothing is trained for it; given weights, ImageNet's accuracy is evaluated:",
                     f"  hovit evaluate {study.id} IMAGENET --weights FOLDER",
                 ]
-            return _record(results, path, digest(spec))
+            return _record(results, evaluate)
         runs = plan.runs_of(study, row)
         if results.is_evidence:
             runs = [run for run, _ in results.trained(study, row)]
         elif not runs:
             role = row.dataset or study.dataset
             return [f"  nothing is trained for it at scale {plan.scale.id}: no images for {role}"]
-        return [
-            line
-            for run in runs
-            for line in _record(results, run.folder / "record.json", run.spec_hash)
-        ]
+        return [line for run in runs for line in _record(results, plan.train_task(run))]
     if column in REPORTED_ONLY:
         return ["  nothing is measured for it: the study's notes say who reported it"]
-    if not plan.rows_run(study):
+    measure = plan.measure_task(study)
+    if measure is None:
         return [f"  nothing is measured for it at scale {plan.scale.id}: no images for it"]
     timed = column.startswith(("latency", "throughput"))
     how = "interleaved over" if timed else "one record has"
     return [
-        *_record(results, plan.measured(study), digest(plan.measure_spec(study))),
+        *_record(results, measure),
         f"            ({how} the table's rows, so all of them are measured again)",
     ]
 
@@ -131,11 +126,11 @@ def _analysis(plan: Plan, analysis: Analysis, row_ref: str, name: str) -> str:
         head = f"evidence  {found}, {results.states()}" if results.is_evidence else \
             f"this run  {found}"  # fmt: skip
         lines.append(f"  {head}")
-        if not results.plan.analysed_runs(analysis):
+        task = results.plan.analyse_task(analysis)
+        if task is None:
             lines.append(f"  nothing is analysed at scale {plan.scale.id}: no images for it")
             continue
-        spec = digest(results.plan.analysis_spec(analysis))
-        lines += _record(results, results.plan.analysed(analysis), spec)
+        lines += _record(results, task)
     return "\n".join(lines)
 
 
@@ -170,13 +165,13 @@ def _counted(plan: Plan, row: Row) -> list[str]:
     ]
 
 
-def _record(results: Results, path: Path, spec_hash: str) -> list[str]:
-    """Of the plan's record at `path`, among these results: where, what, by which commit and device.
+def _record(results: Results, task: Task) -> list[str]:
+    """A task's record: its path, spec, commit, device, and the command that makes it again.
 
-    Evidence is made again under `results/runs`, as a run of its own scale.
+    The command makes evidence again under `results/runs`, at the scale of the evidence.
     """
-    place, remake = results.place(path), remake_command(results.plan, str(path))
-    lines = [f"  record    {place}", f"  spec      {spec_hash}"]
+    place, remake = results.place(task.path), remake_command(results.plan, str(task.path))
+    lines = [f"  record    {place}", f"  spec      {task.spec_hash}"]
     full = results.root / place
     try:
         record = read_record(full) if full.exists() else None
@@ -184,8 +179,8 @@ def _record(results: Results, path: Path, spec_hash: str) -> list[str]:
         return [*lines, f"            cannot be used: {error}", f"  re-make   {remake}"]
     if record:
         made = record.provenance
-        if record.spec_hash != spec_hash:
-            lines.append(f"            (the record is of another spec: {record.spec_hash})")
+        if record.spec_hash != task.spec_hash:
+            lines.append(f"            (the record has another spec: {record.spec_hash})")
         lines += [
             f"  commit    {made.commit}{' with uncommitted changes' * made.dirty}",
             f"  made      {made.made} on {made.device} in {made.seconds:,.1f} s",

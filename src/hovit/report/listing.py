@@ -3,19 +3,20 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..catalogue import Analysis, Study
-from ..evidence import EVIDENCE
-from ..plan import RUNS, Plan
+from ..config.plan import Plan
+from ..config.runs import RUNS
+from ..config.schema import Analysis, Study
+from ..records.evidence import EVIDENCE
 
 
 def list_studies(plan: Plan) -> str:
     """Every study: id, rows, title."""
-    return _titles("studies", [(s, len(s.rows)) for s in plan.catalogue.studies.values()])
+    return _titles("studies", [(s, len(s.rows)) for s in plan.config.studies.values()])
 
 
 def list_analyses(plan: Plan) -> str:
     """Every analysis: id, rows, title."""
-    return _titles("analyses", [(a, len(a.of)) for a in plan.catalogue.analyses.values()])
+    return _titles("analyses", [(a, len(a.of)) for a in plan.config.analyses.values()])
 
 
 def _titles(what: str, found: Sequence[tuple[Study | Analysis, int]]) -> str:
@@ -27,7 +28,7 @@ def _titles(what: str, found: Sequence[tuple[Study | Analysis, int]]) -> str:
 def list_runs(plan: Plan, root: Path = Path()) -> str:
     """Every run of the scale: how many seeds are done here and in evidence, pack, tables."""
     cited: dict[str, list[str]] = {}
-    for study in plan.catalogue.studies.values():
+    for study in plan.config.studies.values():
         for run in {run.id for row in study.rows for run in plan.runs_of(study, row)}:
             cited.setdefault(run, []).append(study.id)
     here, evidence = [root / RUNS], sorted((root / EVIDENCE).glob("*/"))

@@ -4,11 +4,12 @@ import csv
 import io
 from pathlib import Path
 
-from ..files import read_json, write_json, write_text
-from ..plan import Plan, Run
-from ..records import read_record
-from .claims import VERDICTS
-from .values import PRECISION
+from ..config.plan import Plan
+from ..config.runs import Run
+from ..records.record import read_record
+from ..utils.files import read_json, write_json, write_text
+from .claims.judge import VERDICTS
+from .results import PRECISION
 
 METRICS = Path("results/metrics")
 SHOWN = ("top1", "loss", "val_top1", "best_epoch", *sorted(PRECISION))

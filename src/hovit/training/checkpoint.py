@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import HovitError, one_line
-from ..files import atomic, digest
+from ..utils.errors import HovitError, one_line
+from ..utils.files import atomic, digest
 
 
 @dataclass

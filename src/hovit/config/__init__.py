@@ -1,0 +1,1 @@
+"""Configuration: schema, loading, validation, and the plan of runs at one scale."""

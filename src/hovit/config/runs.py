@@ -1,0 +1,111 @@
+"""Runs and packs: what is trained, and on which images."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..utils.files import digest
+from ..utils.strict import InSpec
+from .schema import Dataset, Limit, Recipe
+
+RUNS = Path("results/runs")
+PREDICTIONS, DETECTIONS = "predictions.csv.gz", "detections.json.gz"
+
+
+class Weights(InSpec):
+    """Where pretrained weights come from: exactly one of a run, timm's hub, a file."""
+
+    always = frozenset({"run", "seed", "spec", "timm", "sha256"})
+
+    run: str | None = None
+    seed: int = 0
+    spec: str | None = None  # spec hash of that run
+    timm: str | None = None
+    sha256: str | None = None  # of the file that --weights names
+
+    def __str__(self) -> str:
+        if self.run:
+            return f"run {self.run}"
+        return f"timm {self.timm}" if self.timm else f"file with sha256 {(self.sha256 or '')[:12]}"
+
+
+class Run(InSpec):
+    """One model x dataset x recipe x random seed."""
+
+    always = frozenset(
+        {"seed", "model", "model_args", "dataset", "image_size", "recipe", "limit", "precision"}
+        | {"weights"}
+    )
+    never = frozenset({"id", "scale", "role"})
+
+    id: str
+    scale: str
+    role: str
+    seed: int
+    model: str
+    model_args: dict[str, Any]
+    dataset: Dataset
+    image_size: int
+    recipe: Recipe
+    limit: Limit
+    precision: str
+    weights: Weights | None
+
+    @property
+    def folder(self) -> Path:
+        """Where its files lie, relative to the top folder of the artifact."""
+        return RUNS / self.scale / self.id / f"seed{self.seed}"
+
+    @property
+    def spec_hash(self) -> str:
+        """sha256 of the spec."""
+        return digest(self.to_spec())
+
+    @property
+    def is_detector(self) -> bool:
+        """Whether the run trains an object detector rather than a classifier."""
+        return self.recipe.detection is not None
+
+    @property
+    def pack(self) -> "Pack":
+        """The images it trains on."""
+        return Pack(self.dataset, self.image_size)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One dataset, decoded once at one size."""
+
+    dataset: Dataset
+    image_size: int
+
+    @property
+    def id(self) -> str:
+        """Name of its folder."""
+        return f"{self.dataset.id}-{self.image_size}px"
+
+    @property
+    def folder(self) -> Path:
+        """Where its files lie, relative to the top folder of the artifact."""
+        return Path("data/packed") / self.id
+
+    @cached_property
+    def spec_hash(self) -> str:
+        """sha256 of what decides its images."""
+        return digest(self.dataset.to_spec() | {"image_size": self.image_size})
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What a run reads from it: packed images, or for COCO the list of images in place."""
+        images = "manifest.csv" if self.dataset.reader == "coco" else "images.npy"
+        return self.folder / "pack.json", self.folder / images
+
+
+def protocol(settings: Mapping[str, Any], device: str) -> Mapping[str, Any]:
+    """The latency settings that hold on a kind of device, `cpu` or `cuda`.
+
+    On a card, `on_gpu` (batches and precision) replaces the general settings.
+    """
+    return {**settings, **(settings.get("on_gpu", {}) if device == "cuda" else {})}

@@ -1,0 +1,133 @@
+"""What the files of `config/` say of each other: every name is defined, what goes together does."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..utils.errors import HovitError
+from .schema import Config, Row, Study, split_ref
+
+Must = Callable[[Any, str, str], None]
+
+
+def check_references(config: Config, root: Path) -> None:
+    """Check the whole config.
+
+    Args:
+        config: as read.
+        root: its folder, for the message.
+
+    Raises:
+        HovitError: for the first name that is not defined, and where.
+    """
+
+    def must(known: Any, name: str, where: str) -> None:
+        if name not in known:
+            raise HovitError(
+                f"{root}/{where}: {name!r} is not defined; allowed: {', '.join(known)}"
+            )
+
+    _check_scales(config, root, must)
+    for study in config.studies.values():
+        _check_rows(config, root, study, must)
+    for analysis in config.analyses.values():
+        for row_ref in analysis.of:
+            _check_row_ref(config, row_ref, f"analyses/{analysis.id}.yaml: of", must)
+    _check_claims(config, root, must)
+
+
+def _check_row_ref(config: Config, row_ref: str, where: str, must: Must) -> Row:
+    """STUDY/ROW, and the row that it names."""
+    study_id, row_id = row_ref.split("/")
+    must(config.studies, study_id, where)
+    must([row.id for row in config.studies[study_id].rows], row_id, where)
+    return config.studies[study_id].row(row_id)
+
+
+def _check_scales(config: Config, root: Path, must: Must) -> None:
+    for scale in config.scales.values():
+        file = f"scales/{scale.id}.yaml"
+        for role, dataset in scale.datasets.items():
+            where = f"{file}: datasets.{role}"
+            must(config.datasets, dataset, where)
+            if (role == "coco") != (config.datasets[dataset].reader == "coco"):
+                raise HovitError(f"{root}/{where}: role and reader coco go together, or not at all")
+        if scale.photographs:
+            must(config.datasets, scale.photographs, f"{file}: photographs")
+        for key, recipes in (
+            ("epochs", scale.epochs),
+            ("batch_sizes", scale.batch_sizes),
+            ("lrs", scale.lrs),
+        ):
+            for recipe in recipes:
+                must(config.recipes, recipe, f"{file}: {key}")
+        for name, weights in scale.weights.items():
+            where = f"{file}: weights.{name}.row"
+            if weights.row and _check_row_ref(config, weights.row, where, must).pretrained:
+                raise HovitError(f"{root}/{where}: {weights.row} itself starts from weights")
+
+
+def _check_claims(config: Config, root: Path, must: Must) -> None:
+    seen: set[str] = set()
+    for claims in config.claims.values():
+        for i, claim in enumerate(claims.claims):
+            where = f"claims/{claims.id}.yaml: claims[{i}]"
+            if claim.id in seen:
+                raise HovitError(f"{root}/{where}.id: {claim.id!r} is given twice")
+            seen.add(claim.id)
+            for key, ref in (("of", claim.of), ("to", claim.to)):
+                if ref is not None:
+                    _check_ref(config, ref, f"{where}.{key}", must)
+
+
+def _check_ref(config: Config, ref: str, where: str, must: Must) -> None:
+    """A number that a claim points at: a row's, or an analysis's of a row."""
+    analysis_id, study_id, row_id, metric = split_ref(ref)
+    row_ref = f"{study_id}/{row_id}"
+    if analysis_id:
+        must(config.analyses, analysis_id, where)
+        must(config.analyses[analysis_id].of, row_ref, where)
+        return
+    row = _check_row_ref(config, row_ref, where, must)
+    must(_claimable(config.studies[study_id], row), metric, where)
+
+
+def _check_rows(config: Config, root: Path, study: Study, must: Must) -> None:
+    file = f"studies/{study.id}.yaml"
+    must(config.recipes, study.recipe, f"{file}: recipe")
+    ids = [row.id for row in study.rows]
+    for i, row in enumerate(study.rows):
+        if row.id in ids[:i]:
+            raise HovitError(f"{root}/{file}: rows[{i}].id: {row.id!r} is given twice")
+        if row.reported_only and (row.model or not row.reported):
+            raise HovitError(
+                f"{root}/{file}: rows[{i}].reported_only: goes with `reported`, without a model"
+            )
+        if (study.kind == "models" and not row.reported_only) != (row.model is not None):
+            raise HovitError(
+                f"{root}/{file}: rows[{i}].model: "
+                + ("a row of a models study names a model" if not row.model else "not allowed")
+            )
+        if row.rule:
+            must(config.datasets, row.rule, f"{file}: rows[{i}].rule")
+        if (row.rule is None) != (row.total is None):
+            raise HovitError(f"{root}/{file}: rows[{i}]: `rule` and `total` go together")
+        if row.recipe:
+            must(config.recipes, row.recipe, f"{file}: rows[{i}].recipe")
+        detects = config.recipes[row.recipe or study.recipe].detection is not None
+        if study.trained and row.model and detects != ((row.dataset or study.dataset) == "coco"):
+            raise HovitError(
+                f"{root}/{file}: rows[{i}]: dataset coco and a recipe with `detection` go together"
+            )
+        if row.baseline:
+            must(ids, row.baseline, f"{file}: rows[{i}].baseline")
+
+
+def _claimable(study: Study, row: Row) -> list[str]:
+    """What a claim may point at: a row's metrics, its latency by batch, what its seed printed."""
+    metrics: list[str] = [m for m in study.columns if m != "latency"]
+    if "latency" in study.columns:
+        metrics += [f"latency_{batch}" for batch in study.batches or (1, 32)]
+    if study.kind == "models":
+        metrics += ["parameters", "parameters_used", "parameters_unused"]
+    return [*dict.fromkeys(metrics), *(f"reported_{metric}" for metric in row.reported)]

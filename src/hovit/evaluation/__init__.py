@@ -1,1 +1,0 @@
-"""Accuracy of given weights on ImageNet, for tables whose models are not trained here."""

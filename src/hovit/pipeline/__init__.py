@@ -1,0 +1,1 @@
+"""The commands' work: train, measure, evaluate, analyse, sweep, estimate, evidence."""

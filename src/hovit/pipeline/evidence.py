@@ -1,0 +1,184 @@
+"""Evidence: records that were made elsewhere, committed under `results/evidence/DEVICE/`.
+
+Each is the program's own file, byte for byte. `add` takes one only if it verifies, and `verify`
+checks all again: seal, spec against the config, code against the repository's history (so a
+whole clone is needed), metrics against the predictions beside it. Tables and claims check seal and
+spec each time; a test runs `verify` on what is committed.
+"""
+
+import re
+import shutil
+import subprocess
+import tempfile
+import zipfile
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+
+from ..config.plan import Plan
+from ..config.runs import DETECTIONS, PREDICTIONS, Run
+from ..config.schema import Config
+from ..records.evidence import EVIDENCE, FOLDERS, location, records_in, slug
+from ..records.predictions import metrics, predictions_digest, read_predictions
+from ..records.record import Record, read_record
+from ..utils.code_hash import record_code
+from ..utils.errors import HovitError
+from ..utils.files import atomic
+
+
+def add(config: Config, sources: list[Path], root: Path = Path()) -> list[Path]:
+    """Take finished records from another machine's `results/runs`, after verifying each.
+
+    Args:
+        config: against which specs are checked.
+        sources: `results/runs` folders, or folders inside one.
+        root: top of the artifact.
+
+    Returns:
+        the records taken, by their place here. Those already here are not taken again.
+
+    Raises:
+        HovitError: for the first record that does not verify; nothing is taken then.
+    """
+    found = [path for source in sources for path in records_in(source)]
+    if not found:
+        kinds = ", ".join(f"{kind}/*.json" for kind in FOLDERS)
+        raise HovitError(f"{sources[0]}: no records in it (record.json, {kinds})")
+    plans = {name: Plan(config, scale) for name, scale in config.scales.items()}
+    for path in found:
+        check(plans, path, root)
+    taken = []
+    for path in found:
+        record = read_record(path)
+        place = root / EVIDENCE / slug(record.provenance.device) / location(record)
+        if place.exists():
+            if place.read_bytes() != path.read_bytes():
+                raise HovitError(f"{place}: another record of this run is there; remove it first")
+            continue
+        if record.kind == "train":
+            name = _predictions(record)
+            _copy(path.parent / name, place.parent / name)
+        _copy(path, place)
+        taken.append(place)
+    return taken
+
+
+def _copy(source: Path, target: Path) -> None:
+    with atomic(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def verify(config: Config, root: Path = Path()) -> tuple[int, list[str]]:
+    """Check all evidence again: (how many records, what is wrong)."""
+    paths = records_in(root / EVIDENCE)
+    plans = {name: Plan(config, scale) for name, scale in config.scales.items()}
+    problems = []
+    for path in paths:
+        try:
+            record = check(plans, path, root)
+            place = root / EVIDENCE / slug(record.provenance.device) / location(record)
+            if place != path:
+                raise HovitError(f"{path}: belongs to {place}")
+        except HovitError as error:
+            problems.append(str(error))
+    return len(paths), problems
+
+
+def check(plans: dict[str, Plan], path: Path, root: Path = Path()) -> Record:
+    """Verify one record against its scale's plan: seal, spec, code, predictions.
+
+    A measurement, evaluation or analysis verifies if config still has one of its rows.
+
+    Raises:
+        HovitError: with the name of the record and what is wrong with it.
+    """
+    record = read_record(path)
+    if record.scale not in plans:
+        raise HovitError(f"{path}: config has no scale {record.scale!r}")
+    plan = plans[record.scale]
+    if not plan.task_of(record).accepted(record):
+        raise HovitError(f"{path}: its spec does not match config")
+    _check_code(path, record, root)
+    if record.kind == "train" and _predictions(record) == DETECTIONS:
+        _check_detections(path, plan.run(record.id, record.spec["seed"]), record, root)
+    elif record.kind == "train":
+        _check_predictions(path, record)
+    return record
+
+
+def _predictions(record: Record) -> str:
+    """The name of the file that a run's metrics can be computed from again."""
+    return DETECTIONS if record.spec["recipe"].get("detection") else PREDICTIONS
+
+
+def _check_detections(path: Path, run: Run, record: Record, root: Path) -> None:
+    """AP is computed again where this machine has the same annotations; else the hash must do."""
+    from ..detection.coco import drawn
+    from ..detection.evaluate import METRICS, detections_digest, evaluate, read_detections
+    from ..detection.folder import evaluation_set
+
+    file = path.parent / DETECTIONS
+    detections = read_detections(file)
+    if detections_digest(detections) != record.results.get("detections_sha256"):
+        raise HovitError(f"{file}: not the detections that {path.name} was made from")
+    sha256 = str(record.results.get("annotations_sha256"))
+    truth = evaluation_set(run.pack, sha256, root / run.pack.folder)
+    if truth is None:
+        return
+    tested = drawn(truth.pictures, run.limit.test, run.dataset.split.seed)
+    found = evaluate(truth, detections, [picture.id for picture in tested])
+    if found != {name: record.results[name] for name in METRICS if name in record.results}:
+        raise HovitError(f"{path}: AP is not what the detections give")
+
+
+def _check_predictions(path: Path, record: Record) -> None:
+    file = path.parent / PREDICTIONS
+    table = read_predictions(file)
+    if predictions_digest(table) != record.results.get("predictions_sha256"):
+        raise HovitError(f"{file}: not the predictions that {path.name} was made from")
+    loss, top1 = metrics(table)
+    if (loss, top1) != (record.results.get("loss"), record.results.get("top1")):
+        raise HovitError(f"{path}: loss or top1 is not what the predictions give")
+
+
+def _check_code(path: Path, record: Record, root: Path) -> None:
+    """The record's code must stand in the history: at its own commit, or, where it knew none, at
+    any."""
+    made = record.provenance
+    known = made.commit if made.commit != "unknown" and not made.dirty else None
+    for commit in [known] if known else _history(root):
+        if record_code(record.kind, record.spec, _package_at(root, commit)) == made.code:
+            return
+    where = f"at commit {known[:10]}" if known else "in any commit"
+    raise HovitError(f"{path}: made by other code than stands {where}")
+
+
+def _git(root: Path, *args: str) -> bytes:
+    try:
+        return subprocess.run(
+            ["git", "-C", str(root), *args], capture_output=True, check=True, timeout=60
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        raise HovitError(
+            f"{root or '.'}: git {args[0]} failed; evidence needs the history"
+        ) from None
+
+
+@lru_cache
+def _history(root: Path) -> list[str]:
+    return _git(root, "rev-list", "HEAD", "--", "src/hovit").decode().split()
+
+
+_unpacked: dict[str, tempfile.TemporaryDirectory[str]] = {}
+
+
+def _package_at(root: Path, commit: str) -> Path:
+    """The package's sources at a commit, unpacked until this process ends."""
+    if commit not in _unpacked:
+        if not re.fullmatch(r"[0-9a-f]{7,64}", commit):
+            raise HovitError(f"{commit!r} is not a commit")
+        content = _git(root, "archive", "--format=zip", commit, "src/hovit")
+        _unpacked[commit] = tempfile.TemporaryDirectory()
+        with zipfile.ZipFile(BytesIO(content)) as archive:
+            archive.extractall(_unpacked[commit].name)
+    return Path(_unpacked[commit].name) / "src/hovit"

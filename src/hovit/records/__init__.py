@@ -1,0 +1,1 @@
+"""Records of finished work, and test predictions."""

@@ -1,0 +1,50 @@
+"""Test predictions: what a record's metrics can be computed from again."""
+
+import gzip
+import hashlib
+from pathlib import Path
+
+import pandas as pd
+
+from ..utils.errors import HovitError, one_line
+from ..utils.files import atomic
+
+COLUMNS = ["index", "label", "predicted", "loss"]
+
+
+def metrics(predictions: pd.DataFrame) -> tuple[float, float]:
+    """(mean loss, top-1 in percent) of a table of predictions, one row an image."""
+    return (
+        float(predictions["loss"].mean()),
+        100.0 * float((predictions["label"] == predictions["predicted"]).mean()),
+    )
+
+
+def predictions_digest(predictions: pd.DataFrame) -> str:
+    """sha256, in hex, of the predictions as CSV."""
+    return hashlib.sha256(predictions.to_csv(index=False).encode()).hexdigest()
+
+
+def write_predictions(path: Path, predictions: pd.DataFrame) -> None:
+    """Write predictions as compressed CSV, atomically; the same table gives the same bytes."""
+    with atomic(path) as temporary:
+        content = predictions.to_csv(index=False).encode()
+        temporary.write_bytes(gzip.compress(content, mtime=0))  # keeps no file name either
+
+
+def read_predictions(path: Path) -> pd.DataFrame:
+    """Read predictions.
+
+    Raises:
+        HovitError: if the file is missing, damaged, or not a table of predictions.
+    """
+    try:
+        table = pd.read_csv(path, compression="gzip", dtype=str)
+        if list(table.columns) != COLUMNS or not len(table):
+            raise HovitError(f"{path}: not predictions: columns must be {', '.join(COLUMNS)}")
+        # By way of text, so that every version of pandas reads every digit.
+        return table.astype(dict.fromkeys(COLUMNS[:3], "int64") | {"loss": "float64"})
+    except HovitError:
+        raise
+    except Exception as error:  # gzip, zlib, CSV and encodings each have their own
+        raise HovitError(f"{path}: not readable as predictions ({one_line(error)})") from None

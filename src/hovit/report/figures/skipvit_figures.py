@@ -1,0 +1,179 @@
+"""The figures on SkipViT: what skipping saves and what arrives, accuracy, warm-up, kept patches."""
+
+import math
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...config.schema import Row, Study
+from ..results import Results
+from ..tables.columns import baseline_ratio
+from .attention_figures import TOP1_BARS, photographs, say_unmeasured, show_photograph, state
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
+CURVES = {"train_loss": "Training loss", "val_loss": "Validation loss",
+          "val_top1": "Validation top-1, %"}  # fmt: skip
+KEPT, LEFT_OUT = "#0072B2", "#C8C8C8"  # patches
+
+
+def _ratios(results: Results, study: Study, row: Row) -> dict[str, float | None]:
+    """Throughput over the baseline's: reported, implied by multiply-adds, reached."""
+    macs = baseline_ratio(results, study, row, "macs")
+    return {
+        "seed (Ascend 910A)": baseline_ratio(results, study, row, "reported_throughput"),
+        "implied by multiply-adds": 1 / macs if macs else None,
+        f"reached, {results.states()}": baseline_ratio(results, study, row, "throughput"),
+    }
+
+
+def skipvit_speed(results: Results) -> "Canvas":
+    """Training throughput of each schedule over the baseline's."""
+    import matplotlib.pyplot as plt
+
+    from . import style
+
+    study = results.plan.study("skipvit")
+    rows = [row for row in study.rows if row.baseline]
+    canvas, ax = plt.subplots(figsize=(style.WIDTH * 0.75, 3.0))
+    bars = [_ratios(results, study, row) for row in rows]
+    looks: tuple[dict[str, Any], ...] = (
+        {"color": style.REPORTED, "hatch": "//"},
+        {"color": "#BBBBBB"},
+        {"color": style.OURS},
+    )
+    for i, (label, look) in enumerate(zip(bars[0], looks, strict=True)):
+        at = np.arange(len(rows)) + (i - 1) * 0.27
+        ax.barh(at, [(bar[label] or 1.0) - 1 for bar in bars], 0.25, left=1, label=label, **look)
+    ax.axvline(1, color="black", linewidth=0.8)
+    ax.set_yticks(range(len(rows)), [row.label for row in rows])
+    ax.invert_yaxis()
+    ax.set_xlabel("Training images/s, × the baseline's")
+    ax.grid(axis="y", visible=False)
+    canvas.legend(loc="outside upper center", ncols=3)
+    state(canvas, results, [study])
+    return canvas
+
+
+def skipvit_accuracy(results: Results) -> "Canvas":
+    """Accuracy against throughput, both over the baseline's: the seed's nine points beside ours."""
+    import matplotlib.pyplot as plt
+
+    from . import style
+
+    study = results.plan.study("skipvit")
+    canvas, axes = plt.subplots(1, 2, figsize=(style.WIDTH, 2.8))
+    for ax, before, title in zip(axes, ("reported_", ""), ("Seed", "Ours"), strict=True):
+        _points(ax, results, study, before)
+        ax.axhline(0, color="black", linewidth=0.6)
+        ax.set_title(title)
+        ax.set_xlabel("Training images/s, × the baseline's")
+    axes[0].set_ylabel("Top-1 over the baseline's, points")
+    handles, labels = axes[0].get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="outside right center")
+    state(canvas, results, [study], [TOP1_BARS])
+    return canvas
+
+
+def _points(ax: "Axes", results: Results, study: Study, before: str) -> None:
+    from . import style
+
+    base = results.value(study, study.rows[0], f"{before}top1")
+    for i, row in enumerate(study.rows):
+        top1 = results.value(study, row, f"{before}top1")
+        ratio = baseline_ratio(results, study, row, f"{before}throughput") if row.baseline else 1.0
+        if top1 and base and ratio:
+            look = style.look(i) | {"linestyle": "", "elinewidth": 0.8}
+            noise = top1.noise or None  # what a seed prints has none
+            ax.errorbar(ratio, top1.mean - base.mean, noise, label=row.label, **look)
+
+
+def skipvit_warmup(results: Results) -> "Canvas":
+    """Training by epoch, with and without a warm-up; a line where dropping begins."""
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    from . import style
+
+    study = results.plan.study("skipvit_warmup")
+    canvas, axes = plt.subplots(1, len(CURVES), figsize=(style.WIDTH, 2.4))
+    for ax, (key, title) in zip(axes, CURVES.items(), strict=True):
+        for i, row in enumerate(study.rows):
+            trained = results.trained(study, row)
+            values = np.array([[e[key] for e in r.results["history"]] for _, r in trained])
+            if values.size:
+                epochs = np.arange(1, values.shape[1] + 1)
+                ax.plot(epochs, values.mean(0), label=row.label, **style.look(i))
+                ax.fill_between(epochs, values.min(0), values.max(0), alpha=0.2, lw=0)
+                if begins := _full_epochs(row, len(epochs)):
+                    ax.axvline(begins + 0.5, color="black", linewidth=0.8, linestyle=":")
+        ax.set_title(title)
+        ax.set_xlabel("Epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    handles, labels = axes[0].get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="outside upper center", ncols=2)
+    state(canvas, results, [study])
+    return canvas
+
+
+def _full_epochs(row: Row, epochs: int) -> int:
+    """The epochs in which nothing is dropped, as the model rounds them (`SkipViT.set_epoch`)."""
+    warmup = Fraction(str(row.model_args.get("warmup", 0)))
+    return math.floor(warmup * epochs + Fraction(1, 2))
+
+
+def kept_patches(results: Results) -> "Canvas":
+    """Test images, and under each which of its patches every layer that drops keeps."""
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
+
+    from . import style
+
+    study, analysis = results.plan.study("skipvit"), results.plan.analysis("kept_patches")
+    record = results.analysis("kept_patches")
+    found = record.results["rows"] if record else {}
+    shown = [(ref, n) for ref, row in found.items() for n in range(len(row["images"]))]
+    high = 1 + max((len(row["layers"]) for row in found.values()), default=0)
+    size = (style.WIDTH, 0.4 + 1.2 * high)
+    canvas, axes = plt.subplots(high, max(1, len(shown)), figsize=size, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    if not shown:
+        say_unmeasured(axes[0][0])
+    colours = {"left out": LEFT_OUT}
+    for (ref, n), column in zip(shown, axes.T, strict=False):
+        row, task = found[ref], results.plan.analyse_task(analysis)
+        assert task is not None  # a record of it was found
+        pack = task.packs[ref]
+        image = show_photograph(column[0], results, pack, row["images"][n])
+        column[0].set_title(study.row(ref.split("/")[1]).label, fontsize=5)
+        for ax, layer, mask in zip(column[1:], row["layers"], row["kept"][n], strict=False):
+            _masked(ax, image, np.array([[int(c) for c in line] for line in mask]))
+            ax.set_title(f"after layer {layer}", fontsize=5)
+        if image is None:
+            colours["kept"] = KEPT
+    keys = [
+        Patch(facecolor=colour, edgecolor="black", linewidth=0.5, label=label)
+        for label, colour in colours.items()
+    ]
+    canvas.legend(handles=keys, loc="outside upper center", ncols=len(keys))
+    state(canvas, results, [study], photographs(results))
+    return canvas
+
+
+def _masked(ax: "Axes", image: "np.ndarray | None", mask: np.ndarray) -> None:
+    """An image's kept patches in a frame, the others in grey; without the image, in one colour."""
+    from matplotlib.colors import to_rgb
+
+    kept, left_out = (np.round(255 * np.array(to_rgb(colour))) for colour in (KEPT, LEFT_OUT))
+    each = 1 if image is None else image.shape[0] // mask.shape[0]
+    large = np.kron(mask, np.ones((each, each)))[..., None]
+    pixels = kept if image is None else image[: large.shape[0], : large.shape[1]]
+    ax.imshow(np.where(large, pixels, left_out).astype(np.uint8))
+    ax.set_axis_on()
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(True)

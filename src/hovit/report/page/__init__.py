@@ -1,0 +1,1 @@
+"""One HTML page with every claim, table, curve and record."""

@@ -1,0 +1,1 @@
+"""The paper and the numbers in its text."""

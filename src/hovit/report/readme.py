@@ -1,0 +1,159 @@
+"""README's table and figure of results, made from the committed evidence alone."""
+
+from io import BytesIO
+from pathlib import Path
+
+from ..config.plan import Plan
+from ..config.schema import Claim
+from ..utils.errors import HovitError
+from ..utils.files import atomic, write_text
+from .claims.judge import Verdict, against, judge, referenced
+from .results import Results, Value, find_evidence
+
+README, PICTURE = Path("README.md"), Path("paper/front.png")
+BEGIN, END = "<!-- results: made by `hovit readme` -->\n", "<!-- end of results -->\n"
+SYSTEMS = {"hovit": "HoViT", "skipvit": "SkipViT", "efficientvit": "EfficientViT"}
+# What a reader wants to know first. The whole ledger is results/claims.md.
+HEADLINES = (
+    "hovit-fewer-parameters",
+    "hovit-fewer-live-parameters",
+    "hovit-faster-size-b32",
+    "hovit-accuracy",
+    "launcher-keeps-class-information",
+    "levit-jaccard-slower-b32",
+    "levit-euclidean-slower-b32",
+    "swin-jaccard-more-accurate",
+    "skipvit-gain-d6-55-r11",
+    "skipvit-keeps-d6-55-r11",
+    "skipvit-fused-loses",
+    "efficientvit-m5-mobilenetv3-large-cpu",
+    "efficientvit-m5-efficientnet-b0-cpu",
+    "efficientvit-ablation-mhsa",
+)
+# Of the picture: claims whose number is a ratio or a reduction in per cent.
+DRAWN = {
+    "hovit-faster-size-b32": "HoViT over LeViT, time",
+    "levit-jaccard-slower-b32": "LeViT + Jaccard over LeViT, time",
+    "levit-euclidean-slower-b32": "LeViT + Euclidean over LeViT, time",
+    "swin-jaccard-as-fast-b32": "Swin + Jaccard over Swin, time",
+    "skipvit-gain-fused": "SkipViT 6 (45 %) + fused over ViT, throughput",
+    "skipvit-gain-d6-45-r11": "SkipViT 6 (45 %) + 11 over ViT, throughput",
+    "skipvit-gain-d6-55-r11": "SkipViT 6 (55 %) + 11 over ViT, throughput",
+    "efficientvit-m5-mobilenetv3-large-cpu": "EfficientViT-M5 over MobileNetV3-L, throughput",
+    "efficientvit-m2-mobilevit-xxs-cpu": "EfficientViT-M2 over MobileViT-XXS, throughput",
+    "efficientvit-m5-efficientnet-b0-cpu": "EfficientViT-M5 over EfficientNet-B0, throughput",
+}
+
+
+def write_front(plan: Plan, root: Path = Path()) -> None:
+    """Write README's part between its two marks, and the picture that it shows.
+
+    Raises:
+        HovitError: if README has no such part, or there is no evidence.
+    """
+    text = (root / README).read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise HovitError(f"{root / README}: needs the lines {BEGIN.strip()} and {END.strip()} once")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    with atomic(root / PICTURE) as path:
+        path.write_bytes(picture(plan, root))
+    write_text(root / README, before + BEGIN + front(plan, root) + END + after)
+
+
+def front(plan: Plan, root: Path = Path()) -> str:
+    """The table, what its numbers are of, and the picture's caption, as Markdown."""
+    evidence, claims = _evidence(plan, root), _claims(plan)
+    verdicts = [judge(evidence, *claims[name]) for name in HEADLINES]
+    lines = [
+        "| | the seed says | printed | here | verdict |",
+        "| :-- | :-- | --: | --: | :-- |",
+        *(_line(evidence, claims[v.id][0], v) for v in verdicts),
+    ]
+    sources = dict.fromkeys(v.source.removeprefix("evidence: ") for v in verdicts if v.records)
+    return "\n".join(
+        [
+            "",
+            *lines,
+            "",
+            f"Of the committed evidence ({'; '.join(sources)}). Where the seed only compares, "
+            "*here* has both sides; accuracies are test top-1 in per cent, times milliseconds. "
+            "Stand-in images, small sizes and few epochs: a verdict on accuracy is of that scale.",
+            "",
+            f"![Ratios that the seeds print, and ours, with the interquartile range of the "
+            f"rounds]({PICTURE})",
+            "",
+        ]
+    )
+
+
+def _line(evidence: list[Results], claim: Claim, v: Verdict) -> str:
+    here = "—"
+    if v.measured is not None and v.reported:
+        here = f"{v.measured:,.{len(v.reported.partition('.')[2])}f}"
+    elif v.measured is not None and (sides := _sides(evidence, claim)):
+        here = f"{sides[0].mean:.1f} against {sides[1].mean:.1f}"
+    return f"| {SYSTEMS[v.seed]} | {v.says} | {v.reported or ''} | {here} | {v.verdict} |"
+
+
+def picture(plan: Plan, root: Path = Path()) -> bytes:
+    """Each ratio that a seed prints, and ours beside it, as PNG."""
+    import matplotlib.pyplot as plt
+
+    from .figures import style
+
+    evidence, claims = _evidence(plan, root), _claims(plan)
+    content = BytesIO()
+    with plt.rc_context(style.RC):
+        canvas, ax = plt.subplots(figsize=(style.WIDTH, 0.26 * len(DRAWN) + 0.8))
+        for y, name in enumerate(DRAWN):
+            claim = claims[name][0]
+            printed = _ratio(claim, float(claim.reported or "nan"))
+            ax.plot(printed, y, "o", mfc="white", mec=style.REPORTED, ms=6, label="seed")
+            if sides := _sides(evidence, claim):
+                number, noise = against("ratio", *sides)
+                ax.plot([printed, number], [y, y], "-", color="#999999", marker="", lw=0.8)
+                ax.errorbar(number, y, xerr=noise, fmt="D", color=style.OURS, ms=4, label="ours")
+        ax.axvline(1, color="black", linewidth=0.6)
+        ax.set_xscale("log")
+        ax.set_xticks([0.5, 0.7, 1, 1.5, 2, 3, 5], ["0.5", "0.7", "1", "1.5", "2", "3", "5"])
+        ax.xaxis.set_minor_locator(plt.NullLocator())
+        ax.set_yticks(range(len(DRAWN)), DRAWN.values())
+        ax.invert_yaxis()
+        ax.set_xlabel("ratio")
+        handles, labels = ax.get_legend_handles_labels()
+        unique = dict(zip(labels, handles, strict=True))
+        ax.legend(unique.values(), unique.keys(), loc="lower right")
+        devices = dict.fromkeys(r.base.name for r in evidence)
+        canvas.supxlabel(
+            f"evidence of {', '.join(devices)}; error bars: the rounds' interquartile range",
+            fontsize=5.5,
+            color="#555555",
+        )
+        canvas.savefig(content, format="png", metadata={"Software": None})
+        plt.close(canvas)
+    return content.getvalue()
+
+
+def _ratio(claim: Claim, number: float) -> float:
+    """A ratio; a reduction by so many per cent as the ratio that is left."""
+    return 1 - number / 100 if claim.kind == "reduction" else number
+
+
+def _sides(evidence: list[Results], claim: Claim) -> tuple[Value, Value] | None:
+    """Both sides of a claim, by the first evidence that has them."""
+    for results in evidence:
+        of, to = (referenced(results, ref, False)[0] for ref in (claim.of, str(claim.to)))
+        if of and to:
+            return of, to
+    return None
+
+
+def _evidence(plan: Plan, root: Path) -> list[Results]:
+    if not (found := find_evidence(plan, root)):
+        raise HovitError(f"{root / 'results/evidence'}: no evidence to make README's part of")
+    return found
+
+
+def _claims(plan: Plan) -> dict[str, tuple[Claim, str]]:
+    files = plan.config.claims.values()
+    return {claim.id: (claim, file.seed) for file in files for claim in file.claims}

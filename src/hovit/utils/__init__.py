@@ -1,0 +1,1 @@
+"""Errors, files, YAML, devices, code hashes: no other part of the package is needed here."""

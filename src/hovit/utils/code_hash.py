@@ -1,0 +1,196 @@
+"""Hash of the source files that can change a result.
+
+A training record depends on the model's file and its imports, on the training code and on the
+data code. It does not depend on reports or on other architectures. Comments, docstrings and blank
+lines do not count.
+"""
+
+import ast
+import hashlib
+import io
+import tokenize
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parents[1]
+# Purpose -> the files at which its sources start. `entry_points` reads this from other commits.
+ENTRIES = {
+    "data": ("data/pack.py", "data/readers.py"),
+    "training": ("training/classification.py",),
+    "detection": ("training/detection.py",),
+    "measure": ("measure/cost.py", "measure/latency.py", "pipeline/measure.py"),
+    "evaluation": ("pipeline/evaluate.py",),
+    "analysis": ("pipeline/analyse.py",),
+    "report": (
+        "report/tables/write.py",
+        "report/figures/draw.py",
+        "report/claims/judge.py",
+        "report/paper/write.py",
+    ),
+}
+# Files and folders that other parts of a record account for: the spec, the fingerprint of the
+# images, the device. They count only where a purpose starts at them.
+INDIRECT = (
+    "config/",
+    "records/",
+    "utils/errors.py",
+    "utils/files.py",
+    "utils/yaml_file.py",
+    "utils/device.py",
+    "utils/code_hash.py",
+    "data/readers.py",
+    "data/pack.py",
+)
+
+
+def code_hash(purpose: str, model: str = "", package: Path = PACKAGE) -> str:
+    """sha256, in hex, of the sources behind one purpose and one model.
+
+    Args:
+        purpose: a key of ENTRIES.
+        model: registered name; not needed for data and reports.
+        package: folder of the package. Another commit's package brings its own entry points.
+    """
+    return _hash(purpose, (model,), package)
+
+
+def joint_code_hash(purpose: str, models: list[str], package: Path = PACKAGE) -> str:
+    """sha256, in hex, over the code hashes of several models."""
+    text = ",".join(f'"{code_hash(purpose, model, package)}"' for model in models)
+    return hashlib.sha256(f"[{text}]".encode()).hexdigest()
+
+
+def record_code(kind: str, spec: dict[str, Any], package: Path = PACKAGE) -> str:
+    """The code hash of a record of this kind and spec.
+
+    Args:
+        kind: `train`, `measure`, `evaluation` or `analysis`.
+        spec: the record's spec.
+        package: folder of the package.
+    """
+    if kind == "train":
+        purpose = "detection" if spec["recipe"].get("detection") else "training"
+        return code_hash(purpose, spec["model"], package)
+    if kind == "evaluation":
+        return code_hash("evaluation", package=package)
+    if kind == "analysis":
+        return joint_code_hash("analysis", sorted(set(spec["models"].values())), package)
+    models = sorted({row["model"] for row in spec["rows"].values()})
+    return joint_code_hash("measure", models, package)
+
+
+@cache
+def _hash(purpose: str, models: tuple[str, ...], package: Path) -> str:
+    entries, indirect = entry_points(package)
+    start = {package / name for name in entries[purpose]}
+    for model in models:
+        start |= _architectures(model, package)
+    total = hashlib.sha256()
+    for path in sorted(_closure(start, indirect, package)):
+        total.update(path.relative_to(package).as_posix().encode())
+        total.update(_meaning(path).encode())
+    return total.hexdigest()
+
+
+@cache
+def entry_points(package: Path) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+    """ENTRIES and INDIRECT of a package, as its own source file states them.
+
+    The first commits keep them in `sources.py`, with names relative to the purpose's folder.
+    """
+    path, early = package / "utils/code_hash.py", package / "sources.py"
+    if path.is_file():
+        found = _constants(path)
+        return found["ENTRIES"], found["INDIRECT"]
+    found = _constants(early)
+    entries = {
+        purpose: tuple(f"{purpose}/{name}.py" for name in names)
+        for purpose, names in found["ENTRIES"].items()
+    }
+    return entries, tuple(sorted(found["INDIRECT"]))
+
+
+def _constants(path: Path) -> dict[str, Any]:
+    """The literal values of a file's top-level constants."""
+    found = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            try:
+                found[node.targets[0].id] = ast.literal_eval(node.value)
+            except ValueError:  # not a literal
+                continue
+    return found
+
+
+@cache
+def _definitions(path: Path) -> set[str]:
+    """Names of the functions that a file defines at its top level."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def _architectures(model: str, package: Path) -> set[Path]:
+    """Files under models/ that register this name, or build it as part of another (`l_*`)."""
+    names = {model, model.removeprefix("l_")}
+    launched = model.startswith("l_")
+    return {
+        path
+        for path in (package / "models").glob("*.py")
+        if names & _definitions(path) or (launched and path.stem == "launcher")
+    }
+
+
+def _closure(start: set[Path], indirect: tuple[str, ...], package: Path) -> set[Path]:
+    """These files and all files of the package that they import.
+
+    The Launcher's imports do not count: it builds any registered backbone by name.
+    """
+    found: set[Path] = set()
+    todo = list(start)
+    while todo:
+        path = todo.pop()
+        if path in found or (path not in start and _is_indirect(path, indirect, package)):
+            continue
+        found.add(path)
+        if path.stem != "launcher":
+            todo += _imports(path, package)
+    return found
+
+
+def _is_indirect(path: Path, indirect: tuple[str, ...], package: Path) -> bool:
+    name = path.relative_to(package).as_posix()
+    return path.name in indirect or any(
+        name.startswith(entry) if entry.endswith("/") else name == entry for entry in indirect
+    )
+
+
+@cache
+def _imports(path: Path, package: Path) -> list[Path]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = path.parents[node.level - 1]
+            target = base.joinpath(*(node.module or "").split("."))
+            found += [target.with_suffix(".py")]
+            found += [(target / alias.name).with_suffix(".py") for alias in node.names]
+    return [p for p in found if p.is_file() and package in p.parents]
+
+
+@cache
+def _meaning(path: Path) -> str:
+    """The file's lines without docstrings, comments and blank lines; alike in every Python."""
+    source = path.read_text(encoding="utf-8")
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(source)):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            value = body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                first, last = value.lineno - 1, value.end_lineno or value.lineno
+                lines[first:last] = [""] * (last - first)
+    return "\n".join(line.rstrip() for line in lines if line.strip())

@@ -1,0 +1,118 @@
+"""The device of this process: choose it, describe it, and what memory it used.
+
+Torch is imported only by functions that need it, because records describe devices without it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import resource
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from .errors import HovitError
+from .strict import Strict
+
+if TYPE_CHECKING:
+    import torch
+
+freed_memory_kept = False  # by this process, from some moment on
+
+
+class Device(Strict):
+    """What ran it.
+
+    Args:
+        kind: `cpu` or `cuda`.
+        name: processor or card.
+        driver: the card's driver, if any.
+        threads: CPU threads that torch used.
+    """
+
+    kind: Literal["cpu", "cuda"]
+    name: str
+    driver: str = ""
+    threads: int
+
+    def __str__(self) -> str:
+        if self.kind != "cpu":
+            return self.name
+        return f"{self.name}, {self.threads} thread{'s' * (self.threads > 1)}"
+
+
+def pick_device(accelerator: str = "auto") -> torch.device:
+    """`cuda` where there is one, else `cpu`; or what was asked for.
+
+    Raises:
+        HovitError: for another word, or `cuda` where there is none.
+    """
+    import torch
+
+    there = torch.cuda.is_available()
+    if accelerator == "auto":
+        accelerator = "cuda" if there else "cpu"
+    if accelerator not in ("cpu", "cuda") or (accelerator == "cuda" and not there):
+        raise HovitError(
+            f"--accelerator {accelerator}: {'cpu or cuda' if there else 'only cpu'} here"
+        )
+    return torch.device(accelerator)
+
+
+def describe_device(device: torch.device) -> Device:
+    """Name, driver and threads, as records keep them."""
+    import torch
+
+    threads = torch.get_num_threads()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return Device(kind="cuda", name=name, driver=_nvidia_driver(), threads=threads)
+    return Device(kind="cpu", name=_processor(), threads=threads)
+
+
+def keep_freed_memory() -> bool:
+    """From now on this process keeps the memory it frees, so that the next pass finds it again.
+
+    glibc hands large freed blocks back to the system, and each pass then faults their pages in
+    anew; or it does not, by what else the process has allocated before. That can double a model's
+    time and makes ratios between models differ from one process to the next
+    (`bench/allocator.py`). Peak memory grows. Other C libraries are left as they are.
+
+    Returns:
+        whether it is so: False where the C library has no `mallopt`.
+    """
+    global freed_memory_kept
+    trim_threshold, mmap_max = -1, -4  # glibc's malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, TypeError, OSError):  # musl, macOS; Windows
+        return False
+    freed_memory_kept = bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
+    return freed_memory_kept
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _nvidia_driver() -> str:
+    version = Path("/proc/driver/nvidia/version")
+    if version.exists():
+        words = version.read_text().splitlines()[0].split()
+        return next((w for w in words if w[0].isdigit() and w.count(".") >= 1), "")
+    return ""
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory held so far, in MB: the card's, or this process's on a CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e3 if platform.system() != "Darwin" else peak / 1e6

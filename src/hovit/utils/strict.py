@@ -1,0 +1,46 @@
+"""Base classes of typed data."""
+
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Strict(BaseModel):
+    """A frozen object that refuses unknown keys and infinite numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class InSpec(Strict):
+    """Data that the spec of a record states.
+
+    A spec states every field in `always`, and each other field that is not at its default. A new
+    field with a default therefore changes no existing spec and no hash. `always` lists the fields
+    that the first records state; it does not grow. Do not change the default of any other field:
+    existing records mean the old one.
+
+    Fields in `never` decide no result: identifiers and prose.
+    """
+
+    always: ClassVar[frozenset[str]] = frozenset()
+    never: ClassVar[frozenset[str]] = frozenset()
+
+    def to_spec(self) -> dict[str, Any]:
+        """The fields that decide a result, as JSON values."""
+        stated = {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            is_default = not field.is_required() and value == field.get_default()
+            if name not in self.never and (name in self.always or not is_default):
+                stated[name] = _json_value(value)
+        return stated
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, InSpec):
+        return value.to_spec()
+    if isinstance(value, tuple | list):
+        return [_json_value(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _json_value(each) for key, each in value.items()}
+    return value

@@ -1,0 +1,82 @@
+"""Which edits make a run's record out of date: those that can change its result, and no others."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hovit.utils.code_hash import (
+    PACKAGE,
+    _definitions,
+    _hash,
+    _imports,
+    _meaning,
+    code_hash,
+    entry_points,
+)
+
+HOVIT, LEVIT, LOOP = "models/hovit.py", "models/levit_deck.py", "training/classification.py"
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A copy of the sources that may be edited."""
+    shutil.copytree(PACKAGE, tmp_path / "hovit", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "hovit"
+
+
+def hashes(package: Path) -> dict[str, str]:
+    for cached in (_hash, _imports, _meaning, _definitions, entry_points):
+        cached.cache_clear()
+    models = ("hovit", "l_hovit", "levit_deck", "resnet50")
+    found = {model: code_hash("training", model, package) for model in models}
+    return found | {"measure": code_hash("measure", "hovit", package)}
+
+
+def changed(package: Path, file: str, old: str, new: str) -> set[str]:
+    before = hashes(package)
+    text = (package / file).read_text()
+    assert old in text
+    (package / file).write_text(text.replace(old, new, 1))
+    after = hashes(package)
+    return {name for name in before if before[name] != after[name]}
+
+
+def test_a_copy_hashes_alike(package: Path) -> None:
+    assert hashes(package) == hashes(PACKAGE)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        (HOVIT, '"""HoViT', '"""The HoViT'),
+        (LEVIT, "# [B, H*W, C] -> [B, H*W, C]", "# same shape"),
+        (LOOP, "EVAL_BATCH = 64", "EVAL_BATCH = 64  # images\n"),
+        ("report/tables/columns.py", "NOTHING = ", "NOTHING_AT_ALL = "),
+        ("data/readers.py", "MAX_BYTES = 64", "MAX_BYTES = 32"),
+    ],
+)
+def test_what_changes_no_result_changes_no_hash(
+    package: Path, file: str, old: str, new: str
+) -> None:
+    assert changed(package, file, old, new) == set()
+
+
+def test_an_architecture_is_its_own_and_its_users_affair(package: Path) -> None:
+    assert changed(package, HOVIT, "(2, 2, 1)", "(2, 3, 1)") == {"hovit", "l_hovit", "measure"}
+    assert changed(package, LEVIT, "HEAD_DIM = 64", "HEAD_DIM = 32") == {
+        "hovit", "l_hovit", "levit_deck", "measure",
+    }  # fmt: skip
+    assert changed(package, "models/launcher.py", "kernel_size=4", "kernel_size=2") == {"l_hovit"}
+
+
+def test_the_loop_is_everyones_and_latency_is_measurings(package: Path) -> None:
+    everyone = {"hovit", "l_hovit", "levit_deck", "resnet50"}
+    assert changed(package, LOOP, "EVAL_BATCH = 64", "EVAL_BATCH = 32") == everyone
+    assert changed(package, "measure/latency.py", "* 1e3", "* 1e6") == {"measure"}
+
+
+def test_a_new_model_changes_nobody(package: Path) -> None:
+    before = hashes(package)
+    (package / "models/new.py").write_text("def new_model():\n    return 1\n")
+    assert hashes(package) == before
