@@ -16,10 +16,11 @@ from synthetic import CPU, GPU, measure_record, write_all
 from hovit.config.plan import Plan, load_plan
 from hovit.config.schema import Claim, NotChecked, split_ref
 from hovit.records.record import Device, write_record
-from hovit.report.claims.coverage import REASONS, ledger, ledger_lines, ledger_tally
+from hovit.report.claims.coverage import REASONS, coverage, coverage_lines, coverage_tally
 from hovit.report.claims.judge import judge, write_claims
 from hovit.report.paper.variables import origin
 from hovit.report.results import Results
+from hovit.report.sources import Sources, load_sources
 from hovit.report.tables.write import describe
 
 PLAN = load_plan("mini", ROOT / "config")
@@ -118,7 +119,7 @@ def test_times_of_another_device_are_judged_by_ratio_or_rank_alone() -> None:
 
 
 def judged(plan: Plan, root: Path, claim_id: str):
-    return judge([Results(plan, root)], CLAIMS[claim_id], "seed")
+    return judge(Sources(Results(plan, root), ()), CLAIMS[claim_id], "seed")
 
 
 def test_a_sentence_that_names_its_device_is_judged_there_alone(tmp_path: Path) -> None:
@@ -164,9 +165,11 @@ def test_a_difference_is_in_points(tmp_path: Path) -> None:
         update={"of": "hovit/hovit/reported_top1", "to": "hovit/levit_deck/reported_top1",
                 "reported": "24.66", "tolerance": None}
     )  # fmt: skip
-    found = judge([Results(PLAN, tmp_path)], claim, "hovit")
+    found = judge(Sources(Results(PLAN, tmp_path), ()), claim, "hovit")
     assert (found.verdict, found.measured) == ("reproduced", pytest.approx(27.47 - 2.81))
-    missed = judge([Results(PLAN, tmp_path)], claim.model_copy(update={"reported": "25"}), "hovit")
+    missed = judge(
+        Sources(Results(PLAN, tmp_path), ()), claim.model_copy(update={"reported": "25"}), "hovit"
+    )
     assert missed.verdict == "contradicted"
     absolute = judged(PLAN, tmp_path, "skipvit-warmup-gain")
     assert absolute.why.startswith("Tiny-ImageNet-10 stands in for")
@@ -209,7 +212,7 @@ def test_cells_are_counted_and_counts_are_compared(tmp_path: Path) -> None:
     record = measure_record(PLAN, "hovit")
     record.results["rows"]["hovit"]["parameters"] = 4_937_962
     write_record(tmp_path / PLAN.measure_task(PLAN.study("hovit")).path, record)
-    rest = ledger(PLAN, tmp_path)
+    rest = coverage(load_sources(PLAN, tmp_path))
     cells = {cell["cell"]: cell for cell in rest["cells"]}
     assert len(cells) == sum(
         len(row.reported) for study in PLAN.config.studies.values() for row in study.rows
@@ -219,8 +222,8 @@ def test_cells_are_counted_and_counts_are_compared(tmp_path: Path) -> None:
     assert cells["backbones/swin_t/parameters_m"]["counted"] == pytest.approx(0.001013)
     assert cells["hovit/hovit/top1"]["same"] is None  # claims compare what is trained
     assert cells["dropout/levit_deck/parameters"]["same"] is None  # no claim looks at it
-    assert f"{len(ENTRIES)} not checkable" in ledger_tally(rest)
-    text = "\n".join(ledger_lines(rest, ["skipvit", "hovit", "hovit"]))
+    assert f"{len(ENTRIES)} not checkable" in coverage_tally(rest)
+    text = "\n".join(coverage_lines(rest, ["skipvit", "hovit", "hovit"]))
     assert re.search(r"^\| hovit \| 2 \| \d{3} \| \d\d \|$", text, re.M)
     assert "| `hovit/l_hovit/parameters` | 47,723,133 |" in text
     assert "`hovit/hovit/parameters`" not in text
@@ -230,7 +233,7 @@ def test_cells_are_counted_and_counts_are_compared(tmp_path: Path) -> None:
 def test_the_tally_ends_with_what_is_not_checkable(tmp_path: Path) -> None:
     first, second = write_claims(PLAN, tmp_path).splitlines()
     assert first.endswith(" not measured")
-    assert second == ledger_tally(ledger(PLAN, tmp_path))
+    assert second == coverage_tally(coverage(load_sources(PLAN, tmp_path)))
 
 
 # The seeds' own texts -----------------------------------------------------------------------------

@@ -33,9 +33,9 @@ from hovit.models.mhsa_share import halves, places, with_mhsa_share
 from hovit.pipeline.analyse import to_csv
 from hovit.records.record import write_record
 from hovit.report.claims.judge import Verdict, judge
-from hovit.report.figures import draw
 from hovit.report.figures.draw import FIGURES
 from hovit.report.results import Results
+from hovit.report.sources import Sources, load_sources
 from hovit.utils.create_model import create_model
 from hovit.utils.errors import HovitError
 
@@ -392,7 +392,7 @@ def judged(scale: str, root: Path) -> dict[str, Verdict]:
             root / plan.analyse_task(plan.analysis(name)).path, analysis_record(plan, name)
         )
     claims = plan.config.claims["efficientvit_analyses"].claims
-    sources = [Results(plan, root)]
+    sources = Sources(Results(plan, root), ())
     return {c.id: judge(sources, c, "efficientvit") for c in claims if ":" in c.of}
 
 
@@ -423,10 +423,11 @@ def test_a_claim_on_an_analysis_names_one_that_exists(tmp_path: Path) -> None:
         load_config(config)
 
 
-def test_a_figure_of_accuracy_passes_over_evidence_that_has_only_times(tmp_path: Path) -> None:
+def test_a_figure_of_accuracy_skips_evidence_that_has_only_times(tmp_path: Path) -> None:
     place = Path("results/evidence/amd-epyc/mini/measure/mhsa_share.json")
     (tmp_path / place).parent.mkdir(parents=True)
     shutil.copy(ROOT / place, tmp_path / place)
     plan, figure = load_plan("smoke", ROOT / "config"), FIGURES["mhsa_share"]
-    assert draw._best(plan, replace(figure, of_training=False), tmp_path).is_evidence
-    assert not draw._best(plan, figure, tmp_path).is_evidence
+    sources = load_sources(plan, tmp_path)
+    assert replace(figure, numbers=("throughput",)).results(sources).is_evidence
+    assert not figure.results(sources).is_evidence

@@ -28,7 +28,8 @@ from hovit.pipeline import evidence
 from hovit.pipeline.evaluate import evaluate_study, find_images, find_weights
 from hovit.records.record import read_record
 from hovit.report.explain import explain
-from hovit.report.results import Results, evidence_for, find_evidence
+from hovit.report.results import Results
+from hovit.report.sources import load_sources
 from hovit.report.tables.write import write_table
 from hovit.utils.code_hash import PACKAGE
 from hovit.utils.errors import HovitError
@@ -298,7 +299,7 @@ def test_evidence_takes_an_evaluation_by_spec_and_code(plan, images, tmp_path, m
     place = tmp_path / "results/evidence/test" / evidence.location(record)
     place.parent.mkdir(parents=True)
     place.write_bytes(path.read_bytes())
-    assert evidence_for(table, find_evidence(plan, tmp_path)) is not None
+    assert load_sources(plan, tmp_path).used(table)
     assert evidence.location(record).as_posix() == "smoke/evaluation/efficientvit_imagenet.json"
     one = table.model_copy(update={"rows": table.rows[:1]})
     evaluate_study(plan.evaluate_task(one), images, tmp_path, CPU, tmp_path)

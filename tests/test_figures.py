@@ -15,9 +15,10 @@ from synthetic import write_all
 
 from hovit.config.plan import Plan, load_plan
 from hovit.pipeline.evidence import EVIDENCE
-from hovit.report.figures import draw, style
+from hovit.report.figures import style
 from hovit.report.figures.draw import FIGURES
 from hovit.report.results import Results
+from hovit.report.sources import load_sources
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def plan() -> Plan:
 def drawn(plan: Plan, root: Path, name: str) -> Canvas:
     """A figure, laid out as it is saved."""
     with mpl.rc_context(style.RC):
-        canvas = FIGURES[name].draw(draw._best(plan, FIGURES[name], root))
+        canvas = FIGURES[name].plot(FIGURES[name].results(load_sources(plan, root)))
         canvas.draw_without_rendering()
     plt.close(canvas)
     return canvas

@@ -17,7 +17,8 @@ from hovit.records.record import read_record, write_record
 from hovit.report.claims.judge import judge_all
 from hovit.report.page.write import PAGE, WEB, write_page
 from hovit.report.results import Results
-from hovit.report.tables.columns import NOTHING, columns_of
+from hovit.report.sources import Sources, load_sources
+from hovit.report.tables.columns import NOTHING, make_table
 from hovit.utils.files import write_text
 
 HOSTILE = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 1'>&amp;`"
@@ -49,18 +50,19 @@ def data_of(root: Path) -> dict:
 
 def test_every_claim_table_and_number_is_there(plan: Plan, root: Path) -> None:
     text, data = (root / PAGE).read_text(), data_of(root)
-    assert list(data["claims"]) == [v.id for v in judge_all(plan, root)]
+    assert list(data["claims"]) == [v.id for v in judge_all(load_sources(plan, root))]
     for name, file in plan.config.claims.items():
         assert all(data["claims"][claim.id]["file"] == name for claim in file.claims)
         assert all(str(escape(entry.says)) in text for entry in file.not_checkable)
-    results = Results(plan, root)
+    alone = Sources(Results(plan, root), ())
     for study in plan.config.studies.values():
         assert f'id="t-{study.id}"' in text
         own = [key for key in data["values"] if key.startswith(f"{study.id}/")]
-        cells = [c for column in columns_of(study, [results]) for c in column.cells]
+        cells = [c for column in make_table(study, alone).columns for c in column.cells]
         run = [key for key in own if key.endswith(("/run", "/reported"))]
         assert len(run) == len([cell for cell in cells if cell != NOTHING])
-    assert {key.rsplit("/", 1)[1] for key in data["values"]} == {"reported", "evidence", "run"}
+    states = {key.rsplit("/", 1)[1].split("@")[0] for key in data["values"]}
+    assert states == {"reported", "evidence", "run"}
     assert all(name in text for name in plan.config.analyses)
 
 
@@ -78,8 +80,8 @@ def test_any_number_leads_to_its_record_and_the_command_that_remakes_it(root: Pa
         assert shown["spec"] == record.spec
         assert shown["device"] == str(record.provenance.device)
         target = name.replace(EVIDENCE, "results/runs")
-        assert f"--force '{target}'" in shown["remake"]
-        assert ("--config scale=mini" in shown["remake"]) == name.startswith(EVIDENCE)
+        assert f"--force '{target}'" in shown["rerun"]
+        assert ("--config scale=mini" in shown["rerun"]) == name.startswith(EVIDENCE)
     value = data["values"]["hovit/hovit/top1/evidence"]
     assert value["n"] == len(value["records"]) == 2
     assert value["spread"] == pytest.approx(0.5**0.5)
@@ -182,7 +184,7 @@ def shown_claims(tab: Browser) -> list[str]:
 
 @needs_chromium
 def test_claims_are_filtered(tab: Browser, plan: Plan, root: Path) -> None:
-    verdicts = [v.verdict for v in judge_all(plan, root)]
+    verdicts = [v.verdict for v in judge_all(load_sources(plan, root))]
     assert shown_claims(tab) == verdicts
     tab.click('#filters input[value="reproduced"]')
     assert shown_claims(tab) == [v for v in verdicts if v != "reproduced"]

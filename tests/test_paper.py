@@ -18,11 +18,12 @@ from hovit.report.paper.variables import (
     MISSING,
     VARIABLES,
     Variable,
+    by_scale,
     load_variables,
     resolve,
-    sources_of,
 )
 from hovit.report.paper.write import FILES, OUT, PDF, TEXT, compile_text, write_paper
+from hovit.report.sources import load_sources
 from hovit.report.tables.columns import NOTHING
 from hovit.utils.errors import HovitError
 from hovit.utils.files import write_json
@@ -146,7 +147,7 @@ def test_smoke_gives_the_text_no_accuracy_and_no_time(
     made: Path, smoke: Plan, tmp_path: Path
 ) -> None:
     shutil.copytree(made / "results/runs", tmp_path / "results/runs")
-    sources = sources_of(smoke, tmp_path)
+    sources = by_scale(load_sources(smoke, tmp_path))
     got = {n: resolve(sources, n, variable) for n, variable in load_variables(ROOT).items()}
     assert got["levit-parameters"]["text"] == "1,000"
     assert got["levit-parameters"]["records"] == ["results/runs/smoke/measure/hovit.json"]
@@ -248,7 +249,7 @@ def test_a_wrong_variable_is_one_line(
 
     def resolve_all() -> None:
         for name, variable in load_variables(tmp_path).items():
-            resolve(sources_of(smoke, tmp_path), name, variable)
+            resolve(by_scale(load_sources(smoke, tmp_path)), name, variable)
 
     with pytest.raises(HovitError, match=re.escape(said)) as caught:
         resolve_all()
@@ -257,5 +258,5 @@ def test_a_wrong_variable_is_one_line(
 
 
 def test_a_study_that_is_not_there_is_not_measured(smoke: Plan, tmp_path: Path) -> None:
-    found = resolve(sources_of(smoke, tmp_path), "x", Variable(of="tomorrow/row/top1"))
+    found = resolve(by_scale(load_sources(smoke, tmp_path)), "x", Variable(of="tomorrow/row/top1"))
     assert (found["text"], found["why"]) == (MISSING, "no study tomorrow in config/studies")

@@ -9,8 +9,18 @@ import pytest
 from conftest import ROOT
 
 from hovit.config.plan import load_plan
-from hovit.report.readme import BEGIN, DRAWN, END, HEADLINES, PICTURE, README, front, picture
-from hovit.report.readme import write_front as write
+from hovit.report.readme import (
+    BEGIN,
+    DRAWN,
+    END,
+    HEADLINES,
+    PICTURE,
+    README,
+    picture,
+    results_section,
+)
+from hovit.report.readme import write_readme as write
+from hovit.report.sources import load_sources
 from hovit.utils.errors import HovitError
 
 
@@ -18,12 +28,12 @@ def test_readme_is_what_the_evidence_says() -> None:
     """If this fails, `hovit readme` writes it again."""
     text = (ROOT / README).read_text()
     part = text.split(BEGIN)[1].split(END)[0]
-    assert part == front(load_plan("smoke", ROOT / "config"), ROOT)
+    assert part == results_section(load_sources(load_plan("smoke", ROOT / "config"), ROOT))
 
 
 def test_its_picture_too() -> None:
     drawn = matplotlib.image.imread(
-        BytesIO(picture(load_plan("smoke", ROOT / "config"), ROOT)), format="png"
+        BytesIO(picture(load_sources(load_plan("smoke", ROOT / "config"), ROOT))), format="png"
     )
     kept = matplotlib.image.imread(ROOT / PICTURE)
     assert kept.shape == drawn.shape

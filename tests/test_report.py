@@ -26,6 +26,7 @@ from hovit.report.claims.judge import (
 )
 from hovit.report.figures.draw import FIGURES, draw
 from hovit.report.results import Results, Value
+from hovit.report.sources import Sources, load_sources
 from hovit.report.tables.write import write_index, write_table
 from hovit.utils.errors import HovitError
 from hovit.utils.files import write_json
@@ -173,7 +174,7 @@ def claim(**keys: object) -> Claim:
 
 
 def verdict(plan: Plan, root: Path, **keys: object) -> str:
-    return judge([Results(plan, root)], claim(**keys), "hovit").verdict
+    return judge(Sources(Results(plan, root), ()), claim(**keys), "hovit").verdict
 
 
 def test_verdicts(plan: Plan, root: Path) -> None:
@@ -200,7 +201,7 @@ def test_verdicts(plan: Plan, root: Path) -> None:
 
 
 def test_what_an_analysis_found_is_told_with_its_models_accuracy(plan: Plan, root: Path) -> None:
-    found = {v.id: v for v in judge_all(plan, root)}["taylor-v-late"]
+    found = {v.id: v for v in judge_all(load_sources(plan, root))}["taylor-v-late"]
     row = plan.study("mhsa_share").row("swin")
     top1 = Results(plan, root).value(plan.study("mhsa_share"), row, "top1")
     assert top1 is not None
@@ -208,7 +209,7 @@ def test_what_an_analysis_found_is_told_with_its_models_accuracy(plan: Plan, roo
 
 
 def test_stand_ins_do_not_judge_an_absolute_accuracy(plan: Plan, root: Path) -> None:
-    found = {v.id: v for v in judge_all(plan, root)}["timm-poor-from-scratch"]
+    found = {v.id: v for v in judge_all(load_sources(plan, root))}["timm-poor-from-scratch"]
     assert found.verdict == "not measured"
     assert found.why.startswith("Tiny-ImageNet-37 stands in for Oxford-IIIT Pet")
 
@@ -233,11 +234,11 @@ def test_rounds_are_compared_in_pairs(plan: Plan, root: Path) -> None:
 def test_what_is_not_measured_says_why(plan: Plan, root: Path) -> None:
     smoke = load_plan("smoke", ROOT / "config")
     top1 = claim(kind="greater", of="hovit/hovit/top1", to="hovit/levit_deck/top1")
-    found = judge([Results(smoke, root)], top1, "hovit")
+    found = judge(Sources(Results(smoke, root), ()), top1, "hovit")
     assert (found.verdict, found.why) == ("not measured", "scale smoke does not judge top1")
     (root / plan.run("hovit.pets.deck", 0).folder / "record.json").unlink()
     (root / plan.run("hovit.pets.deck", 1).folder / "record.json").unlink()
-    found = judge([Results(plan, root)], top1, "hovit")
+    found = judge(Sources(Results(plan, root), ()), top1, "hovit")
     assert (found.verdict, found.measured) == ("not measured", None)
 
 
@@ -267,7 +268,7 @@ def test_a_claim_that_makes_no_sense_is_refused() -> None:
 
 
 def test_claims_are_written_and_counted(plan: Plan, root: Path) -> None:
-    verdicts = judge_all(plan, root)
+    verdicts = judge_all(load_sources(plan, root))
     line = write_claims(plan, root).splitlines()[0]
     assert line == tally(verdicts)
     written = json.loads((root / "results/claims.json").read_text())
@@ -342,5 +343,5 @@ def test_a_ratio_to_nothing_is_not_measured(plan: Plan, root: Path) -> None:
     write_record(root / plan.measure_task(study).path, record)
     claim = Claim(id="r", says="s", place="p", kind="ratio", reported="1",
                   of="hovit/hovit/parameters", to="hovit/levit_deck/parameters")  # fmt: skip
-    verdict = judge([Results(plan, root)], claim, "hovit")
+    verdict = judge(Sources(Results(plan, root), ()), claim, "hovit")
     assert (verdict.verdict, verdict.why) == ("not measured", "hovit/levit_deck/parameters is 0")

@@ -354,9 +354,9 @@ def claims(
 @app.command()
 def readme() -> None:
     """Write README's table and figure of results from the committed evidence."""
-    from .report.readme import write_front
+    from .report.readme import write_readme
 
-    write_front(load_plan())
+    write_readme(load_plan())
 
 
 @app.command()

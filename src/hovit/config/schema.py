@@ -4,7 +4,7 @@ Every YAML file is one object, checked against the classes below (`hovit schema`
 Schema for editors). A mistake is one line: file, key path, what is allowed.
 """
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import (
     Field,
@@ -18,37 +18,19 @@ from pydantic import (
 
 from ..utils.errors import HovitError
 from ..utils.strict import InSpec, Strict
+from .kinds import ANALYSIS_KINDS
+from .metrics import METRICS, quantity
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
 Text = Annotated[str, Field(min_length=1)]
 # A number as the seed prints it. It stays text, so that 84.30 keeps its last digit.
 Printed = Annotated[str, Field(pattern=r"^-?[0-9]+(\.[0-9]+)?(–[0-9]+(\.[0-9]+)?)?$")]
-Metric = Literal[
-    "parameters",  # exact count
-    "parameters_m",  # the same in millions, as some seeds print it
-    "parameters_unused",  # of them, those that no gradient reaches: dead weights
-    "parameters_used",  # the others
-    "part_parameters",  # of the submodule that the row names as `part`
-    "macs",  # multiply-adds for one image
-    "top1",  # test accuracy, percent
-    "loss",  # test cross-entropy
-    "val_top1",  # best validation accuracy, percent
-    "ap",  # COCO's average precision of detections, percent: over IoU 0.50 to 0.95
-    "ap50",  # at IoU 0.50
-    "ap75",  # at IoU 0.75
-    "ap_small",  # of objects of less than 32 x 32 pixels
-    "ap_medium",
-    "ap_large",  # of more than 96 x 96
-    "activations",  # bytes kept for the backward pass, one image
-    "latency",  # milliseconds a batch; the deck does not say which batch
-    "throughput",  # images a second, at the largest batch measured
-    "throughput_cpu",  # the same on a CPU, as others measured it: only ever reported
-    "images",
-    "images_train",
-    "images_val",
-    "images_test",
-    "gigabytes",
-]
+if TYPE_CHECKING:
+    MetricName: TypeAlias = str
+    AnalysisKindName: TypeAlias = str
+else:  # each name of the tables, so that a wrong name is answered with the right ones
+    MetricName = Literal[tuple(METRICS)]
+    AnalysisKindName = Literal[tuple(ANALYSIS_KINDS)]
 Role = Literal[
     "pets", "cifar10", "cifar100", "flowers", "cars", "imagenet", "coco", "pretrain", "upstream"
 ]
@@ -309,7 +291,7 @@ class Row(Strict):
     rule: Name | None = None  # this dataset, without any data
     part: Text | None = None  # submodule whose parameters are counted apart
     baseline: str | None = None  # the row that its latency is compared with
-    reported: dict[Metric, Printed] = {}
+    reported: dict[MetricName, Printed] = {}
     ours: bool = False  # the seed has no such row
     reported_only: bool = False  # the seed's numbers alone; nothing is run for it
     note: str = ""
@@ -342,7 +324,7 @@ class Study(Strict):
     num_classes: Annotated[int, Field(ge=2)] = 37  # at which parameters and multiply-adds count
     # Likewise; latency at this or less. None: what is measured takes no images.
     image_size: Annotated[int, Field(ge=32)] | None = 224
-    columns: Annotated[tuple[Metric, ...], Field(min_length=1)]
+    columns: Annotated[tuple[MetricName, ...], Field(min_length=1)]
     notes: tuple[Text, ...] = ()
     rows: Annotated[tuple[Row, ...], Field(min_length=1)]
 
@@ -373,9 +355,7 @@ class Analysis(Strict):
     id: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
     title: Text
     source: Source
-    kind: Literal[
-        "attention_maps", "head_similarity", "kept_patches", "runtime_breakdown", "taylor_pruning"
-    ]
+    kind: AnalysisKindName
     of: Annotated[tuple[RowRef, ...], Field(min_length=1)]  # each row's run of the first seed
     images: Annotated[int, Field(ge=1)] = 1  # drawn from a split
     args: dict[str, Plain] = {}
@@ -426,7 +406,8 @@ class Claim(Strict):
 
     @model_validator(mode="after")
     def _times(self) -> "Claim":
-        timed = self.of.rpartition("/")[2].startswith(("latency", "throughput"))
+        number = quantity(self.of.rpartition("/")[2])
+        timed = number is not None and number.is_timed
         if timed and (
             self.kind in ("value", "difference") or (self.kind == "keeps" and self.tolerance)
         ):

@@ -130,4 +130,4 @@ def _claimable(study: Study, row: Row) -> list[str]:
         metrics += [f"latency_{batch}" for batch in study.batches or (1, 32)]
     if study.kind == "models":
         metrics += ["parameters", "parameters_used", "parameters_unused"]
-    return [*dict.fromkeys(metrics), *(f"reported_{metric}" for metric in row.reported)]
+    return [*dict.fromkeys(metrics), *(f"reported_{name}" for name in row.reported)]

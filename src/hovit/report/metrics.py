@@ -1,35 +1,35 @@
-"""What `dvc metrics` and `dvc plots` show: one JSON a run, the claims' tally, all histories."""
+"""Files for `dvc metrics` and `dvc plots`: one JSON for each run, the claims' tally, histories."""
 
 import csv
 import io
 from pathlib import Path
 
+from ..config.metrics import PRECISION
 from ..config.plan import Plan
 from ..config.runs import Run
 from ..records.record import read_record
 from ..utils.files import read_json, write_json, write_text
 from .claims.judge import VERDICTS
-from .results import PRECISION
 
 METRICS = Path("results/metrics")
-SHOWN = ("top1", "loss", "val_top1", "best_epoch", *sorted(PRECISION))
+SHOWN = ("top1", "loss", "val_top1", "best_epoch", *PRECISION)
 
 
 def metrics_files(plan: Plan) -> list[Path]:
     """Every file that `write_metrics` writes, from the top of the artifact."""
     folder = METRICS / plan.scale.id
-    runs = [folder / f"{_name(run)}.json" for run in _runs(plan)]
+    runs = [folder / f"{_name(run)}.json" for run in plan.all_runs]
     return [folder / "claims.json", *runs, METRICS / f"{plan.scale.id}.csv"]
 
 
 def write_metrics(plan: Plan, root: Path = Path()) -> None:
-    """Write them, from this run's records and `results/claims.json`."""
+    """Write all of them from this run's records and `results/claims.json`."""
     claims, *files, histories = [root / path for path in metrics_files(plan)]
     verdicts = [claim["verdict"] for claim in read_json(root / "results/claims.json")["claims"]]
     write_json(claims, {name.replace(" ", "_"): verdicts.count(name) for name in VERDICTS})
     rows = []
-    for run, file in zip(_runs(plan), files, strict=True):
-        results = read_record(root / run.folder / "record.json").results
+    for run, file in zip(plan.all_runs, files, strict=True):
+        results = read_record(root / plan.train_task(run).path).results
         write_json(file, {name: results[name] for name in SHOWN if name in results})
         rows += [{"run": _name(run)} | entry for entry in results["history"]]
     table = io.StringIO()
@@ -38,10 +38,6 @@ def write_metrics(plan: Plan, root: Path = Path()) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text(histories, table.getvalue())
-
-
-def _runs(plan: Plan) -> list[Run]:
-    return [run for seeds in plan.runs.values() for run in seeds.values()]
 
 
 def _name(run: Run) -> str:

@@ -7,8 +7,9 @@ from ..config.plan import Plan
 from ..config.schema import Claim
 from ..utils.errors import HovitError
 from ..utils.files import atomic, write_text
-from .claims.judge import Verdict, against, judge, referenced
-from .results import Results, Value, find_evidence
+from .claims.judge import Missing, Verdict, against, claim_values, judge
+from .results import Results, Value
+from .sources import Sources, load_sources
 
 README, PICTURE = Path("README.md"), Path("paper/front.png")
 BEGIN, END = "<!-- results: made by `hovit readme` -->\n", "<!-- end of results -->\n"
@@ -45,37 +46,38 @@ DRAWN = {
 }
 
 
-def write_front(plan: Plan, root: Path = Path()) -> None:
+def write_readme(plan: Plan, root: Path = Path()) -> None:
     """Write README's part between its two marks, and the picture that it shows.
 
     Raises:
         HovitError: if README has no such part, or there is no evidence.
     """
-    text = (root / README).read_text()
+    text = (root / README).read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise HovitError(f"{root / README}: needs the lines {BEGIN.strip()} and {END.strip()} once")
+    sources = _evidence_alone(plan, root)
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     with atomic(root / PICTURE) as path:
-        path.write_bytes(picture(plan, root))
-    write_text(root / README, before + BEGIN + front(plan, root) + END + after)
+        path.write_bytes(picture(sources))
+    write_text(root / README, before + BEGIN + results_section(sources) + END + after)
 
 
-def front(plan: Plan, root: Path = Path()) -> str:
+def results_section(sources: Sources) -> str:
     """The table, what its numbers are of, and the picture's caption, as Markdown."""
-    evidence, claims = _evidence(plan, root), _claims(plan)
-    verdicts = [judge(evidence, *claims[name]) for name in HEADLINES]
+    claims = _claims(sources.plan)
+    verdicts = [judge(sources, *claims[name]) for name in HEADLINES]
     lines = [
         "| | the seed says | printed | here | verdict |",
         "| :-- | :-- | --: | --: | :-- |",
-        *(_line(evidence, claims[v.id][0], v) for v in verdicts),
+        *(_line(sources, claims[v.id][0], v) for v in verdicts),
     ]
-    sources = dict.fromkeys(v.source.removeprefix("evidence: ") for v in verdicts if v.records)
+    places = dict.fromkeys(v.source.removeprefix("evidence: ") for v in verdicts if v.records)
     return "\n".join(
         [
             "",
             *lines,
             "",
-            f"Of the committed evidence ({'; '.join(sources)}). Where the seed only compares, "
+            f"Of the committed evidence ({'; '.join(places)}). Where the seed only compares, "
             "*here* has both sides; accuracies are test top-1 in per cent, times milliseconds. "
             "Stand-in images, small sizes and few epochs: a verdict on accuracy is of that scale.",
             "",
@@ -86,22 +88,22 @@ def front(plan: Plan, root: Path = Path()) -> str:
     )
 
 
-def _line(evidence: list[Results], claim: Claim, v: Verdict) -> str:
+def _line(sources: Sources, claim: Claim, v: Verdict) -> str:
     here = "—"
     if v.measured is not None and v.reported:
         here = f"{v.measured:,.{len(v.reported.partition('.')[2])}f}"
-    elif v.measured is not None and (sides := _sides(evidence, claim)):
+    elif v.measured is not None and (sides := _sides(sources, claim)):
         here = f"{sides[0].mean:.1f} against {sides[1].mean:.1f}"
     return f"| {SYSTEMS[v.seed]} | {v.says} | {v.reported or ''} | {here} | {v.verdict} |"
 
 
-def picture(plan: Plan, root: Path = Path()) -> bytes:
+def picture(sources: Sources) -> bytes:
     """Each ratio that a seed prints, and ours beside it, as PNG."""
     import matplotlib.pyplot as plt
 
     from .figures import style
 
-    evidence, claims = _evidence(plan, root), _claims(plan)
+    claims = _claims(sources.plan)
     content = BytesIO()
     with plt.rc_context(style.RC):
         canvas, ax = plt.subplots(figsize=(style.WIDTH, 0.26 * len(DRAWN) + 0.8))
@@ -109,7 +111,7 @@ def picture(plan: Plan, root: Path = Path()) -> bytes:
             claim = claims[name][0]
             printed = _ratio(claim, float(claim.reported or "nan"))
             ax.plot(printed, y, "o", mfc="white", mec=style.REPORTED, ms=6, label="seed")
-            if sides := _sides(evidence, claim):
+            if sides := _sides(sources, claim):
                 number, noise = against("ratio", *sides)
                 ax.plot([printed, number], [y, y], "-", color="#999999", marker="", lw=0.8)
                 ax.errorbar(number, y, xerr=noise, fmt="D", color=style.OURS, ms=4, label="ours")
@@ -123,7 +125,7 @@ def picture(plan: Plan, root: Path = Path()) -> bytes:
         handles, labels = ax.get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
         ax.legend(unique.values(), unique.keys(), loc="lower right")
-        devices = dict.fromkeys(r.base.name for r in evidence)
+        devices = dict.fromkeys(r.base.name for r in sources.evidence)
         canvas.supxlabel(
             f"evidence of {', '.join(devices)}; error bars: the rounds' interquartile range",
             fontsize=5.5,
@@ -139,19 +141,22 @@ def _ratio(claim: Claim, number: float) -> float:
     return 1 - number / 100 if claim.kind == "reduction" else number
 
 
-def _sides(evidence: list[Results], claim: Claim) -> tuple[Value, Value] | None:
+def _sides(sources: Sources, claim: Claim) -> tuple[Value, Value] | None:
     """Both sides of a claim, by the first evidence that has them."""
-    for results in evidence:
-        of, to = (referenced(results, ref, False)[0] for ref in (claim.of, str(claim.to)))
-        if of and to:
-            return of, to
+    for results in sources.evidence:
+        values = claim_values(results, claim)
+        if not isinstance(values, Missing) and len(values) == 2:
+            return values[0], values[1]
     return None
 
 
-def _evidence(plan: Plan, root: Path) -> list[Results]:
-    if not (found := find_evidence(plan, root)):
-        raise HovitError(f"{root / 'results/evidence'}: no evidence to make README's part of")
-    return found
+def _evidence_alone(plan: Plan, root: Path) -> Sources:
+    """The committed evidence, without this run."""
+    sources = load_sources(plan, root)
+    if not sources.evidence:
+        raise HovitError(f"{root / 'results/evidence'}: no evidence for README's table of results")
+    nothing = Results(plan, root, Path("results/no-run"))
+    return Sources(nothing, sources.evidence)
 
 
 def _claims(plan: Plan) -> dict[str, tuple[Claim, str]]:

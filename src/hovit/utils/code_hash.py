@@ -28,6 +28,7 @@ ENTRIES = {
         "report/claims/judge.py",
         "report/paper/write.py",
     ),
+    "page": ("report/page/write.py",),
 }
 # Files and folders that other parts of a record account for: the spec, the fingerprint of the
 # images, the device. They count only where a purpose starts at them.

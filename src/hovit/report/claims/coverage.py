@@ -1,34 +1,33 @@
-"""The rest of the ledger: what of the seeds is no claim.
+"""How much of the papers is covered: reported cells, and statements that cannot be checked.
 
-A number that a table carries beside ours is a *reported cell*. Counts among them (parameters,
-multiply-adds, images) are held against what was counted here; accuracy and times stand beside ours,
-and claims compare them. What cannot be checked is listed in the claims' files, with the reason.
+A *reported cell* is a number of a paper that a table shows. Reported counts (parameters,
+multiply-adds, images) are compared with the counts here; claims compare accuracies and times. The
+claims' files list every statement that cannot be checked, with the reason.
 """
 
-from pathlib import Path
 from typing import Any
 
-from ...config.plan import Plan
+from ...config.metrics import quantity
 from ...config.schema import Row, Study
-from ..results import INEXACT, Results, find_evidence
-from ..tables.columns import SCALES, format_printed
+from ..sources import Sources
+from ..tables.columns import format_printed
 
 REASONS = {
-    "data": "needs images or a training that no scale has",
-    "hardware": "of a device that is not here",
-    "unsaid": "the seed does not say what was done or meant",
+    "data": "needs images or training that no scale has",
+    "hardware": "about a device that is not available here",
+    "unsaid": "the paper does not say what was done or meant",
     "undone": "could be checked, but no study does",
-    "setting": "says how something is built or trained: configuration and tests hold it",
-    "others": "about others' work",
+    "setting": "says how something is built or trained; configuration and tests cover it",
+    "others": "about the work of others",
     "opinion": "a judgement, an explanation or a wish",
 }
 ABOUT = (
-    "A *reported cell* is a number of a seed that a table shows beside ours. What is *not "
-    "checkable* here is listed below, with the reason."
+    "A *reported cell* is a number of a paper that a table shows. Statements that are *not "
+    "checkable* are listed below, with the reason."
 )
 COUNTS = (
-    "Counted are parameters, multiply-adds and images; these differ from the seed's by more than "
-    "one unit of its last digit:"
+    "Parameters, multiply-adds and images are counted; these differ from the paper's number by "
+    "more than one unit of its last digit:"
 )
 
 
@@ -38,92 +37,94 @@ def last_digit(printed: str) -> float:
     return 10.0**-decimals if decimals else 0.0
 
 
-def ledger(plan: Plan, root: Path = Path()) -> dict[str, Any]:
-    """The reported cells and what is not checkable, as `results/claims.json` has them."""
-    files = plan.config.claims.values()
+def coverage(sources: Sources) -> dict[str, Any]:
+    """The reported cells and the statements that cannot be checked, as `results/claims.json`."""
     return {
-        "cells": cells(plan, root),
+        "cells": cells(sources),
         "not_checkable": [
             {"seed": file.seed} | entry.model_dump()
-            for file in files
+            for file in sources.plan.config.claims.values()
             for entry in file.not_checkable
         ],
     }
 
 
-def cells(plan: Plan, root: Path = Path()) -> list[dict[str, Any]]:
+def cells(sources: Sources) -> list[dict[str, Any]]:
     """Every number that a table shows as reported.
 
-    `counted` is what was counted here, in the heading's unit, and `same` whether the two agree to
-    one unit of the last printed digit (whole counts exactly); both None for what is trained or
-    timed, and in a study that no claim looks at: its records need not be there when claims are
-    judged.
+    `counted` is the count here, in the unit of the heading, and `same` says whether both agree to
+    one unit of the last printed digit (whole counts exactly). Both are None for numbers that are
+    trained or timed, and for studies that no claim refers to: their records may not be there when
+    claims are judged.
     """
-    sources = [Results(plan, root), *find_evidence(plan, root)]
     found: list[dict[str, Any]] = []
-    for study in plan.config.studies.values():
+    claimed = {study.id for study in sources.plan.claimed}
+    for study in sources.plan.config.studies.values():
         for row in study.rows:
             for metric, printed in row.reported.items():
-                counted = _counted(sources, study, row, metric) if study in plan.claimed else None
+                counted = _counted(sources, study, row, metric) if study.id in claimed else None
                 same = None if counted is None else _same(counted, printed, metric)
                 cell = {"cell": f"{study.id}/{row.id}/{metric}", "reported": printed}
-                seed = {"seed": study.source.seed}
-                found.append(seed | cell | {"counted": counted, "same": same})
+                paper = {"seed": study.source.seed}
+                found.append(paper | cell | {"counted": counted, "same": same})
     return found
 
 
-def _counted(sources: list[Results], study: Study, row: Row, metric: str) -> float | None:
-    """A count in the heading's unit, by the first that has it; None for what is no count."""
-    if metric in INEXACT:
+def _counted(sources: Sources, study: Study, row: Row, metric: str) -> float | None:
+    """A count in the unit of the heading, by the first source that has it; None if inexact."""
+    number = quantity(metric)
+    if number is None or number.is_inexact:
         return None
-    values = (results.value(study, row, metric) for results in sources)
+    values = (results.value(study, row, number) for results in sources.all)
     value = next((value for value in values if value), None)
-    return value.mean * SCALES.get(metric, 1.0) if value else None
+    return value.mean * number.metric.unit if value else None
 
 
 def _same(counted: float, printed: str, metric: str) -> bool:
-    unit = last_digit(printed) or float(metric in SCALES)  # millions are rounded, images are not
+    number = quantity(metric)
+    rounded = number is not None and number.metric.unit != 1.0  # millions are, images are not
+    unit = last_digit(printed) or float(rounded)
     return abs(counted - float(printed)) <= unit + 1e-9
 
 
-def ledger_tally(rest: dict[str, Any]) -> str:
-    """How many sentences and numbers are not checkable, and how many reported cells, in a line."""
+def coverage_tally(rest: dict[str, Any]) -> str:
+    """The number of uncheckable statements and of reported cells, in one line."""
     counts = [cell["same"] for cell in rest["cells"] if cell["same"] is not None]
     return (
         f"{len(rest['not_checkable'])} not checkable ({by_reason(rest)}); "
-        f"{len(rest['cells'])} reported cells, {len(counts)} of them counted here: "
+        f"{len(rest['cells'])} reported cells, {len(counts)} of them counts: "
         f"{counts.count(True)} as printed, {counts.count(False)} not"
     )
 
 
 def by_reason(rest: dict[str, Any]) -> str:
-    """The reasons that there are, each with how often."""
+    """Each reason that occurs, with its count."""
     given = [entry["reason"] for entry in rest["not_checkable"]]
     return ", ".join(f"{given.count(name)} {name}" for name in REASONS if name in given)
 
 
-def ledger_lines(rest: dict[str, Any], seeds: list[str]) -> list[str]:
-    """The ledger's part of `results/claims.md`.
+def coverage_lines(rest: dict[str, Any], papers: list[str]) -> list[str]:
+    """The coverage section of `results/claims.md`.
 
     Args:
-        rest: what `ledger` gives.
-        seeds: each claim's.
+        rest: from `coverage`.
+        papers: the paper of each claim.
     """
     differ = [cell for cell in rest["cells"] if cell["same"] is False]
-    lines = ["", "## What else the seeds say", "", ABOUT, ""]
-    lines += ["| seed | claims | reported cells | not checkable |", "| :-- | --: | --: | --: |"]
-    for seed in dict.fromkeys(seeds):
+    lines = ["", "## Coverage of the papers", "", ABOUT, ""]
+    lines += ["| paper | claims | reported cells | not checkable |", "| :-- | --: | --: | --: |"]
+    for paper in dict.fromkeys(papers):
         parts = [[entry["seed"] for entry in rest[name]] for name in ("cells", "not_checkable")]
-        counts = [each.count(seed) for each in (seeds, *parts)]
-        lines.append(f"| {seed} | {' | '.join(map(str, counts))} |")
-    lines += ["", ledger_tally(rest) + ". " + COUNTS, ""]
+        counts = [each.count(paper) for each in (papers, *parts)]
+        lines.append(f"| {paper} | {' | '.join(map(str, counts))} |")
+    lines += ["", coverage_tally(rest) + ". " + COUNTS, ""]
     lines += ["| cell | reported | counted |", "| :-- | --: | --: |"]
     lines += [
         f"| `{c['cell']}` | {format_printed(c['reported'])} | {c['counted']:,.6g} |" for c in differ
     ]
     lines += ["", "## Not checkable", ""]
     lines += [f"- *{name}*: {meaning}" for name, meaning in REASONS.items()]
-    lines += ["", "| reason | the seed says | place | why |", "| :-- | :-- | :-- | :-- |"]
+    lines += ["", "| reason | statement | place | why |", "| :-- | :-- | :-- | :-- |"]
     for entry in rest["not_checkable"]:
         place = f"{entry['seed']}: {entry['place']}"
         lines.append(f"| {entry['reason']} | {entry['says']} | {place} | {entry['why']} |")

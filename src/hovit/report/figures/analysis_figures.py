@@ -37,7 +37,7 @@ def mhsa_share(results: Results) -> "Canvas":
         column[0].set_title(f"{title}-1.25×")
         column[1].set_xlabel("Attention layers, %")
     axes[0][0].set_ylabel("Top-1, %\npaper, ImageNet")
-    axes[1][0].set_ylabel(f"Top-1, %\n{results.states()}")
+    axes[1][0].set_ylabel(f"Top-1, %\n{results.name}")
     state(canvas, results, [study], [TOP1_BARS])
     return canvas
 
@@ -57,7 +57,7 @@ def head_similarity(results: Results) -> "Canvas":
             if ref in found:
                 blocks = found[ref]["blocks"]
                 ax.plot([b["block"] for b in blocks], [b["similarity"] for b in blocks],
-                        linestyle="-", label=f"{results.states()}: {label}", **look)  # fmt: skip
+                        linestyle="-", label=f"{results.name}: {label}", **look)  # fmt: skip
             ax.plot(range(1, len(published[ref]) + 1), published[ref], linestyle=":",
                     markerfacecolor="none", label=f"paper: {label}", **look)  # fmt: skip
         ax.set_title(f"{title}-1.25×")
@@ -81,7 +81,7 @@ def taylor_pruning(results: Results) -> "Canvas":
         for i, (name, family) in enumerate(FAMILIES.items()):
             blocks = found.get(f"mhsa_share/{name}", {}).get("blocks", [])
             ax.plot([b["block"] for b in blocks], [b[part] for b in blocks],
-                    label=f"{results.states()}: {family}-T", **style.look(2 * i))  # fmt: skip
+                    label=f"{results.name}: {family}-T", **style.look(2 * i))  # fmt: skip
         ax.plot(range(1, len(published[part]) + 1), published[part],
                 label="paper: Swin-T", **style.look(1))  # fmt: skip
         ax.axhline(4 if part == "ffn_ratio" else 1, color="black", linewidth=0.8)
@@ -136,10 +136,9 @@ def _share(row: dict[str, Any], group: str) -> float:
 
 def _of(results: Results, analysis: str) -> tuple[Study, dict[str, Any], dict[str, Any]]:
     """(the study of its rows, what was found by row, what the paper published)."""
-    record = results.analysis(analysis)
     published: dict[str, Any] = dict(results.plan.analysis(analysis).published)
     return (
         results.plan.study("mhsa_share"),
-        record.results["rows"] if record else {},
+        results.analysed_rows(analysis),
         published,
     )

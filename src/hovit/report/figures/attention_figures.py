@@ -94,7 +94,7 @@ def _bars(ax: "Axes", results: Results, study: Study, rows: list[Row]) -> None:
 
     from . import style
 
-    metrics = ["reported_latency", *results.batches(study)]
+    metrics = ["reported_latency", *map(str, results.batches(study))]
     looks: dict[str, dict[str, Any]] = {
         "reported_latency": {
             "color": style.REPORTED,
@@ -107,7 +107,7 @@ def _bars(ax: "Axes", results: Results, study: Study, rows: list[Row]) -> None:
     for i, metric in enumerate(metrics):
         look = looks.get(metric) or {
             "color": shades[(i - 1) % 3],
-            "label": f"{results.states()}, batch {metric.removeprefix('latency_')}",
+            "label": f"{results.name}, batch {metric.removeprefix('latency_')}",
         }
         ratios = [baseline_ratio(results, study, row, metric) or 0.0 for row in rows]
         errors = [ratio_error(results, study, row, metric) for row in rows]
@@ -172,8 +172,7 @@ def attention_maps(results: Results) -> "Canvas":
     from . import style
 
     study, analysis = results.plan.study("levit_attention"), results.plan.analysis("attention_maps")
-    record = results.analysis("attention_maps")
-    found = record.results["rows"] if record else {}
+    found = results.analysed_rows("attention_maps")
     canvas, axes = plt.subplots(1, len(found) + 1, figsize=(style.WIDTH, 1.6), squeeze=False)
     for ax in axes[0]:
         ax.set_axis_off()

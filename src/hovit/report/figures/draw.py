@@ -11,7 +11,8 @@ from ...config.plan import Plan
 from ...config.schema import Row, Study
 from ...utils.errors import HovitError
 from ...utils.files import atomic
-from ..results import Results, Value, evidence_for, find_evidence, plural
+from ..results import Results, Value, plural
+from ..sources import Sources, load_sources
 from ..tables.columns import baseline_ratio
 from . import analysis_figures
 from .attention_figures import (
@@ -34,13 +35,25 @@ IDEAS = ("conv_stage", "checkerboard", "depth", "conv_shrink", "dropout", "hovit
 
 @dataclass(frozen=True)
 class Figure:
-    """What a figure shows, the studies that it reads, and what draws it."""
+    """One figure.
+
+    Args:
+        title: for captions and lists.
+        studies: the studies that it reads.
+        plot: draws it from one source.
+        numbers: what it shows of each row; they decide which source is chosen.
+        analyses: the analyses that it reads.
+    """
 
     title: str
     studies: tuple[str, ...]
-    draw: Callable[[Results], "Canvas"]
+    plot: Callable[[Results], "Canvas"]
+    numbers: tuple[str, ...] = ()
     analyses: tuple[str, ...] = ()
-    of_training: bool = False  # evidence that has only times cannot fill it
+
+    def results(self, sources: Sources) -> Results:
+        """The source that it is drawn from."""
+        return sources.for_figure(self.studies, self.numbers, self.analyses)
 
 
 def draw(plan: Plan, name: str, root: Path = Path()) -> None:
@@ -49,33 +62,26 @@ def draw(plan: Plan, name: str, root: Path = Path()) -> None:
     Raises:
         HovitError: if there is no such figure.
     """
+    draw_from(load_sources(plan, root), name, root)
+
+
+def draw_from(sources: Sources, name: str, root: Path = Path()) -> None:
+    """As `draw`, from sources that are read already."""
     if name not in FIGURES:
         raise HovitError(f"no figure {name!r}; there are {', '.join(FIGURES)}")
     import matplotlib.pyplot as plt
 
     from . import style
 
+    figure = FIGURES[name]
     with plt.rc_context(style.RC):
-        canvas = FIGURES[name].draw(_best(plan, FIGURES[name], root))
+        canvas = figure.plot(figure.results(sources))
         for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
-            content = BytesIO()  # on a full disk, matplotlib stumbles over itself
+            content = BytesIO()  # in memory: on a full disk, matplotlib fails in other ways
             canvas.savefig(content, format=suffix[1:], metadata=metadata)
             with atomic(root / FOLDER / f"{name}{suffix}") as path:
                 path.write_bytes(content.getvalue())
         plt.close(canvas)
-
-
-def _best(plan: Plan, figure: Figure, root: Path) -> Results:
-    """This run's results, or evidence of a larger scale: what a figure is drawn from."""
-    this = Results(plan, root)
-    found = evidence_for(plan.study(figure.studies[0]), find_evidence(plan, root))
-    if found is None or found.plan.scale.rank <= plan.scale.rank:
-        return this
-    whole = all(found.analysis(name) for name in figure.analyses)
-    if figure.of_training:
-        study = plan.study(figure.studies[0])
-        whole = whole and any(found.trained(study, row) for row in study.rows)
-    return found if whole else this
 
 
 def _state(canvas: "Canvas", results: Results, study: Study, latency: bool = True) -> None:
@@ -85,7 +91,7 @@ def _state(canvas: "Canvas", results: Results, study: Study, latency: bool = Tru
     studies = [plan.study(name) for name in IDEAS] if latency else []
     devices = {str(results.latency_device(each)) for each in studies} - {"None"}
     device = " and ".join(sorted(devices))
-    parts = [results.states() if results.is_evidence else f"this run, {plan.scale.id}"]
+    parts = [results.name + f", {plan.scale.id}" * (not results.is_evidence)]
     if runs:
         parts += [f"{runs[0].dataset.title}, {runs[0].image_size} px"]
         parts += [plural(runs[0].recipe.epochs, "epoch")]
@@ -182,9 +188,10 @@ def five_ideas(results: Results) -> "Canvas":
         "latency_32": {"color": "#56B4E9", "marker": "s"},
     }
     names = {"reported_latency": "deck (batch not stated)"}
-    for metric in ("reported_latency", *results.batches(results.plan.study("hovit"))):
+    batches = map(str, results.batches(results.plan.study("hovit")))
+    for metric in ("reported_latency", *batches):
         ratios = [baseline_ratio(results, study, row, metric) for study, row in rows]
-        label = names.get(metric, f"{results.states()}, batch {metric.removeprefix('latency_')}")
+        label = names.get(metric, f"{results.name}, batch {metric.removeprefix('latency_')}")
         look = looks.get(metric, {"color": "#009E73", "marker": "^"})
         errors = [ratio_error(results, study, row, metric) for study, row in rows]
         means = [r if r else np.nan for r in ratios]
@@ -193,7 +200,7 @@ def five_ideas(results: Results) -> "Canvas":
     left.set_xlabel("Latency, × its baseline (left is faster)")
     for label, metric, look in (
         ("deck", "reported_top1", looks["reported_latency"]),
-        (results.states(), "top1", looks["latency_1"]),
+        (results.name, "top1", looks["latency_1"]),
     ):
         found = [results.value(study, row, metric) for study, row in rows]
         means = [v.mean if v else np.nan for v in found]
@@ -239,7 +246,7 @@ def accuracy_latency(results: Results) -> "Canvas":
     from . import style
 
     canvas, axes = plt.subplots(1, 2, figsize=(style.WIDTH, 3.6))
-    last = results.batches(results.plan.study("hovit"))[-1]
+    last = str(results.batches(results.plan.study("hovit"))[-1])
     looks: dict[str, dict[str, Any]] = {}
     for ax, launched in zip(axes, (False, True), strict=True):
         for study, row in _idea_rows(results.plan):
@@ -271,7 +278,7 @@ def accuracy_latency(results: Results) -> "Canvas":
         plt.Line2D([], [], color="#555555", marker="o", linestyle="", mfc=fill, label=label)
         for fill, label in (
             ("white", "hollow: the deck (batch not stated)"),
-            ("#555555", f"filled: {results.states()}, batch {last.removeprefix('latency_')}"),
+            ("#555555", f"filled: {results.name}, batch {last.removeprefix('latency_')}"),
         )
     ]
     canvas.legend(handles=keys, loc="outside right center")
@@ -288,52 +295,71 @@ def _point(
     return (ratio, value) if own and value and ratio else None
 
 
+TIMES_AND_TOP1 = ("latency_1", "top1")
 FIGURES = {
-    "training_curves": Figure("Training curves of LeViT and HoViT", ("hovit",), training_curves),
-    "five_ideas": Figure("The deck's five ideas", IDEAS, five_ideas),
-    "accuracy_latency": Figure("Accuracy against latency", IDEAS, accuracy_latency),
+    "training_curves": Figure(
+        "Training curves of LeViT and HoViT", ("hovit",), training_curves, ("top1",)
+    ),
+    "five_ideas": Figure("The deck's five ideas", IDEAS, five_ideas, TIMES_AND_TOP1),
+    "accuracy_latency": Figure("Accuracy against latency", IDEAS, accuracy_latency, TIMES_AND_TOP1),
     "attention_curves": Figure(
-        "Losses of every attention", ("levit_attention", "swin_similarity"), attention_curves
+        "Losses of every attention",
+        ("levit_attention", "swin_similarity"),
+        attention_curves,
+        ("top1",),
     ),
     "attention_latency": Figure(
         "Latency of every attention",
         ("levit_attention", "swin_similarity", "attention_speed"),
         attention_latency,
+        ("latency_1",),
     ),
     "attention_maps": Figure(
-        "Where one token looks", ("levit_attention",), attention_maps, ("attention_maps",)
+        "Attention of one token",
+        ("levit_attention",),
+        attention_maps,
+        analyses=("attention_maps",),
     ),
     "mhsa_share": Figure(
         "Accuracy by the share of attention",
         ("mhsa_share",),
         analysis_figures.mhsa_share,
-        of_training=True,
+        ("top1",),
     ),
     "head_similarity": Figure(
         "Similarity of heads",
         ("mhsa_share",),
         analysis_figures.head_similarity,
-        ("head_similarity",),
+        analyses=("head_similarity",),
     ),
     "taylor_pruning": Figure(
         "Channels that Taylor pruning keeps",
         ("mhsa_share",),
         analysis_figures.taylor_pruning,
-        ("taylor_pruning",),
+        analyses=("taylor_pruning",),
     ),
     "runtime_breakdown": Figure(
         "Run time by class of operator",
         ("mhsa_share",),
         analysis_figures.runtime_breakdown,
-        ("runtime_breakdown",),
+        analyses=("runtime_breakdown",),
     ),
-    "attention_length": Figure("Growth with the tokens", ("attention_length",), attention_length),
-    "skipvit_speed": Figure("What skipping saves, and what arrives", ("skipvit",), skipvit_speed),
-    "skipvit_accuracy": Figure("SkipViT: accuracy and speed", ("skipvit",), skipvit_accuracy),
+    "attention_length": Figure(
+        "Growth with the number of tokens",
+        ("attention_length",),
+        attention_length,
+        ("latency_1", "activations"),
+    ),
+    "skipvit_speed": Figure(
+        "Speed-up of skipping: implied and reached", ("skipvit",), skipvit_speed, ("throughput",)
+    ),
+    "skipvit_accuracy": Figure(
+        "SkipViT: accuracy and speed", ("skipvit",), skipvit_accuracy, ("throughput", "top1")
+    ),
     "skipvit_warmup": Figure(
-        "SkipViT: with and without a warm-up", ("skipvit_warmup",), skipvit_warmup
+        "SkipViT: with and without a warm-up", ("skipvit_warmup",), skipvit_warmup, ("top1",)
     ),
     "kept_patches": Figure(
-        "Which patches SkipViT keeps", ("skipvit",), kept_patches, ("kept_patches",)
+        "Patches that SkipViT keeps", ("skipvit",), kept_patches, analyses=("kept_patches",)
     ),
 }

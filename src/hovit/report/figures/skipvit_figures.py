@@ -26,7 +26,7 @@ def _ratios(results: Results, study: Study, row: Row) -> dict[str, float | None]
     return {
         "seed (Ascend 910A)": baseline_ratio(results, study, row, "reported_throughput"),
         "implied by multiply-adds": 1 / macs if macs else None,
-        f"reached, {results.states()}": baseline_ratio(results, study, row, "throughput"),
+        f"reached, {results.name}": baseline_ratio(results, study, row, "throughput"),
     }
 
 
@@ -133,8 +133,7 @@ def kept_patches(results: Results) -> "Canvas":
     from . import style
 
     study, analysis = results.plan.study("skipvit"), results.plan.analysis("kept_patches")
-    record = results.analysis("kept_patches")
-    found = record.results["rows"] if record else {}
+    found = results.analysed_rows("kept_patches")
     shown = [(ref, n) for ref, row in found.items() for n in range(len(row["images"]))]
     high = 1 + max((len(row["layers"]) for row in found.values()), default=0)
     size = (style.WIDTH, 0.4 + 1.2 * high)

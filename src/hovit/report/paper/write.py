@@ -1,8 +1,8 @@
-"""The paper: `results/paper/*.json` from records, and from them `paper/paper.pdf`, by Typst.
+"""The paper: `results/paper/*.json` from records, then `paper/paper.pdf`, by Typst.
 
-The text is `paper/**/*.typ`. It holds no number: `variables.json` has each by its name,
-`tables.json` every study's table with the record behind each cell, `figures.json`, `claims.json`,
-`ledger.json` and `costs.json` the rest. The same records and text give the same bytes.
+The text is `paper/**/*.typ` and holds no numbers. `variables.json` has each number by its name,
+`tables.json` every study's table with the record behind each cell; `figures.json`, `claims.json`,
+`coverage.json` and `costs.json` hold the rest. The same records and text give the same bytes.
 """
 
 import re
@@ -14,19 +14,21 @@ from ...config.plan import Plan
 from ...config.schema import Study
 from ...utils.errors import HovitError, one_line
 from ...utils.files import atomic, write_json
-from ..claims.coverage import REASONS, ledger
+from ..claims.coverage import REASONS, coverage
 from ..claims.judge import VERDICTS, Verdict, judge_all, say
 from ..figures.attention_figures import seeds
-from ..figures.draw import FIGURES, FOLDER, _best
-from ..results import COUNTED, INEXACT, TRAINED, Results, evidence_for, find_evidence, plural
-from ..tables.columns import NOTHING, Column, columns_of
-from ..tables.write import describe
-from .variables import Origin, load_variables, origin, resolve, sources_of
+from ..figures.draw import FIGURES, FOLDER
+from ..results import Results, plural
+from ..sources import Sources, load_sources
+from ..tables.columns import NOTHING, Column, Table, make_table
+from ..tables.facts import describe
+from ..tables.write import table_notes
+from .variables import Origin, by_scale, load_variables, origin, resolve
 
 OUT = Path("results/paper")
 TEXT = Path("paper/paper.typ")
 PDF = Path("paper/paper.pdf")
-FILES = ("variables", "tables", "figures", "claims", "ledger", "costs")
+FILES = ("variables", "tables", "figures", "claims", "coverage", "costs")
 OF_TRAINING = {"Data", "Images", "Trained on", "Recipe", "Seeds", "Pretrained weights from"}
 OF_TIMING = {"Latency", "Throughput"}
 
@@ -35,24 +37,27 @@ def write_paper(plan: Plan, root: Path = Path()) -> None:
     """Write what the text reads, and compile it to `paper/paper.pdf`.
 
     Raises:
-        HovitError: if a variable names what the config does not have, or the text what
-            `paper/variables.yaml` does not.
+        HovitError: if a variable names something that config does not have, or the text names
+            something that `paper/variables.yaml` does not have.
     """
-    verdicts = judge_all(plan, root)
-    sources = sources_of(plan, root)
-    costs = [line for results in sources for line in _costs(results)]
-    rest = ledger(plan, root)
-    tables = {study.id: table(plan, study, root) for study in plan.config.studies.values()}
-    named = {name: resolve(sources, name, v) for name, v in load_variables(root).items()}
+    sources = load_sources(plan, root)
+    verdicts = judge_all(sources)
+    costs = [line for results in by_scale(sources) for line in _costs(results)]
+    rest = coverage(sources)
+    tables = {study.id: paper_table(sources, study) for study in plan.config.studies.values()}
+    named = {
+        name: resolve(by_scale(sources), name, variable)
+        for name, variable in load_variables(root).items()
+    }
     clash = sorted(named.keys() & (facts := _facts(plan, verdicts, tables, costs, rest)).keys())
     if clash:
         raise HovitError(f"paper/variables.yaml: {clash[0]}: the name is taken")
     for name, value in {
         "variables": named | facts,
         "tables": tables,
-        "figures": _figures(plan, root),
+        "figures": _figures(sources, root),
         "claims": {v.id: _claim(v) for v in verdicts},
-        "ledger": {"reasons": REASONS, "not_checkable": rest["not_checkable"]},
+        "coverage": {"reasons": REASONS, "not_checkable": rest["not_checkable"]},
         "costs": {"lines": costs},
     }.items():
         write_json(root / OUT / f"{name}.json", value)
@@ -60,10 +65,10 @@ def write_paper(plan: Plan, root: Path = Path()) -> None:
 
 
 def compile_text(root: Path = Path()) -> None:
-    """Compile `paper/paper.typ` with the fonts of Typst's wheel, at no time of day.
+    """Compile `paper/paper.typ` with the fonts of Typst's wheel and a fixed timestamp.
 
     Raises:
-        HovitError: with what Typst says is wrong, in one line.
+        HovitError: with Typst's message, in one line.
     """
     import typst
 
@@ -72,7 +77,7 @@ def compile_text(root: Path = Path()) -> None:
             root / TEXT, root=root, format="pdf", font_paths=[], ignore_system_fonts=True,
             timestamp=0,
         )  # fmt: skip
-    except RuntimeError as error:  # typst.TypstError is one
+    except RuntimeError as error:  # the base class of typst.TypstError
         said = str(getattr(error, "message", "") or one_line(error))
         said = said.removeprefix("panicked with: ").strip('"').replace("\n", " ")
         raise HovitError(f"{TEXT}: {said}") from None
@@ -80,17 +85,16 @@ def compile_text(root: Path = Path()) -> None:
         path.write_bytes(content)
 
 
-def table(plan: Plan, study: Study, root: Path = Path()) -> dict[str, Any]:
-    """A study's table for the page, and where each cell comes from.
+def paper_table(sources: Sources, study: Study) -> dict[str, Any]:
+    """A study's table for the paper, with the origin of each cell.
 
-    Of each metric it has what was reported and one measurement: the larger scale's, where evidence
-    has it (`results/tables/` shows all).
+    It shows one measurement of each number: evidence if its scale is larger than this run's, and
+    times of one device only. `results/tables/` shows all.
     """
-    this = Results(plan, root)
-    evidence = evidence_for(study, find_evidence(plan, root))
-    larger = evidence and evidence.plan.scale.rank > plan.scale.rank
-    sources = [evidence, this] if evidence and larger else [this]
-    columns = _chosen(columns_of(study, sources), sources)
+    rank = sources.plan.scale.rank
+    larger = tuple(each for each in sources.evidence if each.plan.scale.rank > rank)
+    table = make_table(study, Sources(sources.run, larger))
+    columns = _chosen(table)
     origins = [[_origins(study, column, i) for i in range(len(study.rows))] for column in columns]
     return {
         "title": study.title,
@@ -98,90 +102,108 @@ def table(plan: Plan, study: Study, root: Path = Path()) -> dict[str, Any]:
         "place": study.source.place,
         "columns": [{"heading": c.heading, "source": _label(c)} for c in columns],
         "rows": [
-            {"label": row.label, "ours": row.ours, "cells": [c.cells[i] for c in columns]}
+            {"label": row.label, "ours": row.ours, "cells": [_cell(c, i) for c in columns]}
             for i, row in enumerate(study.rows)
         ],
-        "facts": _about(sources, study, columns),
-        "notes": [*study.notes, *(f"{row.label}: {row.note}" for row in study.rows if row.note)],
-        "measured": any(map(_judged, columns)),
+        "facts": _about(table, columns),
+        "notes": table_notes(study),
+        "measured": any(map(_is_judged, columns)),
         "origins": [[[asdict(o) for o in cell] for cell in column] for column in origins],
         "sources": _grouped(study, columns, origins),
     }
 
 
-def _judged(column: Column) -> bool:
-    """Whether it holds what is trained or timed, at a scale that judges such numbers."""
-    metric = "latency" if _timed(column) else column.metric
-    return column.results is not None and metric in column.results.plan.scale.judges
-
-
-def _timed(column: Column) -> bool:
-    return column.metric.startswith("latency") or column.metric == "throughput"
-
-
-def _chosen(columns: list[Column], sources: list[Results]) -> list[Column]:
-    """Of columns that say the same at two scales, the first source's."""
-    best = {(c.metric, c.ratio) for c in columns if c.results is sources[0]}
+def _chosen(table: Table) -> list[Column]:
+    """Of columns that show the same number: evidence before this run, the first device only."""
+    evidence = [column for column in table.columns if column.kind == "evidence"]
+    device = next((_sources(column)[0] for column in evidence if _is_timed(column)), None)
+    kept = [c for c in evidence if not _is_timed(c) or device in _sources(c)]
+    better = {(c.number.metric.name, c.ratio, c.inverse) for c in kept}
     return [
-        column
-        for column in columns
-        if column.results is None
-        or column.results is sources[0]
-        or (column.metric, column.ratio) not in best
+        c
+        for c in table.columns
+        if c.kind == "reported"
+        or any(c is each for each in kept)
+        or (c.kind == "run" and (c.number.metric.name, c.ratio, c.inverse) not in better)
     ]
 
 
+def _sources(column: Column) -> list[Results]:
+    """The sources of a column's numbers, each once."""
+    return list({id(results): results for results in column.results if results}.values())
+
+
+def _is_judged(column: Column) -> bool:
+    """Whether it holds trained or timed numbers, at a scale that judges such numbers."""
+    metric = "latency" if column.number.is_timed else column.number.metric.name
+    return any(metric in results.plan.scale.judges for results in _sources(column))
+
+
+def _is_timed(column: Column) -> bool:
+    """Whether it holds times, or a ratio that stands beside times of the same source."""
+    return column.number.is_timed or column.ratio
+
+
+def _cell(column: Column, i: int) -> str:
+    mark = column.mark(i) if len(_sources(column)) > 1 else ""
+    return column.cells[i] + (f" ({mark})" if mark else "")
+
+
 def _label(column: Column) -> list[str]:
-    """What stands under a column's heading, a line each: whose, and at which batch."""
-    if column.results is None:
+    """The lines under a column's heading: which source, and at which batch size."""
+    if column.kind == "reported":
         return ["reported"]
-    timed = column.metric.startswith("latency_")
-    if not timed and column.metric not in INEXACT | COUNTED:
+    if not column.number.is_inexact and not column.number.is_counted:
         return ["by MACs"] if column.ratio else ["counted"]
-    scale = column.results.plan.scale.id
-    return [scale, f"batch {column.metric.removeprefix('latency_')}"] if timed else [scale]
+    scales = list(dict.fromkeys(results.plan.scale.id for results in _sources(column)))
+    label = " and ".join(scales)
+    return [label, f"batch {column.number.batch}"] if column.number.batch else [label]
 
 
 def _origins(study: Study, column: Column, i: int) -> list[Origin]:
-    """Of a cell: its number's, and for a ratio its baseline's too; none for an empty cell."""
-    row = study.rows[i]
+    """The origin of a cell's number; for a ratio also that of its baseline."""
+    row, results = study.rows[i], column.results[i]
     if column.cells[i] == NOTHING:
         return []
     rows = (row, study.row(row.baseline)) if column.ratio and row.baseline else (row,)
-    if column.results is None:
+    if results is None:
         file = (f"config/studies/{study.id}.yaml",)
-        return [Origin(file, f"rows.{each.id}.reported.{column.metric}") for each in rows]
+        metric = column.number.metric.name
+        return [Origin(file, f"rows.{each.id}.reported.{metric}") for each in rows]
     found = []
     for each in rows:
-        value = column.results.value(study, each, column.metric)
-        assert value is not None, (study.id, each.id, column.metric)
-        found.append(origin(column.results, study, each, column.metric, value))
+        value = results.value(study, each, column.number)
+        assert value is not None, (study.id, each.id, str(column.number))
+        found.append(origin(results, study, each, column.number, value))
     return found
 
 
-def _about(sources: list[Results], study: Study, columns: list[Column]) -> list[dict[str, str]]:
-    """What stands under a table of where its columns come from; what two say alike stands once."""
+def _about(table: Table, columns: list[Column]) -> list[dict[str, str]]:
+    """Facts under a table about the sources of its columns; a repeated fact appears once."""
     facts: dict[tuple[str, str], None] = {}
-    for results in sources:
-        own = [column for column in columns if column.results is results]
-        metrics, timed = {column.metric for column in own}, any(map(_timed, own))
-        trained = bool(metrics & TRAINED)
+    every = {id(results): results for column in columns for results in _sources(column)}
+    marked = any(len(_sources(column)) > 1 for column in columns)
+    letters = {id(results): letter for letter, results in table.evidence.items() if marked}
+    for key, results in every.items():
+        own = [column for column in columns if results in _sources(column)]
+        timed, trained = any(map(_is_timed, own)), any(c.number.is_trained for c in own)
         drop = {"Commit"} | (set() if trained else OF_TRAINING) | (set() if timed else OF_TIMING)
-        if not (trained or timed or metrics & COUNTED):
+        if not (trained or timed or any(c.number.is_counted for c in own)):
             drop.add("Scale")
-        told = {k: text.replace("`", "") for k, text in describe(results, study).items()}
-        facts |= dict.fromkeys((name, told[name]) for name in told if name not in drop)
-    if many := sum(len(results.problems) for results in sources):
-        facts[("Not used", f"{plural(many, 'record')}, named in results/tables/{study.id}.md")] = (
-            None
-        )
+        told = {k: text.replace("`", "") for k, text in describe(results, table.study).items()}
+        mark = f"({letters[key]}) " if key in letters else ""
+        facts |= dict.fromkeys((mark + name, told[name]) for name in told if name not in drop)
+    many = sum(len(results.problems_of(table.study)) for results in every.values())
+    if many:
+        where = f"results/tables/{table.study.id}.md"
+        facts[("Not used", f"{plural(many, 'record')}, named in {where}")] = None
     return [{"name": name, "text": text} for name, text in facts]
 
 
 def _grouped(
     study: Study, columns: list[Column], origins: list[list[list[Origin]]]
 ) -> list[dict[str, Any]]:
-    """The appendix's lines: columns whose cells come from the same records stand together."""
+    """Lines of the appendix: columns whose cells come from the same records share a line."""
     groups: dict[tuple[tuple[str, ...], ...], list[str]] = {}
     for column, cells in zip(columns, origins, strict=True):
         paths = tuple(tuple(sorted({p for o in cell for p in o.records})) for cell in cells)
@@ -207,20 +229,20 @@ def _grouped(
     return lines
 
 
-def _figures(plan: Plan, root: Path) -> dict[str, Any]:
-    """Each figure's file, and its caption: what it shows, and of what."""
+def _figures(sources: Sources, root: Path) -> dict[str, Any]:
+    """Each figure's file and its caption."""
     found = {}
     for name, figure in FIGURES.items():
-        if not set(figure.studies) <= set(plan.config.studies):
+        if not set(figure.studies) <= set(sources.plan.config.studies):
             continue
-        results = _best(plan, figure, root)
-        studies = [plan.study(study) for study in figure.studies]
+        results = figure.results(sources)
+        studies = [sources.plan.study(study) for study in figure.studies]
         facts = list(dict.fromkeys(results.where(study) for study in studies))
         facts += seeds(results, studies)
         path = FOLDER / f"{name}.pdf"
         found[name] = {
             "title": figure.title,
-            "about": re.sub(r"\s+", " ", figure.draw.__doc__ or "").strip(),
+            "about": re.sub(r"\s+", " ", figure.plot.__doc__ or "").strip(),
             "facts": facts,
             "studies": list(figure.studies),
             "file": f"/{path}" if (root / path).exists() else "",
@@ -234,7 +256,7 @@ def _claim(verdict: Verdict) -> dict[str, Any]:
 
 
 def _costs(results: Results) -> list[dict[str, Any]]:
-    """What a scale's records took: by device, the runs trained and the measurements."""
+    """Time and memory of a source's records: trainings and measurements, by device."""
     plan = results.plan
     found = []
     for run in plan.all_runs:
@@ -266,7 +288,7 @@ def _facts(
     costs: list[dict[str, Any]],
     rest: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    """The variables that are counted over everything, and not in one cell."""
+    """Variables that count over everything rather than name a cell."""
     claims = ("results/claims.json",)
     numbers = {
         "claims": (len(verdicts), claims),

@@ -1,158 +1,217 @@
-"""A table's columns: what is reported, evidence and this run's, cell by cell, as text."""
+"""The columns of a table: reported numbers, evidence and this run's, cell by cell, as text."""
 
 from dataclasses import dataclass
+from typing import Literal
 
+from ...config.metrics import METRICS, RATIO_DECIMALS, RATIO_HEADING, Metric, Quantity, quantity
 from ...config.schema import Row, Study
-from ..results import INEXACT, Results, Value
+from ..results import Results, Value
+from ..sources import Sources
 
 NOTHING = "—"
-
-# Metric -> (heading, decimals)
-HEADINGS = {
-    "parameters": ("Parameters", 0),
-    "parameters_m": ("Parameters, M", 1),
-    "parameters_unused": ("Unused", 0),
-    "part_parameters": ("Of the part", 0),
-    "macs": ("MACs, G", 3),
-    "activations": ("Kept for backward, MB", 2),
-    "top1": ("Top-1, %", 2),
-    "loss": ("Loss", 4),
-    "val_top1": ("Val top-1, %", 2),
-    "ap": ("AP", 1),
-    "ap50": ("AP50", 1),
-    "ap75": ("AP75", 1),
-    "ap_small": ("AP small", 1),
-    "ap_medium": ("AP medium", 1),
-    "ap_large": ("AP large", 1),
-    "latency": ("Latency, ms", 2),
-    "throughput": ("Images/s", 1),
-    "throughput_cpu": ("Images/s, CPU", 1),
-    "ratio": ("× baseline", 2),
-    "images": ("Images", 0),
-    "images_train": ("Training", 0),
-    "images_val": ("Validation", 0),
-    "images_test": ("Test", 0),
-    "gigabytes": ("GB", 3),
-}
-
-
-SCALES = {
-    "parameters_m": 1e-6,
-    "macs": 1e-9,
-    "activations": 1e-6,
-}  # from a record's unit to the heading's
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+Kind = Literal["reported", "evidence", "run"]
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column: a heading, what is under it (`reported`, `this run` …), and each row's cell.
+    """One column of a table.
 
     Args:
-        metric: what `Results.value` calls it.
-        results: whose; None for what the seed reported.
-        ratio: over the row's baseline.
+        heading: metric and unit.
+        source: what stands under the heading: `reported`, `evidence a, batch 1`, `this run` ...
+        kind: reported, evidence or this run.
+        number: what each cell shows.
+        cells: text of each row.
+        results: for each row, the source of its number; None for reported or missing numbers.
+        marks: for each row, the letter of its evidence, if evidence differs between rows.
+        ratio: whether cells are ratios to the row's baseline.
+        inverse: whether that ratio is inverted: baseline over row.
     """
 
     heading: str
     source: str
+    kind: Kind
+    number: Quantity
     cells: tuple[str, ...]
-    metric: str
-    results: Results | None = None
+    results: tuple[Results | None, ...]
+    marks: tuple[str, ...] = ()
     ratio: bool = False
+    inverse: bool = False
+
+    def mark(self, i: int) -> str:
+        """The letter of a cell's evidence, or nothing."""
+        return self.marks[i] if self.marks else ""
 
 
-def format_value(value: Value, metric: str) -> str:
-    """A value as a table shows it: mean, and ± spread where there are several seeds."""
-    scale, decimals = SCALES.get(metric, 1.0), HEADINGS[metric][1]
-    if metric == "gigabytes":
+@dataclass(frozen=True)
+class Table:
+    """A study's columns, and the evidence in them by letter.
+
+    Args:
+        study: the study.
+        columns: left to right, after the column of labels. Empty columns are left out.
+        evidence: letter -> source.
+    """
+
+    study: Study
+    columns: tuple[Column, ...]
+    evidence: dict[str, Results]
+
+
+def format_value(value: Value, metric: Metric) -> str:
+    """A value as a table shows it: mean, and ± spread over seeds."""
+    if metric.name == "gigabytes":
         return f"{value.mean:.3g}"
-    text = f"{value.mean * scale:,.{decimals}f}"
-    several = value.spread and metric not in ("latency", "throughput")
-    return f"{text} ± {value.spread:.{decimals}f}" if several else text
+    text = f"{value.mean * metric.unit:,.{metric.decimals}f}"
+    over_seeds = value.spread and metric.kind != "timed"
+    return f"{text} ± {value.spread:.{metric.decimals}f}" if over_seeds else text
 
 
 def format_printed(printed: str) -> str:
-    """A number as the seed prints it, with thousands set apart and its own decimals."""
+    """A reported number with its own decimals, and thousands separated."""
     if "–" in printed or "." in printed:
         return printed
     return f"{int(printed):,}"
 
 
-def columns_of(study: Study, sources: list[Results]) -> list[Column]:
-    """The table's columns after the first, left to right; what nobody has is left out.
+def make_table(study: Study, sources: Sources, with_run: bool = True) -> Table:
+    """All columns of a study.
 
     Args:
-        study: the table.
-        sources: this run, and before it the evidence if there is any.
+        study: the study.
+        sources: this run and the evidence.
+        with_run: whether to show this run's inexact numbers beside the evidence.
     """
+    letters = dict(zip(LETTERS, sources.used(study), strict=False))
+    builder = _Builder(study, sources, letters, with_run)
     columns = []
-    for metric in study.columns:
-        heading = HEADINGS[metric][0]
-        printed = [row.reported.get(metric) for row in study.rows]
+    for name in study.columns:
+        number = quantity(name)
+        assert number is not None  # config is checked
+        columns.append(builder.reported(number))
+        if name == "latency":
+            columns += builder.latency()
+        elif name == "throughput":
+            columns += builder.throughput(number)
+        elif number.is_trained:
+            columns += builder.trained(number)
+        else:  # exact: the same everywhere, so evidence would only repeat it
+            columns.append(builder.of_one(number, sources.run, "this run", "run"))
+    kept = tuple(column for column in columns if set(column.cells) != {NOTHING})
+    return Table(study, kept, letters)
+
+
+@dataclass(frozen=True)
+class _Builder:
+    study: Study
+    sources: Sources
+    letters: dict[str, Results]
+    with_run: bool
+
+    def reported(self, number: Quantity) -> Column:
+        """What the paper reports."""
+        printed = [row.reported.get(number.metric.name) for row in self.study.rows]
         cells = tuple(format_printed(p) if p else NOTHING for p in printed)
-        columns.append(Column(heading, "reported", cells, metric))
-        if metric == "latency":
-            columns += _latency_columns(study, sources)
-            continue
-        # What is exact is the same everywhere: this run's count stands for all.
-        for results in sources if metric in INEXACT else sources[-1:]:
-            values = [results.value(study, row, metric) for row in study.rows]
-            cells = tuple(format_value(v, metric) if v else NOTHING for v in values)
-            columns.append(Column(heading, results.states(), cells, metric, results))
-        if metric == "throughput":
-            columns += _speedup_columns(study, sources)
-    return [column for column in columns if set(column.cells) != {NOTHING}]
+        reported = Quantity(number.metric, reported=True)
+        nobody = (None,) * len(cells)
+        return Column(number.metric.heading, "reported", "reported", reported, cells, nobody)
+
+    def of_one(self, number: Quantity, results: Results, source: str, kind: Kind) -> Column:
+        """A number of each row, all from one source."""
+        values = [results.value(self.study, row, number) for row in self.study.rows]
+        cells = tuple(format_value(v, number.metric) if v else NOTHING for v in values)
+        whose = tuple(results if value else None for value in values)
+        return Column(number.metric.heading, source, kind, number, cells, whose)
+
+    def trained(self, number: Quantity) -> list[Column]:
+        """Evidence for each cell, and this run's number."""
+        best = [self.sources.best(self.study, row, number) for row in self.study.rows]
+        cells = tuple(format_value(cell[1], number.metric) if cell else NOTHING for cell in best)
+        whose = tuple(cell[0] if cell else None for cell in best)
+        marks = tuple(self._letter(results) for results in whose)
+        evidence = Column(
+            number.metric.heading, "evidence", "evidence", number, cells, whose, marks
+        )
+        run = self.of_one(number, self.sources.run, "this run", "run")
+        return [evidence, run] if self.with_run else [evidence]
+
+    def latency(self) -> list[Column]:
+        """Latency by source and batch size, then the ratios to the baseline likewise."""
+        timed = self._timed()
+        columns = []
+        for results, source, kind in timed:
+            results.latency_device(self.study)  # refuses two devices
+            for number in results.batches(self.study):
+                columns.append(self.of_one(number, results, _with_batch(source, number), kind))
+        reported = quantity("reported_latency")
+        assert reported is not None
+        columns.append(self._ratio(reported, None, "reported", "reported"))
+        for results, source, kind in timed:
+            for number in results.batches(self.study):
+                columns.append(self._ratio(number, results, _with_batch(source, number), kind))
+        return columns
+
+    def throughput(self, number: Quantity) -> list[Column]:
+        """Throughput by source, then its ratio to the baseline: reported, implied, measured."""
+        macs, reported = quantity("macs"), Quantity(number.metric, reported=True)
+        assert macs is not None
+        timed = self._timed()
+        columns = [self.of_one(number, results, source, kind) for results, source, kind in timed]
+        columns.append(self._ratio(reported, None, "reported", "reported", decimals=3))
+        for results, source, kind in timed:
+            implied = f"{source}, implied by MACs"
+            columns.append(self._ratio(macs, results, implied, kind, decimals=3, inverse=True))
+            columns.append(self._ratio(number, results, source, kind, decimals=3))
+        return columns
+
+    def _timed(self) -> list[tuple[Results, str, Kind]]:
+        """The sources of times: evidence by device, then this run."""
+        found: list[tuple[Results, str, Kind]] = [
+            (results, f"evidence {self._letter(results)}", "evidence")
+            for results in self.sources.timed(self.study)
+        ]
+        return found + [(self.sources.run, "this run", "run")] * self.with_run
+
+    def _ratio(
+        self,
+        number: Quantity,
+        results: Results | None,
+        source: str,
+        kind: Kind,
+        decimals: int = RATIO_DECIMALS,
+        inverse: bool = False,
+    ) -> Column:
+        """A number of each row over its baseline's, both from one source."""
+        whose = results or self.sources.run  # a reported number is the same in all
+        ratios = [baseline_ratio(whose, self.study, row, number) for row in self.study.rows]
+        if inverse:
+            ratios = [1 / ratio if ratio else None for ratio in ratios]
+        cells = tuple(f"{ratio:.{decimals}f}" if ratio else NOTHING for ratio in ratios)
+        sources = tuple(results if ratio else None for ratio in ratios)
+        return Column(
+            RATIO_HEADING, source, kind, number, cells, sources, ratio=True, inverse=inverse
+        )
+
+    def _letter(self, results: Results | None) -> str:
+        return next((key for key, each in self.letters.items() if each is results), "")
 
 
-def _latency_columns(study: Study, sources: list[Results]) -> list[Column]:
-    columns = []
-    for results in sources:
-        results.latency_device(study)  # refuses two devices
-        for metric in results.batches(study):
-            values = [results.value(study, row, metric) for row in study.rows]
-            cells = tuple(format_value(v, "latency") if v else NOTHING for v in values)
-            source = _batch_of(results, metric)
-            columns.append(Column(HEADINGS["latency"][0], source, cells, metric, results))
-    ratios: list[tuple[Results | None, str, str]] = [(None, "latency", "reported")]
-    ratios += [(r, metric, _batch_of(r, metric)) for r in sources for metric in r.batches(study)]
-    for whose, metric, source in ratios:
-        name = metric if whose else f"reported_{metric}"
-        found = [baseline_ratio(whose or sources[-1], study, row, name) for row in study.rows]
-        cells = tuple(f"{ratio:.2f}" if ratio else NOTHING for ratio in found)
-        columns.append(Column(HEADINGS["ratio"][0], source, cells, metric, whose, ratio=True))
-    return columns
+def _with_batch(source: str, number: Quantity) -> str:
+    return f"{source}, batch {number.batch}"
 
 
-def _speedup_columns(study: Study, sources: list[Results]) -> list[Column]:
-    """Throughput over the baseline's: as reported, as multiply-adds imply, and as measured."""
-    reported = [
-        baseline_ratio(sources[-1], study, row, "reported_throughput") for row in study.rows
-    ]
-    found: list[tuple[str, list[float | None], str, Results | None]] = []
-    found.append(("reported", reported, "throughput", None))
-    for results in sources:
-        macs = [baseline_ratio(results, study, row, "macs") for row in study.rows]
-        implied = [1 / ratio if ratio else None for ratio in macs]
-        measured = [baseline_ratio(results, study, row, "throughput") for row in study.rows]
-        states = results.states()
-        found.append((f"{states}, implied by MACs", implied, "macs", results))
-        found.append((states, measured, "throughput", results))
-    columns = []
-    for source, ratios, metric, whose in found:
-        cells = tuple(f"{r:.3f}" if r else NOTHING for r in ratios)
-        columns.append(Column(HEADINGS["ratio"][0], source, cells, metric, whose, ratio=True))
-    return columns
-
-
-def _batch_of(results: Results, metric: str) -> str:
-    batch = f"batch {metric.removeprefix('latency_')}"
-    return f"{results.states()}, {batch}" if results.is_evidence else batch
-
-
-def baseline_ratio(results: Results, study: Study, row: Row, metric: str) -> float | None:
-    """A row's value over its baseline row's; None where either is missing."""
+def baseline_ratio(
+    results: Results, study: Study, row: Row, number: Quantity | str
+) -> float | None:
+    """A row's value over its baseline's; None where either is missing."""
     if row.baseline is None:
         return None
-    own = results.value(study, row, metric)
-    base = results.value(study, study.row(row.baseline), metric)
+    own = results.value(study, row, number)
+    base = results.value(study, study.row(row.baseline), number)
     return own.mean / base.mean if own and base else None
+
+
+def heading_of(metric: str) -> str:
+    """The heading of a metric's column."""
+    return METRICS[metric].heading

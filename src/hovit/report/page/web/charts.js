@@ -65,21 +65,22 @@ function frame(box, xs, ys, x, y, titles, { log = false, whole = false } = {}) {
 const lastBatch = (name) => name.replace(/^latency_\d+/, "latency");
 
 /** One number of a row; what is exact may come from any source. */
-function numberOf(study, row, name, state) {
-  const own = state === "reported" ? lastBatch(name) : name;
-  const key = `${study}/${row.id}/${own}/${state}`;
+function numberOf(study, row, name, source) {
+  const own = source === "reported" ? lastBatch(name) : name;
+  const key = `${study}/${row.id}/${own}/${source}`;
   if (DATA.values[key]) return { key, number: DATA.values[key].number };
   if (DATA.metrics[name]?.kind !== "exact") return null;
-  const other = ["run", "evidence", "reported"]
+  const other = sourcesOf(study)
+    .reverse()
     .map((each) => `${study}/${row.id}/${name}/${each}`)
     .find((each) => DATA.values[each]);
   return other ? { key: other, number: DATA.values[other].number } : null;
 }
 
-function parametersOf(study, row, state) {
-  const found = numberOf(study, row, "parameters", state);
+function parametersOf(study, row, source) {
+  const found = numberOf(study, row, "parameters", source);
   if (found) return found.number;
-  const millions = numberOf(study, row, "parameters_m", state);
+  const millions = numberOf(study, row, "parameters_m", source);
   return millions ? millions.number * 1e6 : null;
 }
 
@@ -90,8 +91,8 @@ function acrossChoices() {
   const found = new Map();
   for (const key of Object.keys(DATA.values)) {
     const part = parse(key);
-    const kind = DATA.metrics[part.base]?.kind;
-    if (kind === "trained" || kind === "counted" || (part.ratio && part.base === "macs")) continue;
+    const kind = DATA.metrics[part.metric]?.kind;
+    if (kind === "trained" || kind === "counted" || (part.ratio && part.metric === "macs")) continue;
     if (kind === "timed" && !part.ratio) {
       if (part.state === "reported") continue; // the seed's device is another one
       const device = deviceOf(key);
@@ -121,12 +122,13 @@ function pointsOf(form) {
   const found = new Map();
   for (const [study, { rows }] of Object.entries(DATA.studies)) {
     for (const row of rows) {
-      for (const state of STATES) {
+      for (const source of sourcesOf(study)) {
+        const state = stateOf(source);
         if (row.task !== form.task.value || !shown(state) || (only && only !== state)) continue;
         if (!`${row.label} ${row.model}`.toLowerCase().includes(words)) continue;
-        const y = numberOf(study, row, form.y.value, state);
-        const x = numberOf(study, row, name, state) ?? baselineOf(row, name);
-        const id = `${state}/${row.system}`;
+        const y = numberOf(study, row, form.y.value, source);
+        const x = numberOf(study, row, name, source) ?? baselineOf(row, name);
+        const id = `${source}/${row.system}`;
         if (!x || !y || found.has(id) || (device && deviceOf(x.key) !== device)) continue;
         found.set(id, {
           study,
@@ -135,7 +137,7 @@ function pointsOf(form) {
           x: x.number,
           y: y.number,
           key: y.key,
-          size: parametersOf(study, row, state),
+          size: parametersOf(study, row, source),
         });
       }
     }

@@ -87,8 +87,8 @@ function historyCharts(record) {
   );
 }
 
-function studyLines(study, state) {
-  const runs = study.contexts[state]?.runs ?? {};
+function studyLines(study, source) {
+  const runs = study.contexts[source].runs;
   return study.rows
     .filter((row) => runs[row.id]?.some((path) => DATA.records[path].history?.length))
     .map((row, i) => ({
@@ -103,8 +103,8 @@ function studyLines(study, state) {
 /** Choices and a chart inside a study's <details>, made when it is first opened. */
 function studyCurves(details) {
   const study = DATA.studies[details.dataset.study];
-  const states = ["run", "evidence"].filter((state) => studyLines(study, state).length);
-  if (!states.length) return h("p", { class: "quiet" }, "No run of this table has a record yet.");
+  const sources = Object.keys(study.contexts).filter((each) => studyLines(study, each).length);
+  if (!sources.length) return h("p", { class: "quiet" }, "No run of this table has a record yet.");
   const what = h(
     "select",
     {},
@@ -113,13 +113,11 @@ function studyCurves(details) {
   const whose = h(
     "select",
     {},
-    states.map((state) =>
-      h(
-        "option",
-        { value: state },
-        `${WHOSE[state]}, ${study.contexts[state].scale.split(":")[0]}`,
-      ),
-    ),
+    sources.map((source) => {
+      const { state, name, scale } = study.contexts[source];
+      const label = state === "run" ? `${name}, ${scale.split(":")[0]}` : `evidence, ${name}`;
+      return h("option", { value: source }, label);
+    }),
   );
   const chart = h("div", { class: "chart" }),
     keys = h("ul", { class: "keys-list" });

@@ -31,17 +31,19 @@ function short(number) {
   return number === undefined ? "" : Number(number.toPrecision(6)).toLocaleString("en");
 }
 
-/** study, row, metric, ratio?, state and the rest of a number's key. */
+/** A number's study, row, metric, batch, ratio, source and state (reported, evidence or run). */
 function parse(key) {
-  const [study, row, name, state] = key.split("/");
-  const [metric, ratio] = name.split(":");
-  const batch = metric.match(/^latency_(\d+)$/)?.[1];
-  const base = batch ? "latency" : metric;
-  return { study, row, name, metric, base, batch, ratio: Boolean(ratio), state };
+  const [study, row, name, source] = key.split("/");
+  return { study, row, name, source, ...DATA.values[key], state: stateOf(source) };
 }
 
+const stateOf = (source) => source.split("@")[0];
+
+/** The sources of a study's numbers: reported, this run, then each source of evidence. */
+const sourcesOf = (study) => ["reported", ...Object.keys(DATA.studies[study].contexts)];
+
 function heading(part) {
-  const what = DATA.metrics[part.base]?.heading ?? part.metric;
+  const what = DATA.metrics[part.metric].heading;
   const over = part.ratio ? `${what.replace(/, ms$/, "")} × its baseline` : what;
   return part.batch ? `${over}, batch ${part.batch}` : over;
 }
@@ -65,7 +67,13 @@ function valuePanel(key) {
   const row = study.rows.find((each) => each.id === part.row);
   return [
     h("h2", { id: "detail-title" }, `${row.label}: ${heading(part)}`),
-    h("p", { class: "quiet" }, stateName(part.state), ` · ${study.title}`),
+    h(
+      "p",
+      { class: "quiet" },
+      stateName(part.state),
+      part.state === "evidence" ? ` (${study.contexts[part.source].name})` : "",
+      ` · ${study.title}`,
+    ),
     h("p", { class: "big" }, value.text),
     h(
       "dl",
@@ -88,14 +96,14 @@ function reportedFacts(part, study, row) {
     fact("Scale", "the seed's own"),
     fact("Device", own),
     fact("n and spread", own),
-    fact("Check it", command(`hovit explain ${part.study} ${part.row} ${part.base}`)),
+    fact("Check it", command(`hovit explain ${part.study} ${part.row} ${part.metric}`)),
   ];
 }
 
 function measuredFacts(part, value, study) {
-  const context = study.contexts[part.state];
+  const context = study.contexts[part.source];
   const record = DATA.records[value.records?.[0]];
-  const kind = record?.kind === "evaluation" ? "evaluated" : DATA.metrics[part.base]?.kind;
+  const kind = record?.kind === "evaluation" ? "evaluated" : DATA.metrics[part.metric]?.kind;
   const devices = [
     ...new Set((value.records ?? []).map((path) => DATA.records[path].device).filter(Boolean)),
   ];
@@ -164,11 +172,13 @@ function beside(part, key) {
     part.batch || part.metric === "latency"
       ? Object.keys(DATA.values)
           .map(parse)
-          .filter((p) => p.base === "latency")
+          .filter((p) => p.metric === "latency")
           .map((p) => p.name)
       : [part.name];
   const found = [...new Set(names)]
-    .flatMap((name) => STATES.map((state) => `${part.study}/${part.row}/${name}/${state}`))
+    .flatMap((name) =>
+      sourcesOf(part.study).map((source) => `${part.study}/${part.row}/${name}/${source}`),
+    )
     .filter((each) => each !== key && DATA.values[each] && parse(each).ratio === part.ratio);
   if (!found.length) return "";
   return [
@@ -234,7 +244,7 @@ function claimCommand() {
 function claimNumbers(claim) {
   const keys = [claim.of, claim.to]
     .filter(Boolean)
-    .flatMap((ref) => STATES.map((state) => `${ref}/${state}`))
+    .flatMap((ref) => sourcesOf(ref.replace(/.*:/, "").split("/")[0]).map((each) => `${ref}/${each}`))
     .filter((key) => DATA.values[key]); // none of an analysis
   return keys.length
     ? h(
@@ -286,7 +296,7 @@ function recordParts(path, open = false) {
               .join(", ")
           : "",
       ),
-      fact("Re-make it", command(record.remake)),
+      fact("Re-make it", command(record.rerun)),
       fact("Look at the code", made ? command(`git show ${record.commit}`) : ""),
     ),
     record.history?.length ? folded("Curves", () => historyCharts(record), open) : "",

@@ -1,0 +1,314 @@
+"""The content of the page, collected from records."""
+
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...config.metrics import METRICS, RATIO_HEADING
+from ...config.runs import RUNS
+from ...config.schema import Row, Study
+from ...records.record import Record, read_record
+from ...utils.errors import HovitError
+from ...utils.files import digest
+from ..claims.coverage import REASONS, coverage, coverage_tally
+from ..claims.judge import VERDICTS, Verdict, judge_all, say, tally
+from ..explain import rerun_command
+from ..results import Results, Value
+from ..sources import Sources
+from ..tables.columns import NOTHING, Column, Table, format_printed, make_table
+from ..tables.facts import describe
+from ..tables.write import table_notes
+
+SYMBOLS = dict(zip(VERDICTS, "✓✗≈–", strict=True))
+
+
+def collect(sources: Sources) -> dict[str, Any]:
+    """Everything that the template shows; its `data` is for the script."""
+    return _Collector(sources).collect()
+
+
+def source_id(results: Results | None) -> str:
+    """Name of a source within keys: `reported`, `run`, or `evidence@DEVICE.SCALE`."""
+    if results is None:
+        return "reported"
+    return f"evidence@{results.base.name}.{results.plan.scale.id}" if results.is_evidence else "run"
+
+
+@dataclass
+class _Collector:
+    """Collects values and records while it walks over the studies.
+
+    Args:
+        sources: this run and the evidence.
+        values: key -> one number of a table.
+        records: path -> one record.
+    """
+
+    sources: Sources
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def collect(self) -> dict[str, Any]:
+        plan = self.sources.plan
+        studies = [self.study(study) for study in plan.config.studies.values()]
+        verdicts = judge_all(self.sources)
+        claims = [self.claim(verdict) for verdict in verdicts]
+        analyses = self.analyses()
+        rest = coverage(self.sources)
+        problems = [p for results in self.sources.all for p in results.problems.values()]
+        data = {
+            "scale": plan.scale.id,
+            "values": self.values,
+            "records": dict(sorted(self.records.items())),
+            "studies": {s["id"]: {k: s[k] for k in ("title", "rows", "place", "scope", "contexts")}
+                        for s in studies},
+            "metrics": _metrics(),
+            "claims": {claim["id"]: claim for claim in claims},
+            "symbols": SYMBOLS,
+        }  # fmt: skip
+        return {
+            "scale": plan.scale,
+            "tally": tally(verdicts),
+            "counts": {name: sum(v.verdict == name for v in verdicts) for name in VERDICTS},
+            "symbols": SYMBOLS,
+            "papers": sorted({verdict.seed for verdict in verdicts}),
+            "claims": claims,
+            "not_checkable": rest["not_checkable"],
+            "reasons": REASONS,
+            "rest": coverage_tally(rest),
+            "studies": studies,
+            "analyses": analyses,
+            "records": data["records"],
+            "problems": problems,
+            "nothing": NOTHING,
+            "data": data,
+        }
+
+    # Claims
+
+    def claim(self, verdict: Verdict) -> dict[str, Any]:
+        """A verdict with its claim."""
+        file, claim = next(
+            (file, claim)
+            for file in self.sources.plan.config.claims.values()
+            for claim in file.claims
+            if claim.id == verdict.id
+        )
+        for path in verdict.records:
+            self.keep(Path(path))
+        measured = "" if verdict.measured is None else say(verdict.measured)
+        parts = {"kind": claim.kind, "of": claim.of, "to": claim.to, "tolerance": claim.tolerance}
+        reported = verdict.reported and format_printed(verdict.reported)
+        shown = {"reported": reported, "measured": measured, "records": list(verdict.records),
+                 "file": file.id}  # fmt: skip
+        return asdict(verdict) | parts | shown
+
+    # Tables
+
+    def study(self, study: Study) -> dict[str, Any]:
+        """A study's table with its facts."""
+        try:
+            table, refused = make_table(study, self.sources), ""
+        except HovitError as error:
+            table, refused = Table(study, (), {}), str(error)
+        shown = [*table.evidence.values(), self.sources.run]
+        letters = {id(results): letter for letter, results in table.evidence.items()}
+        return {
+            "id": study.id,
+            "title": study.title,
+            "place": f"{study.source.seed}: {study.source.place}",
+            "trained": study.trained and study.kind == "models",
+            "scope": _scope(study),
+            "refused": refused,
+            "columns": [
+                {"heading": c.heading, "source": c.source, "state": c.kind} for c in table.columns
+            ],
+            "rows": [
+                self.row(study, row) | {"cells": [self.cell(study, i, c) for c in table.columns]}
+                for i, row in enumerate(study.rows)
+            ],
+            "facts": [] if refused else [
+                {"state": "evidence" if r.is_evidence else "run", "letter": letters.get(id(r), ""),
+                 "facts": describe(r, study)} for r in shown],
+            "contexts": {source_id(r): self.context(r, study) for r in reversed(shown)},
+            "notes": table_notes(study),
+        }  # fmt: skip
+
+    def context(self, results: Results, study: Study) -> dict[str, Any]:
+        """What a study's numbers from one source share: scale, images, runs."""
+        plan = results.plan
+        data, runs = {}, {}
+        for row in study.rows:
+            if found := plan.runs_of(study, row):
+                images = found[0].dataset
+                stands = f" (stands in for {images.stands_for})" if images.stands_for else ""
+                data[row.id] = f"{images.title}{stands}, {found[0].image_size} px"
+            if trained := results.trained(study, row):
+                paths = [results.place(plan.train_task(run).path) for run, _ in trained]
+                runs[row.id] = [self.keep(path) for path in paths]
+        if evaluated := results.evaluated(study):
+            seen = evaluated.provenance.dataset or {}
+            what = f"ImageNet-1k, validation: {seen['images']:,} images"
+            data = dict.fromkeys(evaluated.results["rows"], what)
+        scale = f"{plan.scale.id}: {plan.scale.title}"
+        state = "evidence" if results.is_evidence else "run"
+        return {"scale": scale, "state": state, "name": results.name, "data": data, "runs": runs}
+
+    def row(self, study: Study, row: Row) -> dict[str, Any]:
+        """What a row is; `system` is the same for the same model in every table."""
+        trained_on = self._papers_images(row.dataset or study.dataset)
+        return {
+            "id": row.id,
+            "label": row.label,
+            "ours": row.ours,
+            "model": row.model or "",
+            "args": row.model_args,
+            "system": digest([row.model, row.model_args, row.pretrained])[:12],
+            "task": trained_on if study.trained else "ImageNet-1k",
+            "base": any(other.baseline == row.id for other in study.rows),
+        }
+
+    def _papers_images(self, role: str) -> str:
+        """The images that the paper used: those of the largest scale, or what they stand for."""
+        config = self.sources.plan.config
+        scales = sorted(config.scales.values(), key=lambda s: s.rank, reverse=True)
+        for scale in scales:
+            if role in scale.datasets:
+                images = config.datasets[scale.datasets[role]]
+                return images.stands_for or images.title
+        return role
+
+    def cell(self, study: Study, i: int, column: Column) -> dict[str, str]:
+        """A cell's text, and the key of its number among `values`; empty for no number."""
+        text, row, results = column.cells[i], study.rows[i], column.results[i]
+        if text == NOTHING:
+            return {"text": text, "key": "", "mark": ""}
+        number = column.number
+        metric, source = number.metric.name, source_id(results)
+        batch = f"_{number.batch}" if number.batch else ""
+        key = f"{study.id}/{row.id}/{metric}{batch}{':ratio' * column.ratio}/{source}"
+        value: dict[str, Any] = {
+            "text": text, "number": _number(text), "study": study.id, "row": row.id,
+            "metric": metric, "batch": number.batch, "ratio": column.ratio, "source": source,
+        }  # fmt: skip
+        if column.ratio:
+            pair = (row.id, row.baseline)
+            value["of"] = [f"{study.id}/{each}/{metric}{batch}/{source}" for each in pair]
+            value["inverse"] = column.inverse
+        found = results.value(study, row, number) if results else None
+        if found and not column.ratio:
+            value |= _spread(found, number.metric.unit)
+        if results:
+            value["records"] = self.sources_of(results, study, row, column)
+        self.values[key] = value
+        return {"text": text, "key": key, "mark": column.mark(i)}
+
+    def sources_of(self, results: Results, study: Study, row: Row, column: Column) -> list[str]:
+        """The records behind a number; for a ratio also those of the baseline."""
+        rows = [row, study.row(row.baseline)] if column.ratio and row.baseline else [row]
+        values = [results.value(study, each, column.number) for each in rows]
+        paths = dict.fromkeys(path for value in values if value for path in value.paths)
+        return [self.keep(path) for path in paths]
+
+    # Records
+
+    def keep(self, path: Path) -> str:
+        """Put a record on the page; return its name there."""
+        name = path.as_posix()
+        if name not in self.records:
+            if path.name == "pack.json":
+                command = rerun_command(self.sources.plan, name)
+                self.records[name] = {"kind": "pack", "id": path.parent.name, "rerun": command}
+            else:
+                self.records[name] = self._record(path)
+        return name
+
+    def _record(self, path: Path) -> dict[str, Any]:
+        record = read_record(self.sources.run.root / path)
+        whose = next(
+            results
+            for results in self.sources.all
+            if path.is_relative_to(results.base) and results.plan.scale.id == record.scale
+        )
+        planned = RUNS / path.relative_to(whose.base)
+        made = record.provenance
+        return {
+            "kind": record.kind,
+            "id": record.id,
+            "scale": record.scale,
+            "state": "evidence" if whose.is_evidence else "run",
+            "commit": made.commit,
+            "dirty": made.dirty,
+            "device": str(made.device),
+            "made": made.made,
+            "rerun": rerun_command(whose.plan, planned.as_posix()),
+            "spec_hash": record.spec_hash,
+            "sha256": record.sha256,
+            "spec": record.spec,
+            "results": _summary(record),
+            "history": record.results.get("history", []),
+            "provenance": made.model_dump(mode="json"),
+        }
+
+    # Analyses
+
+    def analyses(self) -> list[dict[str, Any]]:
+        """Every analysis with what it found: this run, or else the first evidence."""
+        found = []
+        for name, analysis in self.sources.plan.config.analyses.items():
+            entry: dict[str, Any] = {
+                "id": name,
+                "title": analysis.title,
+                "place": f"{analysis.source.seed}: {analysis.source.place}",
+                "path": "",
+                "published": {key: ", ".join(map(str, each))
+                              for key, each in analysis.published.items()},
+            }  # fmt: skip
+            for results in self.sources.all:
+                task = results.plan.analyse_task(analysis)
+                if task and results.record(task):
+                    entry |= {"path": self.keep(results.place(task.path)), "name": results.name}
+                    break
+            found.append(entry)
+        return found
+
+
+def _number(text: str) -> float | None:
+    """The first number of a cell, by which it is sorted and drawn."""
+    found = re.match(r"-?[0-9,]+(\.[0-9]+)?(e[-+]?[0-9]+)?", text)
+    return float(found[0].replace(",", "")) if found else None
+
+
+def _spread(value: Value, unit: float) -> dict[str, Any]:
+    """Mean with all digits, n, spread and noise, in the unit of the heading."""
+    exact: dict[str, Any] = {"number": value.mean * unit, "n": value.n}
+    if value.n > 1:
+        exact["spread"] = value.spread * unit
+    return exact | ({"noise": value.noise * unit} if value.noise else {})
+
+
+def _metrics() -> dict[str, dict[str, str]]:
+    """Metric -> heading and kind; the ratio to a baseline has a heading of its own."""
+    found = {m.name: {"heading": m.heading, "kind": m.kind} for m in METRICS.values()}
+    return found | {"ratio": {"heading": RATIO_HEADING, "kind": "exact"}}
+
+
+def _scope(study: Study) -> str:
+    """Size and classes at which its models are counted."""
+    size = f"{study.image_size} px, " if study.image_size else ""
+    return f"counted at {size}{study.num_classes} classes, on no images"
+
+
+def _summary(record: Record) -> dict[str, Any]:
+    """A record's results without history and rounds, which the page draws or sums up."""
+    if record.kind != "measure":
+        return {key: found for key, found in record.results.items() if key != "history"}
+    rows = {}
+    for name, row in record.results["rows"].items():
+        latency = {
+            batch: {key: found for key, found in each.items() if key != "ms"}
+            for batch, each in row.get("latency", {}).items()
+        }
+        rows[name] = row | ({"latency": latency} if latency else {})
+    return {"rows": rows}

@@ -1,0 +1,96 @@
+"""Every source of records, read once for each command: this run, and all evidence."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config.metrics import Quantity, quantity
+from ..config.plan import Plan
+from ..config.schema import Row, Study
+from ..records.evidence import EVIDENCE
+from .results import Results, Value
+
+
+@dataclass(frozen=True, eq=False)
+class Sources:
+    """This run and the evidence, the largest scale first.
+
+    Tables choose evidence for each cell. A ratio, a claim and a figure take all their numbers from
+    one source, so that they never mix devices or data sets.
+    """
+
+    run: Results
+    evidence: tuple[Results, ...]
+
+    @property
+    def plan(self) -> Plan:
+        """Config at this run's scale."""
+        return self.run.plan
+
+    @property
+    def all(self) -> tuple[Results, ...]:
+        """This run, then the evidence."""
+        return self.run, *self.evidence
+
+    def best(self, study: Study, row: Row, number: Quantity) -> tuple[Results, Value] | None:
+        """The evidence for one cell: of the largest scale that has it."""
+        for results in self.evidence:
+            if value := results.value(study, row, number):
+                return results, value
+        return None
+
+    def timed(self, study: Study) -> list[Results]:
+        """The evidence that has times of a study: for each device, of its largest scale."""
+        found: dict[Path, Results] = {}
+        for results in self.evidence:
+            if any("latency" in row for row in results.measured_rows(study).values()):
+                found.setdefault(results.base, results)
+        return list(found.values())
+
+    def used(self, study: Study) -> list[Results]:
+        """The evidence that some cell of a study's table shows."""
+        shown = self.timed(study)
+        for metric in study.columns:
+            number = quantity(metric)
+            if number and number.is_trained:
+                cells = [self.best(study, row, number) for row in study.rows]
+                shown += [cell[0] for cell in cells if cell]
+        return [results for results in self.evidence if results in shown]
+
+    def for_figure(
+        self, studies: tuple[str, ...], numbers: tuple[str, ...], analyses: tuple[str, ...]
+    ) -> Results:
+        """The one source of a figure: evidence of a larger scale than this run's, or this run.
+
+        Args:
+            studies: whose rows the figure shows.
+            numbers: what it shows of each row. The evidence that has most of them is chosen; at
+                equal count, that of the largest scale.
+            analyses: the evidence must have all of these.
+        """
+        rank = self.plan.scale.rank
+        found = [
+            results
+            for results in self.evidence
+            if results.plan.scale.rank > rank and all(map(results.analysis, analyses))
+        ]
+        if analyses and not numbers:
+            return found[0] if found else self.run
+        rows = [(s, row) for s in map(self.plan.study, studies) for row in s.rows]
+        counts = [
+            sum(bool(results.value(study, row, n)) for study, row in rows for n in numbers)
+            for results in found
+        ]
+        most = max(counts, default=0)
+        return found[counts.index(most)] if most else self.run
+
+
+def load_sources(plan: Plan, root: Path = Path()) -> Sources:
+    """This run's records and all committed evidence."""
+    found = []
+    for folder in sorted((root / EVIDENCE).glob("*/*")):
+        scale = plan.config.scales.get(folder.name)
+        if scale and folder.is_dir():
+            base = folder.parent.relative_to(root)
+            found.append(Results(Plan(plan.config, scale), root, base))
+    ranked = sorted(found, key=lambda results: results.plan.scale.rank, reverse=True)
+    return Sources(Results(plan, root), tuple(ranked))
