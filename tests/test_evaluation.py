@@ -303,7 +303,7 @@ def test_evidence_takes_an_evaluation_by_spec_and_code(plan, images, tmp_path, m
     assert evidence.location(record).as_posix() == "smoke/evaluation/efficientvit_imagenet.json"
     one = table.model_copy(update={"rows": table.rows[:1]})
     evaluate_study(plan.evaluate_task(one), images, tmp_path, CPU, tmp_path)
-    with pytest.raises(HovitError, match="its spec is not the config's any more"):
+    with pytest.raises(HovitError, match="its spec does not match config"):
         evidence.check({"smoke": plan}, path, ROOT)
 
 

@@ -119,14 +119,14 @@ def not_predictions(folder: Path) -> None:
 
 MUTATIONS = {
     "a digit of a record": (flip_a_digit, "sha256 does not match"),
-    "a better accuracy, sealed again": (lambda p: mutate(p, top1=99.0), "is not what the pred"),
+    "a better accuracy, sealed again": (lambda p: mutate(p, top1=99.0), "does not match the pred"),
     "two labels of the test set": (lambda p: swap_two_labels(p.parent), "not the predictions"),
     "the end of the record": (cut, "not readable as JSON"),
     "the end of the predictions": (
         lambda p: cut(p.parent / "predictions.csv.gz"), "not readable as predictions"),
     "no predictions": (lambda p: (p.parent / "predictions.csv.gz").unlink(), "not readable as pr"),
     "other columns": (lambda p: not_predictions(p.parent), "not predictions: columns"),
-    "other code": (other_code, "made by other code than stands at commit"),
+    "other code": (other_code, "its code hash does not match the sources at commit"),
     "another spec": (other_spec, "spec_hash does not match"),
 }  # fmt: skip
 
@@ -161,7 +161,7 @@ def test_another_record_of_the_same_run_is_not_overwritten(config: Config, here:
     table = made_up_predictions(read_record(path).results["top1"] + 5)
     write_predictions(path.parent / "predictions.csv.gz", table)
     mutate(path, top1=metrics(table)[1], predictions_sha256=predictions_digest(table))
-    with pytest.raises(HovitError, match="another record of this run is there"):
+    with pytest.raises(HovitError, match="there is another record of this run"):
         add(config, [here / "elsewhere"], here)
 
 
@@ -172,7 +172,7 @@ def test_a_commit_that_is_not_known_is_looked_for(config: Config, here: Path) ->
     write_record(path, record.model_copy(update={"provenance": made}))
     assert add(config, [here / "elsewhere"], here)
     other_code(path)
-    with pytest.raises(HovitError, match="made by other code than stands in any commit"):
+    with pytest.raises(HovitError, match="its code hash does not match the sources in any commit"):
         add(config, [here / "elsewhere"], here)
 
 

@@ -104,7 +104,9 @@ def test_a_record_of_another_spec_is_named_and_not_used(plan: Plan, root: Path) 
     run = plan.run("hovit.pets.deck")
     other = run.model_copy(update={"image_size": 97})
     write_record(root / run.folder / "record.json", train_record(other, 99.0))
-    assert "hovit.pets.deck/seed0/record.json: its spec is not the config's" in not_used(plan, root)
+    assert "hovit.pets.deck/seed0/record.json: its spec does not match config" in not_used(
+        plan, root
+    )
     assert value_of(plan, root, "hovit").n == 1  # the other seed alone
 
 
@@ -113,7 +115,7 @@ def test_a_record_of_other_code_is_named_and_not_used(plan: Plan, root: Path) ->
     record = read_record(path)
     made = record.provenance.model_copy(update={"code": "0" * 64})
     write_record(path, record.model_copy(update={"provenance": made}))
-    assert "record.json: made by other code than is here now" in not_used(plan, root)
+    assert "record.json: other code than the present made it" in not_used(plan, root)
     assert value_of(plan, root, "hovit").n == 1
 
 

@@ -1,4 +1,4 @@
-"""The command line: `hovit COMMAND`, or `python -m hovit COMMAND` where it is not installed.
+"""Command line: `hovit COMMAND`, or `python -m hovit COMMAND` without installation.
 
 Commands import torch only if they train or measure.
 """
@@ -33,7 +33,7 @@ WeightsOption = Annotated[
     Path | None,
     typer.Option(
         envvar="HOVIT_WEIGHTS",
-        help="Pretrained ResNet50 as .safetensors, or a folder of MODEL.safetensors, in place of "
+        help="Pretrained ResNet50 as .safetensors, or a folder of MODEL.safetensors, instead of "
         "the scale's.",
     ),
 ]
@@ -67,7 +67,7 @@ def show(
     name: Annotated[str, typer.Argument(help="A study, an analysis or a run.")],
     scale: ScaleOption = "smoke",
 ) -> None:
-    """Show what a study, an analysis or a run will do, and about what it costs on this machine."""
+    """Show what a study, an analysis or a run does, and estimate its cost on this machine."""
     import hovit.models  # noqa: F401 (registers)
 
     from .pipeline.estimate import show_analysis, show_run, show_study
@@ -84,12 +84,12 @@ def show(
 @app.command()
 def explain(
     name: Annotated[str, typer.Argument(help="A study or an analysis.")],
-    row: Annotated[str, typer.Argument(help="Of a study; of an analysis STUDY/ROW.")] = "",
-    column: Annotated[str, typer.Argument(help="A metric; of an analysis a number of it.")] = "",
+    row: Annotated[str, typer.Argument(help="A row; for an analysis STUDY/ROW.")] = "",
+    column: Annotated[str, typer.Argument(help="A metric; for an analysis a number.")] = "",
     scale: ScaleOption = "smoke",
     weights: WeightsOption = None,
 ) -> None:
-    """Trace a table's cell or an analysis: record, spec, commit, the command that re-makes it."""
+    """Trace a table cell or an analysis: record, spec, commit, command to make it again."""
     from .report.explain import explain as explain_cell
 
     print(explain_cell(load_plan(scale, weights_file=weights), name, row, column))
@@ -100,7 +100,7 @@ def data(
     name: Annotated[str, typer.Argument(help="A pack: DATASET-SIZEpx (see `hovit list`).")],
     data_root: DataRoot = Path("data"),
 ) -> None:
-    """Decode a dataset once, split it, and keep it under data/packed; COCO's is only checked."""
+    """Decode a dataset once, split it, and store it under data/packed; COCO is only checked."""
     from .pipeline.train import prepare_pack
 
     packs = all_packs()
@@ -114,13 +114,13 @@ def data(
 @app.command()
 def train(
     run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run (see `hovit list`).")],
-    seed: Annotated[int | None, typer.Option(help="The scale's first unless given.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Default: the first of the scale.")] = None,
     scale: ScaleOption = "smoke",
     weights: WeightsOption = None,
     accelerator: Accelerator = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
 ) -> None:
-    """Train one run, or go on with it. Under torchrun: data-parallel."""
+    """Train one run, or resume it. Under torchrun: data-parallel."""
     plan = load_plan(scale, weights_file=weights)
     run = plan.run(run_id, seed)
     import torch
@@ -141,7 +141,7 @@ def train(
 
 @contextmanager
 def _watching(run: Run, quiet: bool = False) -> "Iterator[Options]":
-    """Options that show progress: a bar on a terminal, a line an epoch elsewhere."""
+    """Options that show progress: a bar on a terminal, else a line for each epoch."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -225,7 +225,7 @@ def analyse(
     weights: WeightsOption = None,
     accelerator: Accelerator = "auto",
 ) -> None:
-    """Compute an analysis of trained models: what config/analyses says, for a figure."""
+    """Compute an analysis of trained models, for a figure."""
     plan = load_plan(scale, weights_file=weights)
     task = plan.analyse_task(plan.analysis(analysis))
     if task is None:
@@ -241,14 +241,14 @@ def analyse(
 
 @app.command()
 def sweep(
-    study: Annotated[list[str], typer.Option(help="A study; give it again for more.")],
+    study: Annotated[list[str], typer.Option(help="A study; repeat for more.")],
     budget: Annotated[str, typer.Option(help="Stop before this: 90s, 9m, 1.5h.")],
     scale: ScaleOption = "smoke",
     data_root: DataRoot = Path("data"),
     weights: WeightsOption = None,
     accelerator: Accelerator = "auto",
 ) -> None:
-    """Run studies in one process, without Snakemake, within a time budget; goes on next time."""
+    """Run studies in one process within a time budget, without Snakemake; repeat it to resume."""
     began = time.monotonic()
     import hovit.models  # noqa: F401 (registers)
 
@@ -284,7 +284,7 @@ def sweep(
     )
     failed = [job for job in todo if job.endswith("(failed)")]
     if todo and not failed:
-        print(f"budget spent; {len(todo)} to do ({todo[0]} first): the same command goes on")
+        print(f"budget spent; {len(todo)} to do ({todo[0]} first): run the same command to resume")
     elif failed:
         raise HovitError(f"{len(failed)} failed: {', '.join(failed)}; {len(todo)} in all to do")
     else:
@@ -329,13 +329,13 @@ def claims(
     scale: ScaleOption = "smoke",
     weights: WeightsOption = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Exit code 1 if one is not as results/verdicts.json.")
+        bool, typer.Option("--check", help="Exit code 1 if one differs from results/verdicts.json.")
     ] = False,
     accept: Annotated[
-        bool, typer.Option("--accept", help="Write results/verdicts.json: these are expected.")
+        bool, typer.Option("--accept", help="Write results/verdicts.json: expect these verdicts.")
     ] = False,
 ) -> None:
-    """Judge the seeds' claims by the records; write results/claims.json and .md."""
+    """Judge the papers' claims by records; write results/claims.json and .md."""
     from .report.claims import judge as report
 
     plan = load_plan(scale, weights_file=weights)
@@ -361,7 +361,7 @@ def readme() -> None:
 
 @app.command()
 def paper(scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
-    """Write results/paper, and compile the paper from it: paper/paper.pdf."""
+    """Write results/paper, and compile paper/paper.pdf from it."""
     from .report.paper.write import write_paper
 
     write_paper(load_plan(scale, weights_file=weights))
@@ -369,7 +369,7 @@ def paper(scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
 
 @app.command()
 def metrics(scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
-    """Write what `dvc metrics` and `dvc plots` show, under results/metrics."""
+    """Write the files of `dvc metrics` and `dvc plots` under results/metrics."""
     from .report.metrics import write_metrics
 
     write_metrics(load_plan(scale, weights_file=weights))
@@ -377,7 +377,7 @@ def metrics(scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None
 
 @app.command()
 def verify() -> None:
-    """Read every file that dvc.lock promises, and DVC's cache; exit code 1 if a byte is other."""
+    """Verify every file in dvc.lock, here and in DVC's cache; exit code 1 if a byte differs."""
     from .utils.dvc_lock import check_stored
 
     count, problems = check_stored()
@@ -391,7 +391,7 @@ def verify() -> None:
     print(f"{count} files are the bytes that dvc.lock promises, here and in DVC's cache")
 
 
-evidence = typer.Typer(help="Records made elsewhere: take them in, check them again.")
+evidence = typer.Typer(help="Records from other machines: add them, verify them.")
 app.add_typer(evidence, name="evidence")
 
 
@@ -410,7 +410,7 @@ def evidence_add(
 
 @evidence.command("verify")
 def evidence_verify() -> None:
-    """Check every record under results/evidence again; exit code 1 if one does not hold."""
+    """Verify every record under results/evidence; exit code 1 if one fails."""
     from .pipeline.evidence import verify
 
     count, problems = verify(load_config())

@@ -1,7 +1,7 @@
-"""The config: what `config/` may say, typed and checked.
+"""Typed schema of `config/`.
 
-Every YAML file is one object, checked against the classes below (`hovit schema` writes them as JSON
-Schema for editors). A mistake is one line: file, key path, what is allowed.
+Every YAML file is one object of the classes below; `hovit schema` writes them as JSON Schema for
+editors. A mistake gives one line: file, key path, what is allowed.
 """
 
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
@@ -23,20 +23,20 @@ from .metrics import METRICS, quantity
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
 Text = Annotated[str, Field(min_length=1)]
-# A number as the seed prints it. It stays text, so that 84.30 keeps its last digit.
+# A number as the paper prints it. It stays text, so that 84.30 keeps its last digit.
 Printed = Annotated[str, Field(pattern=r"^-?[0-9]+(\.[0-9]+)?(–[0-9]+(\.[0-9]+)?)?$")]
 if TYPE_CHECKING:
     MetricName: TypeAlias = str
     AnalysisKindName: TypeAlias = str
-else:  # each name of the tables, so that a wrong name is answered with the right ones
+else:  # literals, so that the message for a wrong name lists the right ones
     MetricName = Literal[tuple(METRICS)]
     AnalysisKindName = Literal[tuple(ANALYSIS_KINDS)]
 Role = Literal[
     "pets", "cifar10", "cifar100", "flowers", "cars", "imagenet", "coco", "pretrain", "upstream"
 ]
 Plain = StrictBool | StrictInt | FiniteFloat | StrictStr
-Argument = Plain | tuple[Plain, ...]  # what a model may be told
-# What the study, the scale or the row's other keys say to timm.create_model.
+Argument = Plain | tuple[Plain, ...]  # of a model
+# Arguments of timm.create_model that the study, the scale or other keys of the row set.
 TAKEN = {"pretrained", "pretrained_cfg", "checkpoint_path", "cache_dir", "num_classes", "img_size"}
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -45,9 +45,11 @@ RowRef = Annotated[str, Field(pattern=r"^[a-z0-9_]+/[a-z0-9_.]+$")]  # study/row
 
 
 class Split(InSpec):
-    """Shares of the images, rounded down; the rest is the test split (or, with a test set of its
-    own, the validation split). A source with a validation set of its own keeps it: the seed only
-    shuffles then."""
+    """Shares of the images, rounded down.
+
+    The rest is the test split, or the validation split if the source has its own test set. A source
+    with its own validation set keeps it; then the seed only shuffles.
+    """
 
     always = frozenset({"train", "val", "seed"})
 
@@ -58,7 +60,7 @@ class Split(InSpec):
     @model_validator(mode="after")
     def _shares(self) -> "Split":
         if self.train + self.val > 1:
-            raise ValueError("train and val are more than all of the images")
+            raise ValueError("train and val add up to more than all images")
         return self
 
     def sizes(self, total: int, has_test: bool = False) -> tuple[int, int, int]:
@@ -94,7 +96,7 @@ class Dataset(InSpec):
     id: Name
     title: Text
     about: Text
-    stands_for: Text | None = None  # the seed's own images, where these are others
+    stands_for: Text | None = None  # the paper's images, if these replace them
     reader: Literal[
         "digits",
         "oxford_iiit_pet",
@@ -106,13 +108,13 @@ class Dataset(InSpec):
         "coco",
     ]
     num_classes: Annotated[int, Field(ge=2)]
-    # Under the data root: folders or zips, joined; for coco the annotations and the images' folder.
+    # Folders or zips under the data root, joined; for coco the annotations and the image folder.
     files: tuple[Text, ...] = ()
-    test_files: tuple[Text, ...] = ()  # image_folder and coco: a test set of its own, likewise
+    test_files: tuple[Text, ...] = ()  # image_folder and coco: a separate test set
     classes: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(gt=0)]] | None = None
-    images: Annotated[int, Field(gt=0)] | None = None  # this many, by a seeded draw
+    images: Annotated[int, Field(gt=0)] | None = None  # a seeded draw of so many
     split: Split
-    native_size: Annotated[int, Field(gt=0)] | None = None  # pixels a side, where all are alike
+    native_size: Annotated[int, Field(gt=0)] | None = None  # pixels per side, if equal for all
 
     @model_validator(mode="after")
     def _pairs(self) -> "Dataset":
@@ -125,19 +127,19 @@ class Dataset(InSpec):
 
 
 class Detection(InSpec):
-    """What the recipe of an object detector says beside a classifier's."""
+    """Additional settings of an object detector's recipe."""
 
     always = frozenset({"long_side", "channels", "milestones", "warmup_steps", "flip"})
 
     long_side: Annotated[int, Field(ge=32)] = 1333  # pixels, at most; image_size is the short side
     channels: Annotated[int, Field(ge=1)] = 256  # of the pyramid and the heads
-    milestones: tuple[Annotated[float, Field(ge=0)], ...] = ()  # epochs; after each, a tenth of lr
-    warmup_steps: Annotated[int, Field(ge=0)] = 0  # over which lr rises, linearly
-    flip: Annotated[float, Field(ge=0, le=1)] = 0.5  # how often an image is mirrored
+    milestones: tuple[Annotated[float, Field(ge=0)], ...] = ()  # epochs; each divides lr by ten
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # of linear warm-up
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5  # probability of a horizontal flip
 
 
 class Recipe(InSpec):
-    """How a model is trained. Epochs are the seed's; a scale may shrink them."""
+    """How a model is trained. Epochs are those of the paper; a scale may reduce them."""
 
     always = frozenset(
         {
@@ -163,27 +165,27 @@ class Recipe(InSpec):
     image_size: Annotated[int, Field(ge=32)] = 224
     optimizer: Literal["adam", "adamw", "sgd"]
     lr: Annotated[float, Field(gt=0)]
-    scale_lr: bool = False  # in proportion to the batch size, where a scale sets another
+    scale_lr: bool = False  # in proportion to the batch size, if a scale changes it
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["constant", "cosine", "step"] = "constant"
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     augment: Literal["none", "crop_flip"] = "none"
-    detection: Detection | None = None  # None: of a classifier
+    detection: Detection | None = None  # None: a classifier
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> "Recipe":
         if (self.schedule == "step") != (self.detection is not None):
             raise ValueError("`schedule: step` and `detection` go together")
-        classifiers = (self.warmup_epochs, self.label_smoothing, self.augment != "none")
-        if self.detection and any(classifiers):
-            raise ValueError("warmup_epochs, label_smoothing and augment are a classifier's")
+        for_classifiers = (self.warmup_epochs, self.label_smoothing, self.augment != "none")
+        if self.detection and any(for_classifiers):
+            raise ValueError("warmup_epochs, label_smoothing and augment are for classifiers only")
         return self
 
 
 class WeightsFrom(Strict):
-    """Where pretrained weights come from: a row of this artifact, or timm's hub."""
+    """Source of pretrained weights: a row of this artifact, or timm's hub."""
 
     row: RowRef | None = None
     timm: Text | None = None
@@ -196,7 +198,7 @@ class WeightsFrom(Strict):
 
 
 class Limit(InSpec):
-    """At most so many images of each split, the first of the seeded permutation."""
+    """Maximum images of each split: the first of the seeded permutation."""
 
     always = frozenset({"train", "val", "test"})
 
@@ -206,53 +208,53 @@ class Limit(InSpec):
 
 
 class Latency(Strict):
-    """How latency is measured; the rounds go over all models of a table in turn."""
+    """How latency is measured. Each round times every model of a table once."""
 
     batches: tuple[Annotated[int, Field(ge=1)], ...] = (1, 32)
     rounds: Annotated[int, Field(ge=3)] = 30
     warmup: Annotated[int, Field(ge=1)] = 3
     threads: Annotated[int, Field(ge=1)] = 2
-    image_size: Annotated[int, Field(ge=32)] | None = None  # at most; None: the study's
+    image_size: Annotated[int, Field(ge=32)] | None = None  # maximum; None: the study's
 
 
 class OnGpu(Strict):
-    """How a study's throughput is measured on a GPU, where its seed does so otherwise than here."""
+    """GPU protocol of a study, if its paper differs from the default."""
 
     batch: Annotated[int, Field(ge=1)]
     precision: Literal["fp16 autocast"]
 
 
 class ModelStandIn(Strict):
-    """A smaller model in the place of a seed's, and the size at which it takes its images."""
+    """A smaller model in place of the paper's, with its image size."""
 
     model: Name
     image_size: Annotated[int, Field(ge=32)]
 
 
 class Scale(Strict):
-    """On what and how much."""
+    """Which data, and how much of it."""
 
     id: Name
     title: Text
-    rank: Annotated[int, Field(ge=0)]  # the larger, the more its evidence counts
+    rank: Annotated[int, Field(ge=0)]  # evidence of the largest rank comes first
     datasets: dict[Role, Name]
-    photographs: Name | None = None  # whose test images pictures show; None: a run's own
+    photographs: Name | None = None  # test images for figures; None: those of the run
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
-    image_size: Annotated[int, Field(ge=32)] | None = None  # at most; None: the recipe's
+    image_size: Annotated[int, Field(ge=32)] | None = None  # maximum; None: the recipe's
     epoch_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
     limit: Limit = Limit()
-    models: dict[Name, ModelStandIn] = {}  # the seed's -> what is trained and timed in its place
-    epochs: dict[Name, Annotated[int, Field(ge=1)]] = {}  # recipe -> instead of by the factor
-    batch_sizes: dict[Name, Annotated[int, Field(ge=2)]] = {}  # recipe -> instead of its own
-    lrs: dict[Name, Annotated[float, Field(gt=0)]] = {}  # recipe -> instead of its own, as scaled
-    weights: dict[Name, WeightsFrom]  # pretrained model -> where from
-    keep_weights: bool = True  # or, of classifiers, only those that runs or analyses read
+    models: dict[Name, ModelStandIn] = {}  # the paper's model -> its stand-in
+    epochs: dict[Name, Annotated[int, Field(ge=1)]] = {}  # recipe -> epochs, else by factor
+    batch_sizes: dict[Name, Annotated[int, Field(ge=2)]] = {}  # recipe -> batch size
+    lrs: dict[Name, Annotated[float, Field(gt=0)]] = {}  # recipe -> learning rate
+    weights: dict[Name, WeightsFrom]  # pretrained model -> source
+    keep_weights: bool = True  # False: keep only weights that runs or analyses read
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     threads: Annotated[int, Field(ge=1)] = 1  # CPU threads of one training run
     memory_mb: Annotated[int, Field(ge=500)] = 3000  # of one training run
-    gpu_memory_mb: Annotated[int, Field(ge=500)] = 12000  # likewise, of a card (profiles/gpu)
+    gpu_memory_mb: Annotated[int, Field(ge=500)] = 12000  # of a GPU (profiles/gpu)
     latency: Latency
-    # Which of the inexact metrics claims may judge here: smoke can judge none of them.
+    # Inexact metrics that claims may judge at this scale; smoke can judge none of them.
     judges: frozenset[Literal["top1", "val_top1", "loss", "latency"]]
 
     def model_of(self, row: "Row") -> str:
@@ -269,60 +271,60 @@ class Scale(Strict):
 
 
 class Source(Strict):
-    """Where in the seeds something stands."""
+    """A place in a paper."""
 
     seed: Literal["hovit", "skipvit", "efficientvit", "ours"]
     place: Text
 
 
 class Row(Strict):
-    """One row of a table: a run (model x dataset x recipe), and what the seed reported for it."""
+    """One row of a table: a run (model x dataset x recipe), and the paper's numbers."""
 
     id: Annotated[str, Field(pattern=r"^[a-z0-9_]+(\.[a-z0-9_]+)*$")]
     label: Text
     model: Name | None = None
     model_args: dict[str, Argument] = {}
-    pretrained: Name | None = None  # the model, or the ResNet50 inside it, starts from these
-    tag: Name | None = None  # timm's, of the weights that are evaluated; None: timm's default
+    pretrained: Name | None = None  # weights of the model, or of the Launcher's ResNet50
+    tag: Name | None = None  # timm's tag of the weights to evaluate; None: timm's default
     recipe: Name | None = None  # None: the study's
-    dataset: Role | None = None  # None: the study's; in a `data` study: of which the row tells
+    dataset: Role | None = None  # None: the study's; in a `data` study, the row's subject
     image_size: Annotated[int, Field(ge=32)] | None = None  # None: the study's
-    total: Annotated[int, Field(gt=0)] | None = None  # so many images, split by the rule of
-    rule: Name | None = None  # this dataset, without any data
-    part: Text | None = None  # submodule whose parameters are counted apart
-    baseline: str | None = None  # the row that its latency is compared with
+    total: Annotated[int, Field(gt=0)] | None = None  # images, split without any data by
+    rule: Name | None = None  # the rule of this dataset
+    part: Text | None = None  # submodule with a separate parameter count
+    baseline: str | None = None  # row that its latency is compared with
     reported: dict[MetricName, Printed] = {}
-    ours: bool = False  # the seed has no such row
-    reported_only: bool = False  # the seed's numbers alone; nothing is run for it
+    ours: bool = False  # the paper has no such row
+    reported_only: bool = False  # only the paper's numbers; nothing is run
     note: str = ""
 
     @field_validator("model_args")
     @classmethod
-    def _own(cls, args: dict[str, Argument]) -> dict[str, Argument]:
+    def _no_taken(cls, args: dict[str, Argument]) -> dict[str, Argument]:
         if taken := sorted(TAKEN & set(args)):
-            raise ValueError(f"{taken[0]} is not the row's to say")
+            raise ValueError(f"{taken[0]} must not be in model_args: other keys set it")
         return args
 
 
 class Study(Strict):
-    """One table of the seeds."""
+    """One table or figure of a paper."""
 
     id: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
     title: Text
     source: Source
     kind: Literal["models", "data"] = "models"
-    trained: bool = True  # else its models are only measured
-    # What is timed: a pass, one in ONNX Runtime (always on the CPU), a pass and the gradients by
-    # inputs and parameters, or a whole training step.
+    trained: bool = True  # False: models are only measured
+    # What is timed: a forward pass, a pass in ONNX Runtime (always on the CPU), a pass with the
+    # gradients of inputs and parameters, or a whole training step.
     workload: Literal["inference", "onnx", "gradients", "training"] = "inference"
     batches: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
-    threads: Annotated[int, Field(ge=1)] | None = None  # of the CPU, timed; None: the scale's
-    keep_memory: bool = True  # what a pass frees the next finds again; else glibc's default
-    on_gpu: OnGpu | None = None  # None: as on a CPU
+    threads: Annotated[int, Field(ge=1)] | None = None  # CPU threads; None: the scale's
+    keep_memory: bool = True  # passes reuse freed memory; False: glibc's default
+    on_gpu: OnGpu | None = None  # None: the same protocol as on a CPU
     dataset: Role = "pets"
     recipe: Name = "deck"
-    num_classes: Annotated[int, Field(ge=2)] = 37  # at which parameters and multiply-adds count
-    # Likewise; latency at this or less. None: what is measured takes no images.
+    num_classes: Annotated[int, Field(ge=2)] = 37  # for parameters and multiply-adds
+    # For multiply-adds, and the maximum for latency. None: the models take no images.
     image_size: Annotated[int, Field(ge=32)] | None = 224
     columns: Annotated[tuple[MetricName, ...], Field(min_length=1)]
     notes: tuple[Text, ...] = ()
@@ -350,39 +352,39 @@ class Study(Strict):
 
 
 class Analysis(Strict):
-    """Something computed from trained models, for a figure."""
+    """A computation on trained models, for a figure."""
 
     id: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
     title: Text
     source: Source
     kind: AnalysisKindName
-    of: Annotated[tuple[RowRef, ...], Field(min_length=1)]  # each row's run of the first seed
+    of: Annotated[tuple[RowRef, ...], Field(min_length=1)]  # rows; the run of the first seed
     images: Annotated[int, Field(ge=1)] = 1  # drawn from a split
     args: dict[str, Plain] = {}
-    published: dict[Text, tuple[FiniteFloat, ...]] = {}  # beside which a figure shows ours
+    published: dict[Text, tuple[FiniteFloat, ...]] = {}  # numbers of the paper, for the figure
 
 
-# STUDY/ROW/METRIC, or ANALYSIS:STUDY/ROW/NAME for a number that an analysis found
+# STUDY/ROW/METRIC, or ANALYSIS:STUDY/ROW/NAME for a number of an analysis
 Ref = Annotated[str, Field(pattern=r"^([a-z0-9_]+:)?[a-z0-9_]+/[a-z0-9_.]+/[a-z0-9_]+$")]
 
 
 def split_ref(ref: str) -> tuple[str, str, str, str]:
-    """(analysis or nothing, study, row, metric) of what a claim points at."""
+    """(analysis or "", study, row, metric) of a claim's reference."""
     analysis_id, _, rest = ref.rpartition(":")
     study_id, row_id, metric = rest.split("/")
     return analysis_id, study_id, row_id, metric
 
 
 class Claim(Strict):
-    """One sentence of a seed as a check over records.
+    """One sentence of a paper as a check over records.
 
     kind `value`: of = reported; `ratio`: of / to = reported; `reduction`: 100 (1 - of / to) percent
     = reported; `difference`: of - to = reported; `less` and `greater`: of against to; `keeps`: of
-    is at least to, less `tolerance`. A reported number is met within `tolerance`; unless told,
-    within one unit of its last decimal, and whole numbers exactly.
+    >= to - `tolerance`. A reported number holds within `tolerance`; by default within one unit of
+    its last decimal, and whole numbers exactly.
 
     Args:
-        device: where a time must have been taken to judge a sentence that names its device.
+        device: kind of device that the sentence names; a time from another kind judges nothing.
     """
 
     id: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
@@ -411,20 +413,21 @@ class Claim(Strict):
         if timed and (
             self.kind in ("value", "difference") or (self.kind == "keeps" and self.tolerance)
         ):
-            raise ValueError("a time is judged by ratio or rank alone: the device is another")
+            raise ValueError(
+                "judge a time by ratio or rank only: the device differs from the paper's"
+            )
         if self.device and not timed:
-            raise ValueError("`device` belongs to what is timed")
+            raise ValueError("`device` belongs to claims about times")
         return self
 
 
 class NotChecked(Strict):
-    """A sentence or number of a seed that no record here can judge.
+    """A sentence or number of a paper that no record can judge.
 
-    reason `data`: it needs images or a training that no scale has; `hardware`: it is of a device
-    that is not here; `unsaid`: the seed does not say what was done or meant; `undone`: it could be
-    checked, but no study does; `setting`: it says how something is built or trained, which
-    configuration and tests hold; `others`: it is about others' work; `opinion`: a judgement, an
-    explanation or a wish.
+    reason `data`: needs images or training that no scale has; `hardware`: about a device that is
+    not available; `unsaid`: the paper does not say what was done or meant; `undone`: no study
+    checks it yet; `setting`: says how something is built or trained, which configuration and tests
+    cover; `others`: about the work of others; `opinion`: a judgement, an explanation or a wish.
     """
 
     says: Text
@@ -434,7 +437,7 @@ class NotChecked(Strict):
 
 
 class Claims(Strict):
-    """The claims of one seed, and what in it cannot be checked here."""
+    """The claims of one paper, and its statements that cannot be checked."""
 
     id: Name
     seed: Literal["hovit", "skipvit", "efficientvit"]
@@ -453,7 +456,7 @@ KINDS: dict[str, type[Strict]] = {
 
 
 class Config(Strict):
-    """Everything under `config/`, with the references between its files checked."""
+    """Everything under `config/`, with references between files checked."""
 
     datasets: dict[str, Dataset]
     recipes: dict[str, Recipe]

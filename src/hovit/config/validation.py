@@ -1,4 +1,4 @@
-"""What the files of `config/` say of each other: every name is defined, what goes together does."""
+"""References between the files of `config/`: every name is defined, and settings fit together."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +11,14 @@ Must = Callable[[Any, str, str], None]
 
 
 def check_references(config: Config, root: Path) -> None:
-    """Check the whole config.
+    """Check all references.
 
     Args:
-        config: as read.
-        root: its folder, for the message.
+        config: all files.
+        root: their folder, for messages.
 
     Raises:
-        HovitError: for the first name that is not defined, and where.
+        HovitError: for the first name that is not defined, with its place.
     """
 
     def must(known: Any, name: str, where: str) -> None:
@@ -37,7 +37,7 @@ def check_references(config: Config, root: Path) -> None:
 
 
 def _check_row_ref(config: Config, row_ref: str, where: str, must: Must) -> Row:
-    """STUDY/ROW, and the row that it names."""
+    """Check a reference STUDY/ROW; return the row."""
     study_id, row_id = row_ref.split("/")
     must(config.studies, study_id, where)
     must([row.id for row in config.studies[study_id].rows], row_id, where)
@@ -81,7 +81,7 @@ def _check_claims(config: Config, root: Path, must: Must) -> None:
 
 
 def _check_ref(config: Config, ref: str, where: str, must: Must) -> None:
-    """A number that a claim points at: a row's, or an analysis's of a row."""
+    """Check a claim's reference to a number of a row, or of an analysis."""
     analysis_id, study_id, row_id, metric = split_ref(ref)
     row_ref = f"{study_id}/{row_id}"
     if analysis_id:
@@ -124,7 +124,7 @@ def _check_rows(config: Config, root: Path, study: Study, must: Must) -> None:
 
 
 def _claimable(study: Study, row: Row) -> list[str]:
-    """What a claim may point at: a row's metrics, its latency by batch, what its seed printed."""
+    """Numbers of a row that a claim may refer to: metrics, latency by batch, reported numbers."""
     metrics: list[str] = [m for m in study.columns if m != "latency"]
     if "latency" in study.columns:
         metrics += [f"latency_{batch}" for batch in study.batches or (1, 32)]

@@ -1,7 +1,7 @@
-"""What a run, a study or an analysis will do, and about what it costs on this machine.
+"""Describe a run, a study or an analysis, and estimate its cost on this machine.
 
-The estimate is training's multiply-adds (three times a forward pass's) over a speed measured here
-and now, on one model and one batch: an order of magnitude, not a promise.
+The estimate divides the multiply-adds of training (three forward passes) by a speed measured now,
+on one model and one batch. It is an order of magnitude.
 """
 
 import time
@@ -19,11 +19,11 @@ from ..utils.device import describe_device, pick_device
 from ..utils.errors import HovitError
 from ..utils.files import read_json
 
-PROBE = ("levit_256", 8)  # model and batch whose speed stands for all
+PROBE = ("levit_256", 8)  # model and batch that are timed
 
 
 def show_study(plan: Plan, study: Study) -> str:
-    """The study's rows, what is trained and measured for them, and the cost of training it all."""
+    """The rows of a study, what is trained and measured for each, and the cost of training."""
     lines = [f"{study.id}: {study.title}", f"seed: {study.source.seed}, {study.source.place}"]
     lines += [f"scale: {plan.scale.id}: {plan.scale.title}", ""]
     for row in study.rows:
@@ -44,7 +44,7 @@ def _todo(plan: Plan, study: Study, row: Row) -> str:
     if row.model is None:
         packs = ", ".join(pack.id for pack in plan.packs_of(row.dataset)) if row.dataset else ""
         by = f"the split of {row.rule}" if row.rule else packs
-        return f"counted: {by}" if by else "nothing to run: the seed's numbers alone"
+        return f"counted: {by}" if by else "nothing to run: reported numbers only"
     if not study.trained:
         args = "".join(f" {key}={value}" for key, value in row.model_args.items())
         return f"measured: {plan.scale.model_of(row)}{args}"
@@ -84,7 +84,7 @@ def _measuring(task: MeasureTask) -> str:
 
 
 def show_analysis(plan: Plan, analysis: Analysis) -> str:
-    """The trained models and images that an analysis takes, its record, and training's cost."""
+    """The runs and images of an analysis, its record, and the cost of training."""
     task = plan.analyse_task(analysis)
     runs = task.runs if task else {}
     lines = [f"{analysis.id}: {analysis.title}"]
@@ -109,7 +109,7 @@ def show_analysis(plan: Plan, analysis: Analysis) -> str:
 
 
 def show_run(plan: Plan, run: Run) -> str:
-    """All that decides a run, the tables that cite it, and its cost."""
+    """The settings of a run, the tables that cite it, and its cost."""
     cited = [s.id for s in plan.config.studies.values() if run in plan.needed([s])]
     seeds = ", ".join(map(str, plan.runs[run.id]))
     lines = [
@@ -163,7 +163,7 @@ def _size(run: Run) -> tuple[int, int]:
 
 
 def _images(run: Run) -> int | None:
-    """Training images of a run, if its data are packed or the config says how many there are."""
+    """Training images of a run, if its data are packed or config states the number."""
     path = run.pack.folder / "pack.json"
     if not path.exists():
         if run.dataset.images is None:
@@ -178,7 +178,7 @@ def _images(run: Run) -> int | None:
 
 
 def probe(device: torch.device) -> float:
-    """Multiply-adds a second of training here, measured on one small batch."""
+    """Multiply-adds per second of training on this machine, measured on one small batch."""
     name, batch = PROBE
     net = create_model(name, 37, 224).to(device).train()
     x = torch.randn(batch, 3, 224, 224, device=device)

@@ -1,14 +1,13 @@
-"""Evidence: records that were made elsewhere, committed under `results/evidence/DEVICE/`.
+"""Evidence: records from other machines, committed under `results/evidence/DEVICE/`.
 
-Each is the program's own file, byte for byte. `add` takes one only if it verifies, and `verify`
-checks all again: seal, spec against the config, code against the repository's history (so a
-whole clone is needed), metrics against the predictions beside it. Tables and claims check seal and
-spec each time; a test runs `verify` on what is committed.
+Each record is a copy of the program's own file. `add` takes a record only if it verifies; `verify`
+checks all of them again: the seal, the spec against config row by row, the code hash against the
+repository's history (which needs a full clone), and metrics against the predictions. Tables and
+claims check seal and spec every time; a test runs `verify` on the committed records.
 """
 
 import re
 import shutil
-import subprocess
 import tempfile
 import zipfile
 from functools import lru_cache
@@ -24,21 +23,22 @@ from ..records.record import Record, read_record
 from ..utils.code_hash import record_code
 from ..utils.errors import HovitError
 from ..utils.files import atomic
+from ..utils.git import git
 
 
 def add(config: Config, sources: list[Path], root: Path = Path()) -> list[Path]:
     """Take finished records from another machine's `results/runs`, after verifying each.
 
     Args:
-        config: against which specs are checked.
+        config: the specs are checked against it.
         sources: `results/runs` folders, or folders inside one.
         root: top of the artifact.
 
     Returns:
-        the records taken, by their place here. Those already here are not taken again.
+        the copies of the records. A record that is already there is not copied again.
 
     Raises:
-        HovitError: for the first record that does not verify; nothing is taken then.
+        HovitError: for the first record that does not verify; then nothing is copied.
     """
     found = [path for source in sources for path in records_in(source)]
     if not found:
@@ -53,7 +53,7 @@ def add(config: Config, sources: list[Path], root: Path = Path()) -> list[Path]:
         place = root / EVIDENCE / slug(record.provenance.device) / location(record)
         if place.exists():
             if place.read_bytes() != path.read_bytes():
-                raise HovitError(f"{place}: another record of this run is there; remove it first")
+                raise HovitError(f"{place}: there is another record of this run; remove it first")
             continue
         if record.kind == "train":
             name = _predictions(record)
@@ -69,7 +69,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def verify(config: Config, root: Path = Path()) -> tuple[int, list[str]]:
-    """Check all evidence again: (how many records, what is wrong)."""
+    """Check all evidence again: (number of records, problems)."""
     paths = records_in(root / EVIDENCE)
     plans = {name: Plan(config, scale) for name, scale in config.scales.items()}
     problems = []
@@ -107,12 +107,12 @@ def check(plans: dict[str, Plan], path: Path, root: Path = Path()) -> Record:
 
 
 def _predictions(record: Record) -> str:
-    """The name of the file that a run's metrics can be computed from again."""
+    """Name of the file from which a run's metrics can be recomputed."""
     return DETECTIONS if record.spec["recipe"].get("detection") else PREDICTIONS
 
 
 def _check_detections(path: Path, run: Run, record: Record, root: Path) -> None:
-    """AP is computed again where this machine has the same annotations; else the hash must do."""
+    """Recompute AP if this machine has the same annotations; otherwise check the hash only."""
     from ..detection.coco import drawn
     from ..detection.evaluate import METRICS, detections_digest, evaluate, read_detections
     from ..detection.folder import evaluation_set
@@ -120,7 +120,7 @@ def _check_detections(path: Path, run: Run, record: Record, root: Path) -> None:
     file = path.parent / DETECTIONS
     detections = read_detections(file)
     if detections_digest(detections) != record.results.get("detections_sha256"):
-        raise HovitError(f"{file}: not the detections that {path.name} was made from")
+        raise HovitError(f"{file}: not the detections of {path.name}")
     sha256 = str(record.results.get("annotations_sha256"))
     truth = evaluation_set(run.pack, sha256, root / run.pack.folder)
     if truth is None:
@@ -128,56 +128,44 @@ def _check_detections(path: Path, run: Run, record: Record, root: Path) -> None:
     tested = drawn(truth.pictures, run.limit.test, run.dataset.split.seed)
     found = evaluate(truth, detections, [picture.id for picture in tested])
     if found != {name: record.results[name] for name in METRICS if name in record.results}:
-        raise HovitError(f"{path}: AP is not what the detections give")
+        raise HovitError(f"{path}: AP does not match the detections")
 
 
 def _check_predictions(path: Path, record: Record) -> None:
     file = path.parent / PREDICTIONS
     table = read_predictions(file)
     if predictions_digest(table) != record.results.get("predictions_sha256"):
-        raise HovitError(f"{file}: not the predictions that {path.name} was made from")
+        raise HovitError(f"{file}: not the predictions of {path.name}")
     loss, top1 = metrics(table)
     if (loss, top1) != (record.results.get("loss"), record.results.get("top1")):
-        raise HovitError(f"{path}: loss or top1 is not what the predictions give")
+        raise HovitError(f"{path}: loss or top1 does not match the predictions")
 
 
 def _check_code(path: Path, record: Record, root: Path) -> None:
-    """The record's code must stand in the history: at its own commit, or, where it knew none, at
-    any."""
+    """Find the record's code hash in the history: at its own commit, or at any if it knew none."""
     made = record.provenance
     known = made.commit if made.commit != "unknown" and not made.dirty else None
     for commit in [known] if known else _history(root):
         if record_code(record.kind, record.spec, _package_at(root, commit)) == made.code:
             return
     where = f"at commit {known[:10]}" if known else "in any commit"
-    raise HovitError(f"{path}: made by other code than stands {where}")
-
-
-def _git(root: Path, *args: str) -> bytes:
-    try:
-        return subprocess.run(
-            ["git", "-C", str(root), *args], capture_output=True, check=True, timeout=60
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        raise HovitError(
-            f"{root or '.'}: git {args[0]} failed; evidence needs the history"
-        ) from None
+    raise HovitError(f"{path}: its code hash does not match the sources {where}")
 
 
 @lru_cache
 def _history(root: Path) -> list[str]:
-    return _git(root, "rev-list", "HEAD", "--", "src/hovit").decode().split()
+    return git(root, "rev-list", "HEAD", "--", "src/hovit").decode().split()
 
 
 _unpacked: dict[str, tempfile.TemporaryDirectory[str]] = {}
 
 
 def _package_at(root: Path, commit: str) -> Path:
-    """The package's sources at a commit, unpacked until this process ends."""
+    """The package's sources at a commit, unpacked in a temporary folder for this process."""
     if commit not in _unpacked:
         if not re.fullmatch(r"[0-9a-f]{7,64}", commit):
             raise HovitError(f"{commit!r} is not a commit")
-        content = _git(root, "archive", "--format=zip", commit, "src/hovit")
+        content = git(root, "archive", "--format=zip", commit, "src/hovit")
         _unpacked[commit] = tempfile.TemporaryDirectory()
         with zipfile.ZipFile(BytesIO(content)) as archive:
             archive.extractall(_unpacked[commit].name)

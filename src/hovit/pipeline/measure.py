@@ -1,4 +1,4 @@
-"""One study's measurements: every row's cost, and the latency of all rows, interleaved."""
+"""Measure a study: the cost of every row, and the interleaved latency of all rows."""
 
 import json
 import math

@@ -1,7 +1,7 @@
-"""A study's runs and measurements one after another in one process, without Snakemake.
+"""Train and measure studies in one process, without Snakemake.
 
-For a time-limited notebook or a rented GPU: stops cleanly before the budget is spent, and the
-same command goes on next time.
+For a time-limited notebook or a rented GPU: the sweep stops cleanly before the budget is spent, and
+the same command resumes.
 """
 
 import re
@@ -46,20 +46,20 @@ def sweep(
     options: Callable[[Run, float], Options] = lambda _, deadline: Options(deadline=deadline),
     log: Callable[[str], None] = print,
 ) -> list[str]:
-    """Train and measure what these studies need and is not there yet, until `deadline`.
+    """Do the open tasks of these studies, until `deadline`.
 
     Args:
-        plan: the config at a scale.
-        studies: whose runs and measurements.
+        plan: config at a scale.
+        studies: the studies to train and measure.
         data_root: folder with downloads and archives.
-        deadline: `time.monotonic()` by which to have stopped.
-        accelerator: Fabric's word: auto, cpu, cuda.
-        root: top of the artifact.
-        options: of the training of one run, given the deadline.
-        log: told what happens.
+        deadline: `time.monotonic()` at which it must have stopped.
+        accelerator: auto, cpu or cuda.
+        root: top folder of the artifact.
+        options: training options for a run, given the deadline.
+        log: called with each line of progress.
 
     Returns:
-        what is still to do, in words; empty when all is done.
+        the tasks that are still open, in words; empty when all are done.
     """
     fabric = make_fabric(plan.scale.precision, accelerator=accelerator)
 
@@ -88,7 +88,7 @@ def sweep(
             job()
         except OutOfTime:
             return failed + [name for name, _ in jobs[i:]]
-        except HovitError as error:  # the others need not wait for it
+        except HovitError as error:  # the other tasks go on
             log(f"      failed: {error}")
             failed.append(f"{name} (failed)")
     return failed

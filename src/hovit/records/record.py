@@ -1,12 +1,11 @@
-"""Records: what a run or a measurement leaves, and all that the report reads.
+"""Records: the small JSON files that tasks write and reports read.
 
-A record is small JSON, written atomically: what was to be done (`spec`, `spec_hash`), what came of
-it (`results`), and under which circumstances (`provenance`). The schema has a version, and
-`config/schema/record.schema.json` describes it.
+A record holds what was to be done (`spec`, `spec_hash`), the outcome (`results`) and the
+circumstances (`provenance`). It is written atomically. `config/schema/record.schema.json` describes
+it; the schema has a version.
 """
 
 import platform
-import subprocess
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +17,7 @@ from pydantic import ValidationError
 from ..utils.device import Device
 from ..utils.errors import HovitError, one_line
 from ..utils.files import digest, read_json, write_json
+from ..utils.git import git, is_repository
 from ..utils.strict import Strict
 from ..utils.yaml_file import explain
 
@@ -36,17 +36,17 @@ PACKAGES = (
 
 
 class Provenance(Strict):
-    """The circumstances of a record."""
+    """Circumstances under which a record was made."""
 
     made: str  # UTC, ISO 8601
     commit: str
     dirty: bool  # tracked files differed from the commit
-    code: str  # sha256 of the sources that can change the result (`hovit.utils.code_hash`)
+    code: str  # sha256 of the sources that can change the result (`utils.code_hash`)
     versions: dict[str, str]
     python: str
     system: str
     device: Device
-    seconds: float  # wall time; of a run over all its sittings, of a measurement of the last
+    seconds: float  # wall time; for a resumed run the sum, for a measurement the last part
     peak_memory_mb: float
     dataset: dict[str, Any] | None = None  # pack.json
 
@@ -62,10 +62,10 @@ class Record(Strict):
     spec_hash: str
     results: dict[str, Any]
     provenance: Provenance
-    sha256: str = ""  # of all the rest, set when it is written
+    sha256: str = ""  # seal over all other fields, set on writing
 
     def seal(self) -> str:
-        """sha256, in hex, of everything but the seal itself."""
+        """sha256, in hex, of all other fields."""
         return digest(self.model_dump(mode="json", exclude={"sha256"}))
 
 
@@ -78,7 +78,7 @@ def read_record(path: Path) -> Record:
     """Read a record.
 
     Raises:
-        HovitError: if it is missing, not of this schema, or a hash does not match its contents.
+        HovitError: if it is missing, does not fit the schema, or a hash does not match.
     """
     try:
         record = Record.model_validate(read_json(path))
@@ -96,21 +96,20 @@ def read_record(path: Path) -> Record:
 
 
 @lru_cache
-def git_state() -> tuple[str, bool]:
-    """(commit, dirty) of the working directory; ("unknown", True) outside a repository.
+def git_state(root: Path = Path()) -> tuple[str, bool]:
+    """(commit, dirty) of the artifact; ("unknown", True) if it is not a git repository itself.
 
-    dvc.lock does not count: DVC stages it after every `dvc repro`, and it is a result.
+    A change of dvc.lock does not count: DVC stages it after every `dvc repro`, as a result.
+
+    Args:
+        root: top folder of the artifact.
     """
-
-    def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", *args], capture_output=True, text=True, check=True, timeout=30
-        ).stdout.strip()
-
+    if not is_repository(root):
+        return "unknown", True
     try:
-        changed = git("status", "--porcelain", "-uno", ":/", ":!/dvc.lock")
-        return git("rev-parse", "HEAD"), bool(changed)
-    except (OSError, subprocess.SubprocessError):
+        changed = git(root, "status", "--porcelain", "-uno", ":/", ":!/dvc.lock")
+        return git(root, "rev-parse", "HEAD").decode().strip(), bool(changed.strip())
+    except HovitError:  # a repository without a commit
         return "unknown", True
 
 
@@ -121,7 +120,7 @@ def make_provenance(
     code: str,
     dataset: dict[str, Any] | None = None,
 ) -> Provenance:
-    """The circumstances of a record that is written now, by this process."""
+    """Provenance of a record that this process writes now."""
     commit, dirty = git_state()
     versions = {}
     for package in PACKAGES:

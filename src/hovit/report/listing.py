@@ -1,4 +1,4 @@
-"""`hovit list`: the studies, the runs with the tables that cite them, and the analyses."""
+"""`hovit list`: studies, runs with the tables that cite them, and analyses."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ def _titles(what: str, found: Sequence[tuple[Study | Analysis, int]]) -> str:
 
 
 def list_runs(plan: Plan, root: Path = Path()) -> str:
-    """Every run of the scale: how many seeds are done here and in evidence, pack, tables."""
+    """Every run of the scale: seeds done here, seeds in evidence, pack, tables."""
     cited: dict[str, list[str]] = {}
     for study in plan.config.studies.values():
         for run in {run.id for row in study.rows for run in plan.runs_of(study, row)}:

@@ -1,4 +1,4 @@
-"""README's table and figure of results, made from the committed evidence alone."""
+"""README's table and figure of results, from the committed evidence alone."""
 
 from io import BytesIO
 from pathlib import Path
@@ -14,7 +14,7 @@ from .sources import Sources, load_sources
 README, PICTURE = Path("README.md"), Path("paper/front.png")
 BEGIN, END = "<!-- results: made by `hovit readme` -->\n", "<!-- end of results -->\n"
 SYSTEMS = {"hovit": "HoViT", "skipvit": "SkipViT", "efficientvit": "EfficientViT"}
-# What a reader wants to know first. The whole ledger is results/claims.md.
+# Claims of general interest. results/claims.md has all of them.
 HEADLINES = (
     "hovit-fewer-parameters",
     "hovit-fewer-live-parameters",
@@ -63,11 +63,11 @@ def write_readme(plan: Plan, root: Path = Path()) -> None:
 
 
 def results_section(sources: Sources) -> str:
-    """The table, what its numbers are of, and the picture's caption, as Markdown."""
+    """The table, the sources of its numbers, and the picture with its caption, as Markdown."""
     claims = _claims(sources.plan)
     verdicts = [judge(sources, *claims[name]) for name in HEADLINES]
     lines = [
-        "| | the seed says | printed | here | verdict |",
+        "| | the paper says | printed | here | verdict |",
         "| :-- | :-- | --: | --: | :-- |",
         *(_line(sources, claims[v.id][0], v) for v in verdicts),
     ]
@@ -77,11 +77,12 @@ def results_section(sources: Sources) -> str:
             "",
             *lines,
             "",
-            f"Of the committed evidence ({'; '.join(places)}). Where the seed only compares, "
-            "*here* has both sides; accuracies are test top-1 in per cent, times milliseconds. "
-            "Stand-in images, small sizes and few epochs: a verdict on accuracy is of that scale.",
+            f"From the committed evidence: {'; '.join(places)}. Where the paper only compares, "
+            "*here* shows both numbers: test top-1 in percent, or milliseconds. Accuracies come "
+            "from stand-in images, small sizes and few epochs, so their verdicts hold at that "
+            "scale only.",
             "",
-            f"![Ratios that the seeds print, and ours, with the interquartile range of the "
+            f"![Ratios in the papers and measured ratios, with the inter-quartile range over "
             f"rounds]({PICTURE})",
             "",
         ]
@@ -98,7 +99,7 @@ def _line(sources: Sources, claim: Claim, v: Verdict) -> str:
 
 
 def picture(sources: Sources) -> bytes:
-    """Each ratio that a seed prints, and ours beside it, as PNG."""
+    """Each ratio that a paper prints, with the measured ratio, as PNG."""
     import matplotlib.pyplot as plt
 
     from .figures import style
@@ -110,11 +111,13 @@ def picture(sources: Sources) -> bytes:
         for y, name in enumerate(DRAWN):
             claim = claims[name][0]
             printed = _ratio(claim, float(claim.reported or "nan"))
-            ax.plot(printed, y, "o", mfc="white", mec=style.REPORTED, ms=6, label="seed")
+            ax.plot(printed, y, "o", mfc="white", mec=style.REPORTED, ms=6, label="paper")
             if sides := _sides(sources, claim):
                 number, noise = against("ratio", *sides)
                 ax.plot([printed, number], [y, y], "-", color="#999999", marker="", lw=0.8)
-                ax.errorbar(number, y, xerr=noise, fmt="D", color=style.OURS, ms=4, label="ours")
+                ax.errorbar(
+                    number, y, xerr=noise, fmt="D", color=style.OURS, ms=4, label="measured"
+                )
         ax.axvline(1, color="black", linewidth=0.6)
         ax.set_xscale("log")
         ax.set_xticks([0.5, 0.7, 1, 1.5, 2, 3, 5], ["0.5", "0.7", "1", "1.5", "2", "3", "5"])
@@ -137,7 +140,7 @@ def picture(sources: Sources) -> bytes:
 
 
 def _ratio(claim: Claim, number: float) -> float:
-    """A ratio; a reduction by so many per cent as the ratio that is left."""
+    """A claim's number as a ratio; a reduction in percent becomes the remaining ratio."""
     return 1 - number / 100 if claim.kind == "reduction" else number
 
 

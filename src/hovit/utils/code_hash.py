@@ -37,6 +37,8 @@ INDIRECT = (
     "records/",
     "utils/errors.py",
     "utils/files.py",
+    "utils/git.py",
+    "utils/strict.py",
     "utils/yaml_file.py",
     "utils/device.py",
     "utils/code_hash.py",

@@ -1,5 +1,4 @@
-"""Models by name, at any image size: the one door to timm's registry that training and measuring
-use."""
+"""Create registered models at any image size."""
 
 from typing import Any
 
@@ -9,18 +8,18 @@ from .errors import HovitError, one_line
 
 
 def create_model(name: str, num_classes: int, image_size: int | None, **args: Any) -> Any:
-    """`timm.create_model` without weights, telling the size to models whose shape depends on it.
+    """Call `timm.create_model` without weights, with `img_size` for models that depend on it.
 
-    Gives a Module; `Any`, because the methods that timm adds are not typed.
+    Returns a Module, typed `Any` because the methods that timm adds are not typed.
 
     Args:
-        name: a registered model; a `.tag` is refused, as weights are loaded elsewhere.
+        name: a registered model, without a `.tag`: weights are loaded elsewhere.
         num_classes: outputs.
-        image_size: pixels a side; None for what takes no images.
-        args: the model's own.
+        image_size: pixels per side; None for modules that take no images.
+        args: further arguments of the model.
 
     Raises:
-        HovitError: for an unknown name, or arguments that the model does not take.
+        HovitError: for an unknown name, or arguments that the model does not accept.
     """
     if "." in name:
         raise HovitError(f"model {name!r}: a tag names weights; say `pretrained` instead")
@@ -33,6 +32,6 @@ def create_model(name: str, num_classes: int, image_size: int | None, **args: An
         args["img_size"] = image_size
     try:
         return timm.create_model(name, num_classes=num_classes, **args)
-    except Exception as error:  # models make of wrong arguments what they will
+    except Exception as error:  # models raise many types for wrong arguments
         what = f"model {name} at {image_size} px with {args}"
         raise HovitError(f"{what}: {one_line(error)}") from None

@@ -17,11 +17,11 @@ from .strict import Strict
 if TYPE_CHECKING:
     import torch
 
-freed_memory_kept = False  # by this process, from some moment on
+freed_memory_kept = False  # whether this process keeps freed memory
 
 
 class Device(Strict):
-    """What ran it.
+    """The device that did the work.
 
     Args:
         kind: `cpu` or `cuda`.
@@ -42,10 +42,10 @@ class Device(Strict):
 
 
 def pick_device(accelerator: str = "auto") -> torch.device:
-    """`cuda` where there is one, else `cpu`; or what was asked for.
+    """The requested device; `auto` is `cuda` if available, else `cpu`.
 
     Raises:
-        HovitError: for another word, or `cuda` where there is none.
+        HovitError: for an unknown name, or `cuda` without a GPU.
     """
     import torch
 
@@ -60,7 +60,7 @@ def pick_device(accelerator: str = "auto") -> torch.device:
 
 
 def describe_device(device: torch.device) -> Device:
-    """Name, driver and threads, as records keep them."""
+    """Name, driver and threads, for a record."""
     import torch
 
     threads = torch.get_num_threads()
@@ -71,15 +71,15 @@ def describe_device(device: torch.device) -> Device:
 
 
 def keep_freed_memory() -> bool:
-    """From now on this process keeps the memory it frees, so that the next pass finds it again.
+    """Make this process keep the memory that it frees, so that the next pass reuses it.
 
-    glibc hands large freed blocks back to the system, and each pass then faults their pages in
-    anew; or it does not, by what else the process has allocated before. That can double a model's
-    time and makes ratios between models differ from one process to the next
-    (`bench/allocator.py`). Peak memory grows. Other C libraries are left as they are.
+    glibc may return large freed blocks to the system, depending on earlier allocations. Each pass
+    then faults their pages in again, which can double a model's time and changes ratios between
+    models from process to process (`bench/allocator.py`). Peak memory grows. Other C libraries
+    keep their default.
 
     Returns:
-        whether it is so: False where the C library has no `mallopt`.
+        whether memory is kept: False if the C library has no `mallopt`.
     """
     global freed_memory_kept
     trim_threshold, mmap_max = -1, -4  # glibc's malloc.h
@@ -109,7 +109,7 @@ def _nvidia_driver() -> str:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Most memory held so far, in MB: the card's, or this process's on a CPU."""
+    """Peak memory so far, in MB: of the GPU, or of this process on a CPU."""
     import torch
 
     if device.type == "cuda":

@@ -1,6 +1,6 @@
-"""The bytes that dvc.lock promises: every file's md5, here and in DVC's cache, computed anew.
+"""Verify the files in dvc.lock: recompute every md5, in the workspace and in DVC's cache.
 
-DVC believes a file whose size and time did not change; a rotten disk changes neither.
+DVC trusts a file whose size and time did not change; disk corruption changes neither.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ def check_stored(root: Path = Path()) -> tuple[int, list[str]]:
     """Compare every output of dvc.lock with its md5.
 
     Returns:
-        how many files dvc.lock promises, and each that is missing or other, by name.
+        the number of files in dvc.lock, and a line for each missing or changed file.
 
     Raises:
         HovitError: if there is no readable dvc.lock.

@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or a killed writer, never meets half of one."""
+"""Atomic file writes, locks, JSON and digests."""
 
 import fcntl
 import glob
@@ -17,7 +17,7 @@ from .errors import HovitError, one_line
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; once written without an error it becomes `path`.
+    """Yield a temporary path next to `path`; rename it to `path` if no error occurs.
 
     Raises:
         HovitError: if the file cannot be written (read-only folder, full disk).
@@ -38,7 +38,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def clear_leftovers(path: Path) -> None:
-    """Remove what processes that were killed while they wrote `path` left beside it."""
+    """Remove temporary files of killed processes that were writing `path`."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.*"):
         pid, suffix = leftover.name.split(".")[-2:]
         if suffix not in ("tmp", "part") or not pid.isdecimal():
@@ -62,10 +62,10 @@ def _is_alive(pid: int) -> bool:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keep other processes that ask for the same out of a folder, for as long as this one lives.
+    """Lock a folder for this process.
 
     Raises:
-        HovitError: if another process is in it, or the folder cannot be made.
+        HovitError: if another process holds the lock, or the folder cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -126,15 +126,15 @@ def _finite(text: str) -> float:
 
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:
-    """Write `value` as JSON, atomically, with its own digest beside it as `sha256`."""
+    """Write `value` as JSON, atomically, with its digest as `sha256`."""
     write_json(path, value | {"sha256": digest(value)})
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Read what `write_sealed` wrote, without the seal.
+    """Read a file of `write_sealed`, without the seal.
 
     Raises:
-        HovitError: as `read_json`, and if not everything is as it was written.
+        HovitError: as `read_json`, and if the seal does not match.
     """
     value = read_json(path)
     if value.pop("sha256", None) != digest(value):

@@ -1,4 +1,4 @@
-"""Files that people write: YAML, checked against a class, every mistake in one line."""
+"""YAML files, validated against a class; every mistake gives one line."""
 
 from pathlib import Path
 from typing import Any, get_args
@@ -10,7 +10,7 @@ from .errors import HovitError, one_line
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML that refuses a key given twice; plain YAML keeps the last one silently."""
+    """Loader that refuses duplicate keys; plain YAML silently keeps the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -24,10 +24,10 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
-    """Read YAML, safely.
+    """Read YAML with the safe loader.
 
     Raises:
-        HovitError: if the file is missing or no YAML, or gives a key twice.
+        HovitError: if the file is missing, is not YAML, or has a duplicate key.
     """
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
@@ -35,12 +35,12 @@ def read_yaml(path: Path) -> Any:
         mark = error.problem_mark
         where = f":{mark.line + 1}" if mark else ""
         raise HovitError(f"{path}{where}: not valid YAML: {error.problem}") from None
-    except Exception as error:  # PyYAML stumbles over odd documents in many ways
+    except Exception as error:  # PyYAML raises many types for odd documents
         raise HovitError(f"{path}: cannot be read: {one_line(error)}") from None
 
 
 def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """The keys that the object at `location` of `model` admits."""
+    """Keys that the object at `location` of `model` accepts."""
     here: Any = model
     for key in location:
         if isinstance(key, str) and isinstance(here, type) and issubclass(here, BaseModel):
@@ -54,8 +54,8 @@ def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
 
 
 def explain(error: ValidationError, where: object, model: type[BaseModel]) -> HovitError:
-    """The first mistake of a ValidationError as one line: file, key path, what is allowed."""
-    # An unknown key first: a misspelt one is missing, too, under its right name.
+    """First mistake of a ValidationError in one line: file, key path, what is allowed."""
+    # Unknown keys first: a misspelt key also counts as missing under its right name.
     first, *others = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     keys = [k if isinstance(k, int) or k.isprintable() else repr(k) for k in first["loc"]]
     path = "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in keys).lstrip(".")
@@ -74,7 +74,7 @@ def load_file(path: Path, model: type[BaseModel]) -> Any:
     """Read one YAML file as `model`.
 
     Raises:
-        HovitError: in one line, with file and key path, for whatever is wrong in it.
+        HovitError: in one line, with file and key path.
     """
     try:
         loaded = model.model_validate(read_yaml(path))

@@ -1,4 +1,4 @@
-"""EfficientViT's motivating studies, each in the paper's form with its own points beside."""
+"""Figures on EfficientViT's motivating studies, with the paper's own points."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ PARTS = {"qk_ratio": "Q and K", "v_ratio": "V", "ffn_ratio": "FFN"}
 
 
 def mhsa_share(results: Results) -> "Canvas":
-    """Accuracy by the share of attention layers: the paper's above, ours below."""
+    """Accuracy by the share of attention layers: reported above, measured below."""
     import matplotlib.pyplot as plt
 
     from . import style
@@ -43,7 +43,7 @@ def mhsa_share(results: Results) -> "Canvas":
 
 
 def head_similarity(results: Results) -> "Canvas":
-    """Largest similarity of each block's heads, fed whole features or splits."""
+    """Largest similarity between heads of each block, for whole features and head splits."""
     import matplotlib.pyplot as plt
 
     from . import style
@@ -70,7 +70,7 @@ def head_similarity(results: Results) -> "Canvas":
 
 
 def taylor_pruning(results: Results) -> "Canvas":
-    """Channels over the block's width, before pruning and after."""
+    """Channels relative to the width of the block, before and after pruning."""
     import matplotlib.pyplot as plt
 
     from . import style
@@ -97,7 +97,7 @@ def taylor_pruning(results: Results) -> "Canvas":
 
 
 def runtime_breakdown(results: Results) -> "Canvas":
-    """Run time by class of operator, those bound by computing first."""
+    """Run time by class of operator, compute-bound classes first."""
     import matplotlib.pyplot as plt
 
     from . import style
@@ -135,7 +135,7 @@ def _share(row: dict[str, Any], group: str) -> float:
 
 
 def _of(results: Results, analysis: str) -> tuple[Study, dict[str, Any], dict[str, Any]]:
-    """(the study of its rows, what was found by row, what the paper published)."""
+    """(study of the rows, results by row, numbers of the paper)."""
     published: dict[str, Any] = dict(results.plan.analysis(analysis).published)
     return (
         results.plan.study("mhsa_share"),

@@ -1,4 +1,4 @@
-"""The figures on other attentions: curves as in the deck, latency, and growth with the tokens."""
+"""Figures on attention variants: training curves, latency, and growth with the number of tokens."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ LENGTH_FORMS = {"dot": "dot product (SDPA)", "jaccard": "Jaccard", "focused": "f
 
 
 def attention_curves(results: Results) -> "Canvas":
-    """Training and validation loss of every attention, in LeViT and in Swin: over-fitting shows."""
+    """Training and validation loss of every attention variant, in LeViT and in Swin."""
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
@@ -58,12 +58,12 @@ def attention_curves(results: Results) -> "Canvas":
 
 
 def _rows(results: Results, study: Study) -> list[Row]:
-    """What the study compares: its other attentions and the one they replace."""
+    """The rows of attention variants and of the attention that they replace."""
     return [r for r in study.rows if r.model not in ("levit_deck_fixed", "levit_256")]
 
 
 def attention_latency(results: Results) -> "Canvas":
-    """Each attention's latency over dot product's: in the deck's models, and by itself.
+    """Latency of each attention relative to dot-product attention, in models and alone.
 
     Error bars: half the inter-quartile range of the rounds' ratios.
     """
@@ -78,11 +78,11 @@ def attention_latency(results: Results) -> "Canvas":
     canvas, axes = plt.subplots(
         1, 3, figsize=(style.WIDTH, 3.6), gridspec_kw={"width_ratios": [1, 1, 1.2]}
     )
-    titles = ("In LeViT", "In Swin (CIFAR-10)", "By itself")
+    titles = ("In LeViT", "In Swin (CIFAR-10)", "Attention alone")
     for ax, study, title in zip(axes, studies, titles, strict=True):
         _bars(ax, results, study, [row for row in _rows(results, study) if row.baseline])
         ax.set_title(title)
-        ax.set_xlabel("Latency, × dot product's")
+        ax.set_xlabel("Latency, relative to dot product")
     handles, labels = axes[0].get_legend_handles_labels()
     canvas.legend(handles, labels, loc="outside upper center", ncols=3)
     state(canvas, results, studies)
@@ -126,7 +126,7 @@ def _bars(ax: "Axes", results: Results, study: Study, rows: list[Row]) -> None:
 
 
 def ratio_error(results: Results, study: Study, row: Row, metric: str) -> float:
-    """Half the inter-quartile range of the rounds' ratios to the baseline; 0 without rounds."""
+    """Half the inter-quartile range of the ratios to the baseline over rounds; 0 without rounds."""
     own = results.value(study, row, metric)
     base = results.value(study, study.row(row.baseline), metric) if row.baseline else None
     return ratio_noise(own, base) if own and base and own.samples else 0.0
@@ -137,7 +137,7 @@ def _short(label: str) -> str:
 
 
 def attention_length(results: Results) -> "Canvas":
-    """Time and memory of one image by the number of tokens: focused and gated grow linearly."""
+    """Time and memory of one image by the number of tokens."""
     import matplotlib.pyplot as plt
 
     from . import style
@@ -166,7 +166,7 @@ def attention_length(results: Results) -> "Canvas":
 
 
 def attention_maps(results: Results) -> "Canvas":
-    """One test image, and where its middle token looks under each attention, trained."""
+    """One test image, and the attention of its middle token in each trained variant."""
     import matplotlib.pyplot as plt
 
     from . import style
@@ -200,7 +200,7 @@ def attention_maps(results: Results) -> "Canvas":
 
 
 def show_photograph(ax: "Axes", results: Results, pack: Pack, index: int) -> "np.ndarray | None":
-    """Show an image that an analysis took, and return it; words where it is not packed here."""
+    """Show and return the image of an analysis; write a note if it is not packed here."""
     path = results.root / pack.folder / "images.npy"
     if not path.exists():  # evidence comes without its images
         words = f"image {index} of\n{pack.dataset.title}:\nnot packed here"
@@ -212,12 +212,12 @@ def show_photograph(ax: "Axes", results: Results, pack: Pack, index: int) -> "np
 
 
 def say_unmeasured(ax: "Axes") -> None:
-    """Words in the place of what no record has."""
+    """Write `not measured` if no record has the numbers."""
     ax.text(0.5, 0.5, "not measured", ha="center", va="center", transform=ax.transAxes)
 
 
 def seeds(results: Results, studies: list[Study]) -> list[str]:
-    """How many seeds there are records of: `n = 1 to 3 seeds`; nothing where none."""
+    """Number of seeds with records: `n = 1 to 3 seeds`; empty if none."""
     rows = [(study, row) for study in studies if study.trained for row in study.rows]
     found = sorted({len(results.trained(study, row)) for study, row in rows} - {0})
     least = f"{found[0]} to " if found and found[0] < found[-1] else ""
@@ -225,7 +225,7 @@ def seeds(results: Results, studies: list[Study]) -> list[str]:
 
 
 def photographs(results: Results) -> list[str]:
-    """Whose images a picture shows, where a run's own are not shown."""
+    """The data set of the photographs, if a figure shows those instead of the run's images."""
     name = results.plan.scale.photographs
     return [f"photographs: {results.plan.config.datasets[name].title}"] if name else []
 
@@ -236,7 +236,7 @@ TOP1_BARS = "bars: 95 % interval of each point's top-1, over test images and see
 def state(
     canvas: "Canvas", results: Results, studies: list[Study], more: Sequence[str] = ()
 ) -> None:
-    """Say under the figure what was run: scale, images, device and seeds, by study."""
+    """Write scale, images, device and seeds of each study under the figure."""
     facts = [*dict.fromkeys(results.where(study) for study in studies), *more]
     facts += seeds(results, studies)
     if results.problems:

@@ -1,4 +1,4 @@
-"""The figures: each drawn from records alone, the seed's own points beside ours."""
+"""Figures, drawn from records alone, with the numbers of the papers."""
 
 import re
 from collections.abc import Callable
@@ -85,7 +85,7 @@ def draw_from(sources: Sources, name: str, root: Path = Path()) -> None:
 
 
 def _state(canvas: "Canvas", results: Results, study: Study, latency: bool = True) -> None:
-    """Say under the figure what was run: scale, data, seeds and device."""
+    """Write scale, data, seeds and device under the figure."""
     plan = results.plan
     runs = [run for row in plan.rows_run(study) for run in plan.runs_of(study, row)]
     studies = [plan.study(name) for name in IDEAS] if latency else []
@@ -113,7 +113,7 @@ def _spread(value: Value) -> float:
 
 
 def training_curves(results: Results) -> "Canvas":
-    """Losses and validation accuracy by epoch: LeViT and HoViT, without and with the Launcher."""
+    """Losses and validation accuracy by epoch: LeViT, HoViT, without and with the Launcher."""
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
@@ -143,7 +143,7 @@ def training_curves(results: Results) -> "Canvas":
 
 
 def _family(row: Row) -> str:
-    """The row's label without the Launcher's prefix: one look stands for both."""
+    """Label of a row without the Launcher's prefix, so that both have the same look."""
     label = re.sub("^L_ ?", "", row.label)
     return label[0].upper() + label[1:]
 
@@ -151,7 +151,7 @@ def _family(row: Row) -> str:
 def _curve(
     ax: "Axes", results: Results, study: Study, row: Row, key: str, look: dict[str, Any]
 ) -> None:
-    """Mean over seeds, and their range as a band."""
+    """Plot the mean over seeds, and their range as a band."""
     import numpy as np
 
     histories = [record.results["history"] for _, record in results.trained(study, row)]
@@ -169,7 +169,7 @@ def _curve(
 
 
 def five_ideas(results: Results) -> "Canvas":
-    """Each idea against LeViT: latency as a ratio to its baseline, and accuracy.
+    """Latency of each idea relative to its baseline, and accuracy.
 
     Error bars: half the inter-quartile range of the rounds' ratios; standard deviation over seeds.
     """
@@ -223,7 +223,7 @@ def five_ideas(results: Results) -> "Canvas":
 
 
 def _idea_rows(plan: Plan) -> list[tuple[Study, Row]]:
-    """Baselines first, then each idea, without and with the Launcher; every model once."""
+    """Baselines, then each idea, without and with the Launcher; every model once."""
     seen: set[str] = set()
     rows = []
     for launched in (False, True):
@@ -237,9 +237,9 @@ def _idea_rows(plan: Plan) -> list[tuple[Study, Row]]:
 
 
 def accuracy_latency(results: Results) -> "Canvas":
-    """The family: accuracy against latency, as a ratio to LeViT. Hollow: the deck; filled: ours.
+    """Accuracy against latency relative to LeViT. Hollow points: the deck; filled points: measured.
 
-    A line joins a model's two points; models that only one of the two has stand alone.
+    A line joins the two points of a model.
     """
     import matplotlib.pyplot as plt
 
@@ -289,7 +289,7 @@ def accuracy_latency(results: Results) -> "Canvas":
 def _point(
     results: Results, study: Study, row: Row, latency: str, top1: str
 ) -> tuple[float, Value] | None:
-    """(latency over its baseline's, accuracy), or None where either is missing."""
+    """(latency relative to the baseline, accuracy); None if either is missing."""
     own, value = (results.value(study, row, metric) for metric in (latency, top1))
     ratio = baseline_ratio(results, study, row, latency) if row.baseline else 1.0
     return (ratio, value) if own and value and ratio else None

@@ -1,4 +1,4 @@
-"""The figures on SkipViT: what skipping saves and what arrives, accuracy, warm-up, kept patches."""
+"""Figures on SkipViT: speed-up, accuracy, warm-up, kept patches."""
 
 import math
 from fractions import Fraction
@@ -21,17 +21,17 @@ KEPT, LEFT_OUT = "#0072B2", "#C8C8C8"  # patches
 
 
 def _ratios(results: Results, study: Study, row: Row) -> dict[str, float | None]:
-    """Throughput over the baseline's: reported, implied by multiply-adds, reached."""
+    """Throughput relative to the baseline: reported, implied by multiply-adds, measured."""
     macs = baseline_ratio(results, study, row, "macs")
     return {
-        "seed (Ascend 910A)": baseline_ratio(results, study, row, "reported_throughput"),
+        "poster (Ascend 910A)": baseline_ratio(results, study, row, "reported_throughput"),
         "implied by multiply-adds": 1 / macs if macs else None,
-        f"reached, {results.name}": baseline_ratio(results, study, row, "throughput"),
+        f"measured, {results.name}": baseline_ratio(results, study, row, "throughput"),
     }
 
 
 def skipvit_speed(results: Results) -> "Canvas":
-    """Training throughput of each schedule over the baseline's."""
+    """Training throughput of each schedule, relative to the baseline."""
     import matplotlib.pyplot as plt
 
     from . import style
@@ -51,7 +51,7 @@ def skipvit_speed(results: Results) -> "Canvas":
     ax.axvline(1, color="black", linewidth=0.8)
     ax.set_yticks(range(len(rows)), [row.label for row in rows])
     ax.invert_yaxis()
-    ax.set_xlabel("Training images/s, × the baseline's")
+    ax.set_xlabel("Training images/s, relative to the baseline")
     ax.grid(axis="y", visible=False)
     canvas.legend(loc="outside upper center", ncols=3)
     state(canvas, results, [study])
@@ -59,18 +59,18 @@ def skipvit_speed(results: Results) -> "Canvas":
 
 
 def skipvit_accuracy(results: Results) -> "Canvas":
-    """Accuracy against throughput, both over the baseline's: the seed's nine points beside ours."""
+    """Accuracy against throughput, relative to the baseline: reported and measured points."""
     import matplotlib.pyplot as plt
 
     from . import style
 
     study = results.plan.study("skipvit")
     canvas, axes = plt.subplots(1, 2, figsize=(style.WIDTH, 2.8))
-    for ax, before, title in zip(axes, ("reported_", ""), ("Seed", "Ours"), strict=True):
+    for ax, before, title in zip(axes, ("reported_", ""), ("Poster", "Measured"), strict=True):
         _points(ax, results, study, before)
         ax.axhline(0, color="black", linewidth=0.6)
         ax.set_title(title)
-        ax.set_xlabel("Training images/s, × the baseline's")
+        ax.set_xlabel("Training images/s, relative to the baseline")
     axes[0].set_ylabel("Top-1 over the baseline's, points")
     handles, labels = axes[0].get_legend_handles_labels()
     canvas.legend(handles, labels, loc="outside right center")

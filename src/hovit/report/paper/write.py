@@ -140,7 +140,7 @@ def _is_judged(column: Column) -> bool:
 
 
 def _is_timed(column: Column) -> bool:
-    """Whether it holds times, or a ratio that stands beside times of the same source."""
+    """Whether it holds times, or a ratio between rows of one source."""
     return column.number.is_timed or column.ratio
 
 

@@ -81,7 +81,7 @@ def make_table(study: Study, sources: Sources, with_run: bool = True) -> Table:
     Args:
         study: the study.
         sources: this run and the evidence.
-        with_run: whether to show this run's inexact numbers beside the evidence.
+        with_run: whether to show this run's inexact numbers as well.
     """
     letters = dict(zip(LETTERS, sources.used(study), strict=False))
     builder = _Builder(study, sources, letters, with_run)
