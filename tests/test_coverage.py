@@ -13,6 +13,7 @@ from conftest import ROOT
 from pydantic import ValidationError
 from synthetic import CPU, GPU, measure_record, write_all
 
+from hovit.config.metrics import quantity
 from hovit.config.plan import Plan, load_plan
 from hovit.config.schema import Claim, NotChecked, split_ref
 from hovit.records.record import Device, write_record
@@ -130,7 +131,7 @@ def test_a_sentence_that_names_its_device_is_judged_there_alone(tmp_path: Path) 
         assert judged(PLAN, tmp_path, f"{name}-{here}").verdict != "not measured"
         elsewhere = judged(PLAN, tmp_path, f"{name}-{other}")
         assert elsewhere.verdict == "not measured"
-        assert elsewhere.why.startswith(f"timed on {device}, but said of a {other.upper()}")
+        assert elsewhere.why.startswith(f"timed on {device}, but the claim is about a {other.upper()}")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,9 @@ def test_a_throughput_says_how_its_kind_of_device_was_timed(
     first = results.value(study, study.rows[0], "throughput")
     assert first is not None
     assert first.mean == pytest.approx(batch * 1e3 / 10)
-    found = origin(results, study, study.rows[0], "throughput", first)
+    number = quantity("throughput")
+    assert number is not None
+    found = origin(results, study, study.rows[0], number, first)
     assert found.field == f"results.rows.m0.latency.{batch}.median"
     lines = describe(results, study)
     assert f"images/s at batch {batch}, {said}, eager" in lines["Latency"]

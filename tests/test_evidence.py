@@ -187,10 +187,10 @@ def test_tables_show_it_beside_this_run(config: Config, here: Path, plan: Plan) 
     write_table(plan, plan.study("hovit"), here)
     text = (here / "results/tables/hovit.md").read_text()
     header = next(line for line in text.splitlines() if line.startswith("| "))
-    for column in ("Top-1, %<br>reported", "Top-1, %<br>evidence, mini", "Top-1, %<br>this run"):
+    for column in ("Top-1, %<br>reported", "Top-1, %<br>evidence", "Top-1, %<br>this run"):
         assert column in header
     assert header.count("Parameters") == 2  # exact: evidence would only repeat it
-    assert "Tiny-ImageNet-37" in re.search(r"\*\*Evidence\*\*: (.*)", text)[1]  # type: ignore[index]
+    assert "Tiny-ImageNet-37" in re.search(r"\*\*Evidence a\*\*: (.*)", text)[1]  # type: ignore[index]
 
 
 def test_claims_use_it_where_this_run_cannot_tell(config: Config, here: Path, plan: Plan) -> None:
@@ -228,7 +228,7 @@ def test_tables_from_evidence_alone_in_seconds_without_torch(config: Config, her
     began = time.monotonic()
     subprocess.run([sys.executable, "-c", code], cwd=here, check=True)
     assert time.monotonic() - began < 60  # about two seconds; a hang guard, not a speed test
-    assert "evidence, mini" in (here / "results/tables/launcher.md").read_text()
+    assert "**Evidence a**: scale: `mini`" in (here / "results/tables/launcher.md").read_text()
 
 
 def test_measurements_of_two_devices_stay_apart(config: Config, here: Path) -> None:

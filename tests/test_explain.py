@@ -55,7 +55,7 @@ def test_explain_says_of_evidence_what_it_says_of_a_run(
     assert "no record yet" in before
     for fact in (f"record    results/evidence/some-card/mini/{run.id}/seed1/record.json",
                  f"spec      {run.spec_hash}", f"commit    {made.provenance.commit}",
-                 "on Test CPU, 2 threads", "n = 2 seeds), evidence, mini",
+                 "on Test CPU, 2 threads", "n = 2 seeds), mini, some-card",
                  f"--force '{run.folder / 'record.json'}' --config scale=mini"):  # fmt: skip
         assert fact in after
     study = plan.study("hovit")
@@ -103,7 +103,7 @@ def test_explain_traces_an_analysis(
         load_plan("smoke", ROOT / "config"), "head_similarity"
     )
     for row, column, what in (
-        ("nosuch", "mean", "head_similarity is not of 'nosuch'; it is of mhsa_share/swin_50"),
+        ("nosuch", "mean", "head_similarity has no row 'nosuch'; it has mhsa_share/swin_50"),
         ("mhsa_share/swin_50", "nosuch", "has no number 'nosuch'; it has mean"),
     ):
         with pytest.raises(HovitError, match=what):

@@ -235,8 +235,8 @@ def test_an_unknown_variable_is_one_line(made: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ({"of": "hovit/nobody/top1"}, "the config has no hovit/nobody/top1"),
-        ({"of": "hovit/hovit/beauty"}, "the config has no hovit/hovit/beauty"),
+        ({"of": "hovit/nobody/top1"}, "config has no hovit/nobody/top1"),
+        ({"of": "hovit/hovit/beauty"}, "config has no hovit/hovit/beauty"),
         ({"of": "hovit/hovit/top1", "kind": "ratio"}, "`to` belongs to every kind but `value`"),
         ({"of": "hovit"}, "of"),
     ],

@@ -57,5 +57,5 @@ def test_a_readme_without_the_marks_is_refused(tmp_path: Path) -> None:
 
 def test_without_evidence_it_says_so(tmp_path: Path) -> None:
     (tmp_path / README).write_text(BEGIN + END)
-    with pytest.raises(HovitError, match="no evidence to make README's part of"):
+    with pytest.raises(HovitError, match="no evidence for README's table of results"):
         write(load_plan("smoke", ROOT / "config"), tmp_path)

@@ -207,7 +207,7 @@ def test_what_an_analysis_found_is_told_with_its_models_accuracy(plan: Plan, roo
     row = plan.study("mhsa_share").row("swin")
     top1 = Results(plan, root).value(plan.study("mhsa_share"), row, "top1")
     assert top1 is not None
-    assert f"Swin-T is right in {top1.mean:.1f} % (10 classes)" in found.why
+    assert f"Swin-T has {top1.mean:.1f} % top-1 (10 classes)" in found.why
 
 
 def test_stand_ins_do_not_judge_an_absolute_accuracy(plan: Plan, root: Path) -> None:
@@ -326,7 +326,7 @@ def test_accepted_verdicts_that_cannot_be_read(plan: Plan, root: Path) -> None:
     with pytest.raises(HovitError, match=r"verdicts\.json: no such file"):
         check_accepted(plan, root)
     write_json(root / ACCEPTED, {"reported": [], "verdicts": {}})
-    with pytest.raises(HovitError, match="not what `hovit claims --accept` writes"):
+    with pytest.raises(HovitError, match="not a file that `hovit claims --accept` writes"):
         check_accepted(plan, root)
 
 
