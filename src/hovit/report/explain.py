@@ -8,7 +8,8 @@ from ..config.schema import Analysis, Row, Study
 from ..config.tasks import Task
 from ..records.record import read_record
 from ..utils.errors import HovitError
-from .results import Results, Value, plural
+from .record_source import plural
+from .results import Results, Value
 from .sources import Sources, load_sources
 
 NONE = "no record yet"

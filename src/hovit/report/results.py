@@ -1,28 +1,19 @@
-"""The records of one source, and the numbers in them with their spread."""
+"""The numbers in the records of one source, with their spread."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from ..config.metrics import Quantity, quantity
-from ..config.plan import Plan
-from ..config.runs import RUNS, Run
 from ..config.schema import Row, Study
-from ..config.tasks import Task
-from ..records.record import Record, read_record
-from ..utils.device import Device
 from ..utils.errors import HovitError, one_line
 from ..utils.files import read_json
+from .record_source import RecordSource
 
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # t at 95 %, by n
-
-
-def plural(n: int, noun: str) -> str:
-    """`1 epoch`, `2 epochs`."""
-    return f"{n} {noun}{'s' * (n != 1)}"
 
 
 @dataclass(frozen=True)
@@ -49,112 +40,8 @@ class Value:
 
 
 @dataclass(frozen=True, eq=False)
-class Results:
-    """The records of one source: this run, or the evidence of one device at one scale.
-
-    Args:
-        plan: config at the source's scale.
-        root: top folder of the artifact.
-        base: folder of the records: `results/runs`, or one device's evidence.
-        problems: path of a record that is not used -> what is wrong with it.
-    """
-
-    plan: Plan
-    root: Path = Path()
-    base: Path = RUNS
-    problems: dict[Path, str] = field(default_factory=dict, compare=False)
-    _read: dict[Path, Record | None] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def is_evidence(self) -> bool:
-        """Whether another machine made the records."""
-        return self.base != RUNS
-
-    @property
-    def folder(self) -> Path:
-        """Folder of the records at the source's scale."""
-        return self.base / self.plan.scale.id
-
-    @property
-    def name(self) -> str:
-        """Short name: `this run`, or scale and device of evidence (`proxy, nvidia-h200`)."""
-        return f"{self.plan.scale.id}, {self.base.name}" if self.is_evidence else "this run"
-
-    def place(self, path: Path) -> Path:
-        """Path of a file in this source, for a task's path under `results/runs`."""
-        return self.base / path.relative_to(RUNS)
-
-    # Records
-
-    def record(self, task: Task | None) -> Record | None:
-        """The record of a task; None if there is none that can be used.
-
-        `problems` names a record that is broken or does not match config, and a record of this run
-        that other code made.
-        """
-        if task is None:
-            return None
-        place = self.place(task.path)
-        if place not in self._read:
-            self._read[place] = self._checked(place, task)
-        return self._read[place]
-
-    def _checked(self, place: Path, task: Task) -> Record | None:
-        if not (self.root / place).exists():
-            return None
-        try:
-            record = read_record(self.root / place)
-            same = record.spec_hash == task.spec_hash
-            if not (task.accepted(record) if self.is_evidence else same):
-                raise HovitError(f"{place}: its spec does not match config")
-            if not self.is_evidence and record.provenance.code != task.code:
-                raise HovitError(f"{place}: other code than the present made it")
-        except HovitError as error:
-            self.problems[place] = f"{error}; not used"
-            return None
-        return record
-
-    def rows(self, task: Task | None) -> dict[str, dict[str, Any]]:
-        """The results of a task's record, for each row that config still has in the same form."""
-        record = self.record(task)
-        if task is None or record is None:
-            return {}
-        accepted = task.accepted(record)
-        return {name: row for name, row in record.results["rows"].items() if name in accepted}
-
-    def trained(self, study: Study, row: Row) -> list[tuple[Run, Record]]:
-        """The runs of a row that have a record."""
-        runs = self.plan.runs_of(study, row)
-        found = [(run, self.record(self.plan.train_task(run))) for run in runs]
-        return [(run, record) for run, record in found if record]
-
-    def measured(self, study: Study) -> Record | None:
-        """The record of a study's measurements."""
-        return self.record(self.plan.measure_task(study))
-
-    def measured_rows(self, study: Study) -> dict[str, dict[str, Any]]:
-        """A study's measurements, row by row."""
-        return self.rows(self.plan.measure_task(study))
-
-    def evaluated(self, study: Study) -> Record | None:
-        """The record of given weights' accuracy on ImageNet, for a study that trains nothing."""
-        return self.record(self.plan.evaluate_task(study))
-
-    def analysis(self, analysis_id: str) -> Record | None:
-        """The record of an analysis."""
-        return self.record(self.plan.analyse_task(self.plan.analysis(analysis_id)))
-
-    def problems_of(self, study: Study) -> list[str]:
-        """What is wrong with records that a study's table would use."""
-        tasks = [*self.plan.tasks([study]), self.plan.evaluate_task(study)]
-        places = [self.place(task.path) for task in tasks if task]
-        return [self.problems[place] for place in places if place in self.problems]
-
-    def analysed_rows(self, analysis_id: str) -> dict[str, dict[str, Any]]:
-        """What an analysis found, row by row (STUDY/ROW)."""
-        return self.rows(self.plan.analyse_task(self.plan.analysis(analysis_id)))
-
-    # Values
+class Results(RecordSource):
+    """The numbers in the records of one source."""
 
     def value(self, study: Study, row: Row, number: Quantity | str) -> Value | None:
         """A number of a row; None if no record has it, or the paper does not report it."""
@@ -240,72 +127,6 @@ class Results:
             return None
         noise = found.get(f"{name}_noise", 0.0)
         return Value(float(found[name]), noise=noise, paths=(self.place(task.path),))
-
-    # Circumstances
-
-    def latency_device(self, study: Study) -> Device | None:
-        """The one device of a study's latencies.
-
-        Raises:
-            HovitError: naming both, if rows come from two devices.
-        """
-        task = self.plan.measure_task(study)
-        first: tuple[str, Device] | None = None
-        for name, row in self.rows(task).items():
-            if "device" not in row:
-                continue
-            device = Device(**row["device"])
-            if task and first and first[1] != device:
-                raise HovitError(
-                    f"{self.place(task.path)}: latency of {first[0]} is from {first[1]} and of "
-                    f"{name} from {device}: one table's latencies come from one device"
-                )
-            first = first or (name, device)
-        return first[1] if first else None
-
-    def batches(self, study: Study) -> list[Quantity]:
-        """The latencies of a study, one for each batch size: as its record has them, or planned."""
-        measured = {
-            int(batch)
-            for row in self.measured_rows(study).values()
-            for batch in row.get("latency", {})
-        }
-        planned = study.batches or self.plan.scale.latency.batches
-        found = [quantity(f"latency_{batch}") for batch in sorted(measured) or planned]
-        return [number for number in found if number]
-
-    def throughput_batch(self, study: Study) -> int | None:
-        """Batch size of a study's throughput: the largest that was timed."""
-        rows = self.measured_rows(study).values()
-        return max((int(b) for row in rows for b in row.get("latency", {})), default=None)
-
-    def weights_from(self, study: Study, row: Row) -> str:
-        """Where the pretrained weights of a row come from, in words."""
-        runs = self.plan.runs_of(study, row)
-        if not runs or runs[0].weights is None:
-            return ""
-        upstream = self.plan.upstream(runs[0])
-        if upstream is None:
-            return str(runs[0].weights)
-        record = self.record(self.plan.train_task(upstream))
-        how = f"{upstream.dataset.title}, {plural(upstream.recipe.epochs, 'epoch')}"
-        if record:
-            how += f", test top-1 {record.results['top1']:.1f} %"
-            weights = record.results.get("weights_sha256")
-            started = {r.results.get("started_from_sha256") for _, r in self.trained(study, row)}
-            if started - {weights}:
-                how += "; trained again since"
-        return f"run {upstream.id} ({how})"
-
-    def where(self, study: Study) -> str:
-        """Scale, images and devices of a study's results, in one line."""
-        rows = self.plan.rows_run(study)
-        found = [run.dataset.title for row in rows for run in self.plan.runs_of(study, row)[:1]]
-        devices = {str(r.provenance.device) for row in rows for _, r in self.trained(study, row)}
-        if measured := self.measured(study):
-            devices.add(str(measured.provenance.device))
-        name = "evidence" if self.is_evidence else "this run"
-        return ", ".join([f"{name}: {self.plan.scale.id}", *dict.fromkeys(found), *sorted(devices)])
 
 
 def _throughput(latency: dict[str, dict[str, Any]], paths: tuple[Path, ...]) -> Value | None:

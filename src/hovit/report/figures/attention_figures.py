@@ -8,7 +8,8 @@ import numpy as np
 from ...config.runs import Pack
 from ...config.schema import Row, Study
 from ..claims.judge import ratio_noise
-from ..results import Results, plural
+from ..record_source import plural
+from ..results import Results
 from ..tables.columns import baseline_ratio
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from ...config.plan import Plan
 from ...config.schema import Row, Study
 from ...utils.errors import HovitError
 from ...utils.files import atomic
-from ..results import Results, Value, plural
+from ..record_source import plural
+from ..results import Results, Value
 from ..sources import Sources, load_sources
 from ..tables.columns import baseline_ratio
 from . import analysis_figures

@@ -14,7 +14,8 @@ from ...utils.errors import HovitError
 from ...utils.strict import Strict
 from ...utils.yaml_file import load_file
 from ..claims.judge import Missing, referenced
-from ..results import Results, Value, plural
+from ..record_source import plural
+from ..results import Results, Value
 from ..sources import Sources
 from ..tables.columns import format_printed, format_value
 

@@ -18,7 +18,8 @@ from ..claims.coverage import REASONS, coverage
 from ..claims.judge import VERDICTS, Verdict, judge_all, say
 from ..figures.attention_figures import seeds
 from ..figures.draw import FIGURES, FOLDER
-from ..results import Results, plural
+from ..record_source import plural
+from ..results import Results
 from ..sources import Sources, load_sources
 from ..tables.columns import NOTHING, Column, Table, make_table
 from ..tables.facts import describe

@@ -7,7 +7,8 @@ import pandas as pd
 from ...config.metrics import METRICS
 from ...config.runs import Run, protocol
 from ...config.schema import Recipe, Row, Study
-from ..results import Results, plural
+from ..record_source import plural
+from ..results import Results
 
 WORKLOADS = {
     "gradients": "forward passes with all gradients, ",
