@@ -282,11 +282,20 @@ def sweep(
         options=options,
         log=lambda line: print(line, flush=True),
     )
+    _tell_rest(todo)
+
+
+def _tell_rest(todo: list[str]) -> None:
+    """Print what a sweep left open.
+
+    Raises:
+        HovitError: if some of it failed.
+    """
     failed = [job for job in todo if job.endswith("(failed)")]
-    if todo and not failed:
-        print(f"budget spent; {len(todo)} to do ({todo[0]} first): run the same command to resume")
-    elif failed:
+    if failed:
         raise HovitError(f"{len(failed)} failed: {', '.join(failed)}; {len(todo)} in all to do")
+    if todo:
+        print(f"budget spent; {len(todo)} to do ({todo[0]} first): run the same command to resume")
     else:
         print("all done")
 

@@ -52,15 +52,7 @@ def measure_study(
     begin = time.monotonic()
     study, spec = task.study, task.spec
     device = torch.device("cpu") if study.workload == "onnx" else device
-    torch.manual_seed(0)
-    if not study.keep_memory and device_module.freed_memory_kept:
-        raise HovitError(
-            f"{study.id}: wants freed memory returned, but this process already keeps it: run the "
-            f"same command again, or `hovit measure {study.id}`"
-        )
-    # With TF32, convolutions would run in lower precision than the linear layers they replace.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    torch.set_num_threads(study.threads or task.scale.latency.threads)
+    _set_up(task)
     backward = study.trained or "activations" in study.columns
     rows = {name: _cost(row, spec, backward) for name, row in spec["rows"].items()}
     where = describe_device(device)
@@ -77,6 +69,20 @@ def measure_study(
     write_record(root / task.path, record)
     partial.unlink(missing_ok=True)
     return record
+
+
+def _set_up(task: MeasureTask) -> None:
+    """Set seed, precision and threads of this process."""
+    study = task.study
+    if not study.keep_memory and device_module.freed_memory_kept:
+        raise HovitError(
+            f"{study.id}: wants freed memory returned, but this process already keeps it: run the "
+            f"same command again, or `hovit measure {study.id}`"
+        )
+    torch.manual_seed(0)
+    # With TF32, convolutions would run in lower precision than the linear layers they replace.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.set_num_threads(study.threads or task.scale.latency.threads)
 
 
 def _cost(row: dict[str, Any], spec: dict[str, Any], backward: bool) -> dict[str, Any]:

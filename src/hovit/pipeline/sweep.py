@@ -22,6 +22,8 @@ from ..utils.errors import HovitError, OutOfTime
 from .measure import measure_study
 from .train import outcome, prepare_pack, train_run
 
+Job = tuple[str, Callable[[], object]]  # name, work
+
 
 def parse_budget(text: str) -> float:
     """`9m`, `90s`, `1.5h` or plain seconds -> seconds.
@@ -69,7 +71,7 @@ def sweep(
         results = train_run(run, fabric, root, options(run, deadline)).results
         log(f"      {outcome(results)}")
 
-    jobs: list[tuple[str, Callable[[], object]]] = []
+    jobs: list[Job] = []
     # Studies that want freed memory returned come first: a process that keeps it cannot go back.
     for task in plan.tasks(sorted(studies, key=lambda study: study.keep_memory)):
         if task.is_done(root):
@@ -79,6 +81,11 @@ def sweep(
         elif isinstance(task, MeasureTask):
             device = pick_device(accelerator)
             jobs.append((str(task), partial(measure_study, task, device, root, deadline)))
+    return _run(jobs, deadline, log)
+
+
+def _run(jobs: list[Job], deadline: float, log: Callable[[str], None]) -> list[str]:
+    """Run jobs in turn until the deadline; return the names of the failed and the open ones."""
     failed: list[str] = []
     for i, (name, job) in enumerate(jobs):
         try:

@@ -18,17 +18,7 @@ LATEX = str.maketrans(
 def to_latex(table: "Table", facts: dict[str, str]) -> str:
     """A `table` with booktabs rules, headings above their sources, and the facts as caption."""
     study, columns = table.study, table.columns
-    groups: list[tuple[str, int]] = []
-    for column in columns:
-        if groups and groups[-1][0] == column.heading:
-            groups[-1] = (column.heading, groups[-1][1] + 1)
-        else:
-            groups.append((column.heading, 1))
-    over, rules, at = [""], [], 2
-    for heading, width in groups:
-        over.append(rf"\multicolumn{{{width}}}{{c}}{{{heading.translate(LATEX)}}}")
-        rules.append(rf"\cmidrule(lr){{{at}-{at + width - 1}}}")
-        at += width
+    headings, rules = _headings(columns)
     body = [
         " & ".join(
             [(row.label + " †" * row.ours).translate(LATEX), *(_cell(c, i) for c in columns)]
@@ -49,8 +39,8 @@ def to_latex(table: "Table", facts: dict[str, str]) -> str:
             r"\resizebox{\linewidth}{!}{%",
             rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
             r"\toprule",
-            " & ".join(over) + r" \\",
-            " ".join(rules),
+            headings + r" \\",
+            rules,
             " & ".join(["", *(c.source.translate(LATEX) for c in columns)]) + r" \\",
             r"\midrule",
             *body,
@@ -60,6 +50,22 @@ def to_latex(table: "Table", facts: dict[str, str]) -> str:
             "",
         ]
     )
+
+
+def _headings(columns: "tuple[Column, ...]") -> tuple[str, str]:
+    """(headings that span columns of the same heading, rules under them)."""
+    groups: list[tuple[str, int]] = []
+    for column in columns:
+        if groups and groups[-1][0] == column.heading:
+            groups[-1] = (column.heading, groups[-1][1] + 1)
+        else:
+            groups.append((column.heading, 1))
+    headings, rules, at = [""], [], 2
+    for heading, width in groups:
+        headings.append(rf"\multicolumn{{{width}}}{{c}}{{{heading.translate(LATEX)}}}")
+        rules.append(rf"\cmidrule(lr){{{at}-{at + width - 1}}}")
+        at += width
+    return " & ".join(headings), " ".join(rules)
 
 
 def _cell(column: "Column", i: int) -> str:

@@ -1,0 +1,262 @@
+"""Figures on HoViT: training curves, the five ideas, accuracy against latency."""
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from ...config.plan import Plan
+from ...config.schema import Row, Study
+from ..record_source import plural
+from ..results import Results, Value
+from ..tables.columns import baseline_ratio
+from .attention_figures import ratio_error, seeds
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
+IDEAS = ("conv_stage", "checkerboard", "depth", "conv_shrink", "dropout", "hovit")
+
+
+def _state(canvas: "Canvas", results: Results, study: Study, latency: bool = True) -> None:
+    """Write scale, data, seeds and device under the figure."""
+    plan = results.plan
+    runs = [run for row in plan.rows_run(study) for run in plan.runs_of(study, row)]
+    studies = [plan.study(name) for name in IDEAS] if latency else []
+    devices = {str(results.latency_device(each)) for each in studies} - {"None"}
+    device = " and ".join(sorted(devices))
+    parts = [results.name + f", {plan.scale.id}" * (not results.is_evidence)]
+    if runs:
+        parts += [f"{runs[0].dataset.title}, {runs[0].image_size} px"]
+        parts += [plural(runs[0].recipe.epochs, "epoch")]
+        parts += seeds(results, [study])
+    if device:
+        parts += [f"latency on {device}, at {_timed_size(results, study)} px"]
+    canvas.supxlabel(" · ".join(parts), fontsize=6, color="#555555")
+
+
+def _timed_size(results: Results, study: Study) -> int:
+    """Image size of a study's latencies, in pixels, as its record states it."""
+    record = results.measured(study)
+    assert record is not None
+    return int(record.spec["latency"]["image_size"])
+
+
+def _spread(value: Value) -> float:
+    return value.spread if value.n > 1 else 0.0
+
+
+def training_curves(results: Results) -> "Canvas":
+    """Losses and validation accuracy by epoch: LeViT, HoViT, without and with the Launcher."""
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    from . import style
+
+    study = results.plan.study("hovit")
+    sets = [[r for r in study.rows if str(r.model).startswith("l_") == it] for it in (False, True)]
+    shown = [rows for rows in sets if any(results.trained(study, r) for r in rows)] or sets
+    size = (style.WIDTH, 0.3 + 1.95 * len(shown))
+    canvas, axes = plt.subplots(len(shown), 3, figsize=size, sharex=True, squeeze=False)
+    columns = (("train_loss", "Training loss"), ("val_loss", "Validation loss"),
+               ("val_top1", "Validation top-1, %"))  # fmt: skip
+    for line, rows in enumerate(shown):
+        for column, (key, title) in enumerate(columns):
+            ax = axes[line][column]
+            for row in rows:
+                names = [_family(r) for r in study.rows]
+                _curve(ax, results, study, row, key, style.look(names.index(_family(row))))
+            ax.set_title("" if line else title)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes[line][0].set_ylabel("From scratch" if rows is sets[0] else "With the Launcher")
+        axes[line][2].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for ax in axes[-1]:
+        ax.set_xlabel("Epoch")
+    _state(canvas, results, study, latency=False)
+    return canvas
+
+
+def _family(row: Row) -> str:
+    """Label of a row without the Launcher's prefix, so that both have the same look."""
+    label = re.sub("^L_ ?", "", row.label)
+    return label[0].upper() + label[1:]
+
+
+def _curve(
+    ax: "Axes", results: Results, study: Study, row: Row, key: str, look: dict[str, Any]
+) -> None:
+    """Plot the mean over seeds, and their range as a band."""
+    import numpy as np
+
+    histories = [record.results["history"] for _, record in results.trained(study, row)]
+    if not histories:
+        return
+    values = np.array([[epoch[key] for epoch in history] for history in histories])
+    epochs = np.arange(1, values.shape[1] + 1)
+    many = values.shape[1] > 12
+    every = len(epochs) if many else 1
+    (line,) = ax.plot(epochs, values.mean(0), label=row.label, markevery=every, **look)
+    if len(values) > 1:
+        ax.fill_between(
+            epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0
+        )
+
+
+def five_ideas(results: Results) -> "Canvas":
+    """Latency of each idea relative to its baseline, and accuracy.
+
+    Error bars: half the inter-quartile range of the rounds' ratios; standard deviation over seeds.
+    """
+    import matplotlib.pyplot as plt
+
+    from . import style
+
+    rows = _idea_rows(results.plan)
+    size = (style.WIDTH, 0.2 * len(rows) + 1.1)
+    canvas, (left, right) = plt.subplots(1, 2, figsize=size, sharey=True)
+    _idea_latencies(left, results, rows)
+    _idea_accuracies(right, results, rows)
+    left.set_yticks(range(len(rows))[::-1], [row.label for _, row in rows])
+    for ax in (left, right):
+        ax.grid(axis="x", visible=False)
+        ax.legend(
+            loc="lower center",
+            bbox_to_anchor=(0.5, 1.0),
+            ncols=3,
+            handletextpad=0.1,
+            columnspacing=0.8,
+        )
+    _state(canvas, results, results.plan.study("hovit"))
+    return canvas
+
+
+def _idea_latencies(ax: "Axes", results: Results, rows: list[tuple[Study, Row]]) -> None:
+    """Latency relative to the baseline: reported, then at each batch size."""
+    import numpy as np
+
+    from . import style
+
+    looks: list[dict[str, Any]] = [
+        {"color": style.OURS, "marker": "o"},
+        {"color": "#56B4E9", "marker": "s"},
+        {"color": "#009E73", "marker": "^"},
+    ]
+    series = [("reported_latency", "deck (batch not stated)", _reported_look())]
+    for i, number in enumerate(results.batches(results.plan.study("hovit"))):
+        series.append((str(number), f"{results.name}, batch {number.batch}", looks[min(i, 2)]))
+    y = np.arange(len(rows))[::-1]
+    for metric, label, look in series:
+        ratios = [baseline_ratio(results, study, row, metric) or np.nan for study, row in rows]
+        errors = [ratio_error(results, study, row, metric) for study, row in rows]
+        ax.errorbar(ratios, y, xerr=errors, linestyle="", elinewidth=0.8, label=label, **look)
+    ax.axvline(1, color="black", linewidth=0.8)
+    ax.set_xlabel("Latency, × its baseline (left is faster)")
+
+
+def _idea_accuracies(ax: "Axes", results: Results, rows: list[tuple[Study, Row]]) -> None:
+    """Accuracy: reported and measured."""
+    import numpy as np
+
+    from . import style
+
+    measured = {"color": style.OURS, "marker": "o"}
+    y = np.arange(len(rows))[::-1]
+    for number, label, look in (
+        ("reported_top1", "deck", _reported_look()),
+        ("top1", results.name, measured),
+    ):
+        found = [results.value(study, row, number) for study, row in rows]
+        means = [v.mean if v else np.nan for v in found]
+        spreads = [_spread(v) if v else 0 for v in found]
+        ax.errorbar(means, y, xerr=spreads, linestyle="", label=label, **look)
+    ax.set_xlabel("Test top-1, %")
+    ax.set_xlim(left=0)
+
+
+def _reported_look() -> dict[str, Any]:
+    from . import style
+
+    return {"color": style.REPORTED, "marker": "D", "mfc": "white"}
+
+
+def _idea_rows(plan: Plan) -> list[tuple[Study, Row]]:
+    """Baselines, then each idea, without and with the Launcher; every model once."""
+    seen: set[str] = set()
+    rows = []
+    for launched in (False, True):
+        for study in (plan.study(name) for name in IDEAS):
+            for row in study.rows:
+                key = f"{row.model}{row.model_args}"
+                if str(row.model).startswith("l_") == launched and key not in seen:
+                    seen.add(key)
+                    rows.append((study, row))
+    return rows
+
+
+def accuracy_latency(results: Results) -> "Canvas":
+    """Accuracy against latency relative to LeViT. Hollow points: the deck; filled points: measured.
+
+    A line joins the two points of a model.
+    """
+    import matplotlib.pyplot as plt
+
+    from . import style
+
+    canvas, axes = plt.subplots(1, 2, figsize=(style.WIDTH, 3.6))
+    last = results.batches(results.plan.study("hovit"))[-1]
+    looks: dict[str, dict[str, Any]] = {}
+    for ax, launched in zip(axes, (False, True), strict=True):
+        for study, row in _idea_rows(results.plan):
+            if str(row.model).startswith("l_") == launched:
+                _pair(ax, results, study, row, str(last), looks)
+        base = "L_LeViT (deck)" if launched else "LeViT (deck)"
+        ax.set_xlabel(f"Latency, × {base}")
+        ax.set_title("With the Launcher" if launched else "From scratch")
+    axes[0].set_ylabel("Test top-1, %")
+    keys = [plt.Line2D([], [], label=label, **look) for label, look in looks.items()]
+    keys += [
+        plt.Line2D([], [], color="#555555", marker="o", linestyle="", mfc=fill, label=label)
+        for fill, label in (
+            ("white", "hollow: the deck (batch not stated)"),
+            ("#555555", f"filled: {results.name}, batch {last.batch}"),
+        )
+    ]
+    canvas.legend(handles=keys, loc="outside right center")
+    _state(canvas, results, results.plan.study("hovit"))
+    return canvas
+
+
+def _pair(
+    ax: "Axes",
+    results: Results,
+    study: Study,
+    row: Row,
+    latency: str,
+    looks: dict[str, dict[str, Any]],
+) -> None:
+    """Plot a row's reported and measured point, and a line between them."""
+    from . import style
+
+    found = (
+        _point(results, study, row, "reported_latency", "reported_top1"),
+        _point(results, study, row, latency, "top1"),
+    )
+    if found == (None, None):
+        return
+    look = looks.setdefault(_family(row), style.look(len(looks)) | {"linestyle": ""})
+    for point, fill in zip(found, ("white", look["color"]), strict=True):
+        if point:
+            x, value = point
+            ax.errorbar(x, value.mean, _spread(value) or None, mfc=fill, **look)
+    if all(found):
+        ends = [point for point in found if point]
+        ax.plot([x for x, _ in ends], [v.mean for _, v in ends], color=look["color"], marker="",
+                linestyle=":", linewidth=0.8)  # fmt: skip
+
+
+def _point(
+    results: Results, study: Study, row: Row, latency: str, top1: str
+) -> tuple[float, Value] | None:
+    """(latency relative to the baseline, accuracy); None if either is missing."""
+    own, value = (results.value(study, row, metric) for metric in (latency, top1))
+    ratio = baseline_ratio(results, study, row, latency) if row.baseline else 1.0
+    return (ratio, value) if own and value and ratio else None
