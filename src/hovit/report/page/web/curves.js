@@ -1,4 +1,4 @@
-// ---- Training curves, of a table's rows or of one record
+// ---- Training curves of the rows of a table, or of one record
 
 const CURVES = [
   ["val_top1", "Validation top-1, %"],
@@ -11,12 +11,12 @@ const look = (i) => ({
   "stroke-dasharray": DASHES[Math.floor(i / 7) % DASHES.length],
 });
 
-/** Lines {label, href, i, histories}: the mean over seeds, and their range as a band. */
+/** Draw lines {label, href, i, histories}: mean over random seeds, with the range as a band. */
 function lineChart(lines, key, title, width = 640) {
   const drawn = lines
     .map((line) => ({ ...line, points: overSeeds(line.histories, key) }))
     .filter((l) => l.points.length);
-  if (!drawn.length) return h("p", { class: "quiet" }, "Nothing was recorded.");
+  if (!drawn.length) return h("p", { class: "quiet" }, "No history in the records.");
   const box = { width, height: width * 0.5, left: 46, right: 12, top: 30, bottom: 42 };
   const every = drawn.flatMap((line) => line.points);
   const ys = rangeOf(
@@ -100,7 +100,7 @@ function studyLines(study, state) {
     }));
 }
 
-/** Choices and a chart inside a study's <details>, made when it is first opened. */
+/** Choices and a chart inside the <details> of a study, built when first opened. */
 function studyCurves(details) {
   const study = DATA.studies[details.dataset.study];
   const states = ["run", "evidence"].filter((state) => studyLines(study, state).length);
@@ -140,7 +140,7 @@ function studyCurves(details) {
   what.addEventListener("input", draw);
   keys.addEventListener("input", draw);
   whose.addEventListener("input", choose);
-  queueMicrotask(choose); // once it is in the page and has a width
+  queueMicrotask(choose); // after it is in the page and has a width
   return h(
     "div",
     {},
@@ -148,7 +148,7 @@ function studyCurves(details) {
       "div",
       { class: "tools" },
       h("label", { class: "field" }, "Curve ", what),
-      h("label", { class: "field" }, "Of ", whose),
+      h("label", { class: "field" }, "Source ", whose),
     ),
     chart,
     keys,
