@@ -97,7 +97,7 @@ function acrossChoices() {
       const device = deviceOf(key);
       found.set(
         `${part.name}|${part.state}|${device}`,
-        `${heading(part)}: ${WHOSE[part.state]}, ${device}`,
+        `${heading(part)}: ${STATE_NAMES[part.state]}, ${device}`,
       );
     } else if (part.name !== "latency:ratio") {
       found.set(`${part.name}||`, heading(part));
@@ -195,7 +195,7 @@ function place(text, x, y, radius, taken, box) {
 function describePoint(point, form) {
   const [xs, ys] = [form.x, form.y].map((each) => each.selectedOptions[0].textContent);
   const size = point.size ? `\n${short(point.size / 1e6)} M parameters` : "";
-  return `${point.row.label} (${WHOSE[point.state]})\n${ys}: ${short(point.y)}\n${xs}: ${short(point.x)}${size}`;
+  return `${point.row.label} (${STATE_NAMES[point.state]})\n${ys}: ${short(point.y)}\n${xs}: ${short(point.x)}${size}`;
 }
 
 function drawScatter() {
@@ -281,7 +281,7 @@ function joins(points, x, y) {
 }
 
 function pointTable(points, titles) {
-  const heads = ["System", "Whose", titles[1], titles[0], "Parameters, M"];
+  const heads = ["Model", "Source", titles[1], titles[0], "Parameters, M"];
   const table = h(
     "table",
     { class: "sortable" },

@@ -110,14 +110,14 @@ function studyCurves(details) {
     {},
     CURVES.map(([key, title]) => h("option", { value: key }, title)),
   );
-  const whose = h(
+  const source = h(
     "select",
     {},
     states.map((state) =>
       h(
         "option",
         { value: state },
-        `${WHOSE[state]}, ${study.contexts[state].scale.split(":")[0]}`,
+        `${STATE_NAMES[state]}, ${study.contexts[state].scale.split(":")[0]}`,
       ),
     ),
   );
@@ -129,17 +129,17 @@ function studyCurves(details) {
         .filter((box) => box.checked)
         .map((box) => box.value),
     );
-    const lines = studyLines(study, whose.value).filter((line) => on.has(String(line.i)));
+    const lines = studyLines(study, source.value).filter((line) => on.has(String(line.i)));
     const width = Math.min(760, Math.max(300, details.clientWidth));
     chart.replaceChildren(lineChart(lines, what.value, what.selectedOptions[0].textContent, width));
   };
   const choose = () => {
-    keys.replaceChildren(...studyLines(study, whose.value).map(curveKey));
+    keys.replaceChildren(...studyLines(study, source.value).map(curveKey));
     draw();
   };
   what.addEventListener("input", draw);
   keys.addEventListener("input", draw);
-  whose.addEventListener("input", choose);
+  source.addEventListener("input", choose);
   queueMicrotask(choose); // after it is in the page and has a width
   return h(
     "div",
@@ -148,7 +148,7 @@ function studyCurves(details) {
       "div",
       { class: "tools" },
       h("label", { class: "field" }, "Curve ", what),
-      h("label", { class: "field" }, "Source ", whose),
+      h("label", { class: "field" }, "Source ", source),
     ),
     chart,
     keys,

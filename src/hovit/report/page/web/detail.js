@@ -46,14 +46,14 @@ function heading(part) {
   return part.batch ? `${over}, batch ${part.batch}` : over;
 }
 
-const WHOSE = { reported: "reported", evidence: "evidence", run: "this run" };
+const STATE_NAMES = { reported: "reported", evidence: "evidence", run: "this run" };
 
 function stateName(state) {
   return h(
     "span",
     {},
     h("i", { class: `mark ${state}`, "aria-hidden": "true" }),
-    ` ${WHOSE[state]}`,
+    ` ${STATE_NAMES[state]}`,
   );
 }
 
@@ -74,7 +74,7 @@ function valuePanel(key) {
         ? reportedFacts(part, study, row)
         : measuredFacts(part, value, study),
     ),
-    beside(part, key),
+    otherSources(part, key),
     (value.records ?? []).map((path) => recordParts(path)),
   ];
 }
@@ -159,7 +159,7 @@ function numberLink(key) {
 }
 
 /** The same number from other sources: reported, evidence, this run. */
-function beside(part, key) {
+function otherSources(part, key) {
   const names =
     part.batch || part.metric === "latency"
       ? Object.keys(DATA.values)

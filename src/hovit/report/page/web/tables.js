@@ -1,5 +1,5 @@
 "use strict";
-// All elements are built with createElement and textContent: strings from records never become markup.
+// Elements are built with createElement and textContent: no string becomes markup.
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const STATES = ["reported", "evidence", "run"];
 const SVG = "http://www.w3.org/2000/svg";
@@ -191,7 +191,7 @@ function filterClaims() {
     const text = row.textContent.toLowerCase();
     row.hidden =
       !verdicts.has(row.dataset.verdict) ||
-      Boolean(form.seed.value && form.seed.value !== row.dataset.seed) ||
+      Boolean(form.paper.value && form.paper.value !== row.dataset.paper) ||
       !words.every((word) => text.includes(word));
   }
   $("#shown").textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length}`;
