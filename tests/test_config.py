@@ -361,7 +361,7 @@ def test_a_scale_without_a_dataset_has_no_runs_of_it(plans):
 
 
 def hashes(root: Path) -> dict[str, str]:
-    """At smoke, of HoViT, the Launcher before it, and what the Launcher starts from."""
+    """At smoke, of HoViT, the Launcher before it, and the ResNet50 inside it."""
     plan = load_plan("smoke", root)
     return {
         name: plan.run(run_id).spec_hash

@@ -226,7 +226,7 @@ def test_a_click_on_a_number_tells_where_it_is_from(tab: Browser, plan: Plan, ro
     record = read_record(root / run.folder / "record.json")
     for fact in (str(run.folder / "record.json"), record.spec_hash, record.provenance.commit,
                  f"snakemake --cores all --force '{run.folder / 'record.json'}'", "27.47",
-                 "Test CPU, 2 threads", "1 seed", "smoke", "digits"):  # fmt: skip
+                 "Test CPU, 2 threads", "1 random seed", "smoke", "digits"):  # fmt: skip
         assert fact in text
     href = tab.js("document.querySelector('#detail .record a').getAttribute('href')")
     assert (root / PAGE.parent / href).is_file()

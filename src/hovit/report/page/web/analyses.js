@@ -1,4 +1,4 @@
-// ---- Analyses: whatever a record's rows hold, shown by its shape
+// ---- Analyses: rows of a record, shown by the shape of their values
 
 const isSeries = (found) =>
   Array.isArray(found) && found.length > 0 && found.length <= 16 && found.every(Number.isFinite);
@@ -18,7 +18,7 @@ function setUpAnalyses() {
   }
 }
 
-/** Matrices as pictures; numbers as one table; lists of objects as a table each. */
+/** Show matrices as images, numbers as one table, and each list of objects as a table. */
 function analysisParts(rows) {
   const maps = rows.flatMap(([ref, row]) =>
     Object.entries(row)
@@ -40,7 +40,7 @@ function analysisParts(rows) {
   ].filter(Boolean);
 }
 
-/** [name, matrix] of every matrix in it, however deep: of numbers, or lines of 0 and 1. */
+/** Find all matrices at any depth, as [name, matrix]: rows of numbers, or strings of 0 and 1. */
 function matrices(found, name) {
   if (!Array.isArray(found) || !found.length) return [];
   const lines = found.map((line) => (/^[01]{2,}$/.test(line) ? [...line].map(Number) : line));
@@ -102,7 +102,7 @@ function rowLabel(ref) {
   return DATA.studies[study]?.rows.find((row) => row.id === id)?.label ?? ref;
 }
 
-/** A matrix as squares, darker for more; its range stands below. */
+/** Draw a matrix as squares, darker for larger values, with its range below. */
 function heatMap(title, matrix) {
   const every = matrix.flat(),
     low = Math.min(...every),
@@ -132,7 +132,7 @@ function heatMap(title, matrix) {
   );
 }
 
-// ---- All together
+// ---- Start
 
 function setUpCurves() {
   for (const details of $$("details.curves")) {
@@ -142,7 +142,7 @@ function setUpCurves() {
   }
 }
 
-/** On paper a table stands with its circumstances. */
+/** In print, tables show their data and device. */
 function setUpPrinting() {
   let opened = [];
   addEventListener("beforeprint", () => {

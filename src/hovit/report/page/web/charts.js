@@ -1,6 +1,6 @@
-// ---- Charts: plain SVG, drawn from the same numbers as the tables
+// ---- Charts: plain SVG, from the same numbers as the tables
 
-/** Round steps over a range: [first, …, last], and how to write them. */
+/** Round ticks over a range: [first, …, last], and their format. */
 function ticks(low, high, log) {
   if (log) {
     const found = [];
@@ -18,7 +18,7 @@ function ticks(low, high, log) {
   return found;
 }
 
-/** A number's place on an axis from `from` to `to`. */
+/** Position of a number on an axis from `from` to `to`. */
 function scaleOf([low, high], from, to, log) {
   const f = log ? Math.log10 : (x) => x;
   const span = f(high) - f(low) || 1;
@@ -33,7 +33,7 @@ function rangeOf(numbers, log) {
   return [low >= 0 ? Math.max(0, low - margin) : low - margin, high + margin];
 }
 
-/** Axes with grid, ticks and titles. */
+/** Draw axes with grid, ticks and titles. */
 function frame(box, xs, ys, x, y, titles, { log = false, whole = false } = {}) {
   const { width, height, left, bottom, top, right } = box;
   const write = (tick) => Number(tick.toPrecision(6)).toLocaleString("en");
@@ -64,7 +64,7 @@ function frame(box, xs, ys, x, y, titles, { log = false, whole = false } = {}) {
 
 const lastBatch = (name) => name.replace(/^latency_\d+/, "latency");
 
-/** One number of a row; what is exact may come from any source. */
+/** One number of a row; exact numbers may come from any source. */
 function numberOf(study, row, name, source) {
   const own = source === "reported" ? lastBatch(name) : name;
   const key = `${study}/${row.id}/${own}/${source}`;
@@ -86,7 +86,7 @@ function parametersOf(study, row, source) {
 
 const deviceOf = (key) => DATA.records[DATA.values[key].records?.[0]]?.device ?? "";
 
-/** What can stand across: ratios and exact counts; what a clock gave, a device at a time. */
+/** Choices for the x axis: ratios and exact counts, and times of one device. */
 function acrossChoices() {
   const found = new Map();
   for (const key of Object.keys(DATA.values)) {
@@ -94,11 +94,11 @@ function acrossChoices() {
     const kind = DATA.metrics[part.metric]?.kind;
     if (kind === "trained" || kind === "counted" || (part.ratio && part.metric === "macs")) continue;
     if (kind === "timed" && !part.ratio) {
-      if (part.state === "reported") continue; // the seed's device is another one
+      if (part.state === "reported") continue; // measured on another device
       const device = deviceOf(key);
       found.set(
         `${part.name}|${part.state}|${device}`,
-        `${heading(part)}: ${WHOSE[part.state]}, ${device}`,
+        `${heading(part)}: ${STATE_NAMES[part.state]}, ${device}`,
       );
     } else if (part.name !== "latency:ratio") {
       found.set(`${part.name}||`, heading(part));
@@ -145,7 +145,7 @@ function pointsOf(form) {
   return [...found.values()];
 }
 
-/** A baseline is once itself. */
+/** The ratio of a baseline to itself is 1. */
 function baselineOf(row, name) {
   return row.base && name.endsWith(":ratio") ? { key: "", number: 1 } : null;
 }
@@ -169,7 +169,7 @@ function mark(point, x, y, most) {
   ];
 }
 
-/** Put a label beside its point where no other label is; none where there is no room. */
+/** Put a label next to its point if there is room for it. */
 function place(text, x, y, radius, taken, box) {
   const width = text.length * 6,
     gap = radius + 4;
@@ -197,7 +197,7 @@ function place(text, x, y, radius, taken, box) {
 function describePoint(point, form) {
   const [xs, ys] = [form.x, form.y].map((each) => each.selectedOptions[0].textContent);
   const size = point.size ? `\n${short(point.size / 1e6)} M parameters` : "";
-  return `${point.row.label} (${WHOSE[point.state]})\n${ys}: ${short(point.y)}\n${xs}: ${short(point.x)}${size}`;
+  return `${point.row.label} (${STATE_NAMES[point.state]})\n${ys}: ${short(point.y)}\n${xs}: ${short(point.x)}${size}`;
 }
 
 function drawScatter() {
@@ -206,7 +206,7 @@ function drawScatter() {
   const points = form.x.value ? pointsOf(form) : [];
   if (!points.length) {
     chart.replaceChildren(
-      h("p", { class: "quiet" }, "No system has both numbers with this choice."),
+      h("p", { class: "quiet" }, "No model has both numbers for this choice."),
     );
     $("#points").replaceChildren();
     return;
@@ -266,7 +266,7 @@ function drawScatter() {
   $("#points").replaceChildren(pointTable(points, titles));
 }
 
-/** A dotted line through one system's points. */
+/** A dotted line through the points of one model. */
 function joins(points, x, y) {
   const systems = Map.groupBy ? Map.groupBy(points, (p) => p.row.system) : new Map();
   return [...systems.values()]
@@ -283,7 +283,7 @@ function joins(points, x, y) {
 }
 
 function pointTable(points, titles) {
-  const heads = ["System", "Whose", titles[1], titles[0], "Parameters, M"];
+  const heads = ["Model", "Source", titles[1], titles[0], "Parameters, M"];
   const table = h(
     "table",
     { class: "sortable" },
@@ -335,7 +335,7 @@ function withTip(element, text) {
 
 const options = (values) => values.map(([value, text]) => h("option", { value }, text));
 
-/** Leave the choices that some system of these images has; keep the one that was made. */
+/** Offer only choices that some model on these images has; keep the current choice. */
 function offerAcross(form, across) {
   const before = form.x.value;
   const found = across.filter((choice) => {

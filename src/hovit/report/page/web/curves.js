@@ -1,4 +1,4 @@
-// ---- Training curves, of a table's rows or of one record
+// ---- Training curves of the rows of a table, or of one record
 
 const CURVES = [
   ["val_top1", "Validation top-1, %"],
@@ -11,12 +11,12 @@ const look = (i) => ({
   "stroke-dasharray": DASHES[Math.floor(i / 7) % DASHES.length],
 });
 
-/** Lines {label, href, i, histories}: the mean over seeds, and their range as a band. */
+/** Draw lines {label, href, i, histories}: mean over random seeds, with the range as a band. */
 function lineChart(lines, key, title, width = 640) {
   const drawn = lines
     .map((line) => ({ ...line, points: overSeeds(line.histories, key) }))
     .filter((l) => l.points.length);
-  if (!drawn.length) return h("p", { class: "quiet" }, "Nothing was recorded.");
+  if (!drawn.length) return h("p", { class: "quiet" }, "No history in the records.");
   const box = { width, height: width * 0.5, left: 46, right: 12, top: 30, bottom: 42 };
   const every = drawn.flatMap((line) => line.points);
   const ys = rangeOf(
@@ -100,7 +100,7 @@ function studyLines(study, source) {
     }));
 }
 
-/** Choices and a chart inside a study's <details>, made when it is first opened. */
+/** Choices and a chart inside the <details> of a study, built when first opened. */
 function studyCurves(details) {
   const study = DATA.studies[details.dataset.study];
   const sources = Object.keys(study.contexts).filter((each) => studyLines(study, each).length);
@@ -110,13 +110,13 @@ function studyCurves(details) {
     {},
     CURVES.map(([key, title]) => h("option", { value: key }, title)),
   );
-  const whose = h(
+  const source = h(
     "select",
     {},
-    sources.map((source) => {
-      const { state, name, scale } = study.contexts[source];
+    sources.map((each) => {
+      const { state, name, scale } = study.contexts[each];
       const label = state === "run" ? `${name}, ${scale.split(":")[0]}` : `evidence, ${name}`;
-      return h("option", { value: source }, label);
+      return h("option", { value: each }, label);
     }),
   );
   const chart = h("div", { class: "chart" }),
@@ -127,18 +127,18 @@ function studyCurves(details) {
         .filter((box) => box.checked)
         .map((box) => box.value),
     );
-    const lines = studyLines(study, whose.value).filter((line) => on.has(String(line.i)));
+    const lines = studyLines(study, source.value).filter((line) => on.has(String(line.i)));
     const width = Math.min(760, Math.max(300, details.clientWidth));
     chart.replaceChildren(lineChart(lines, what.value, what.selectedOptions[0].textContent, width));
   };
   const choose = () => {
-    keys.replaceChildren(...studyLines(study, whose.value).map(curveKey));
+    keys.replaceChildren(...studyLines(study, source.value).map(curveKey));
     draw();
   };
   what.addEventListener("input", draw);
   keys.addEventListener("input", draw);
-  whose.addEventListener("input", choose);
-  queueMicrotask(choose); // once it is in the page and has a width
+  source.addEventListener("input", choose);
+  queueMicrotask(choose); // after it is in the page and has a width
   return h(
     "div",
     {},
@@ -146,7 +146,7 @@ function studyCurves(details) {
       "div",
       { class: "tools" },
       h("label", { class: "field" }, "Curve ", what),
-      h("label", { class: "field" }, "Of ", whose),
+      h("label", { class: "field" }, "Source ", source),
     ),
     chart,
     keys,

@@ -1,8 +1,8 @@
-// ---- The panel that a number opens: value, circumstances, records, commands
+// ---- Detail panel of a number: value, data and device, records, commands
 
 const UNIT = {
-  trained: ["standard deviation over seeds", "seeds"],
-  timed: ["inter-quartile range over rounds", "rounds"],
+  trained: ["standard deviation over random seeds", "random seeds"],
+  timed: ["interquartile range over rounds", "rounds"],
   evaluated: ["", "models"],
 };
 
@@ -20,7 +20,7 @@ function command(text) {
       await navigator.clipboard.writeText(text);
       button.textContent = "Copied";
     } catch {
-      getSelection().selectAllChildren(pre); // not allowed here: at least it is selected
+      getSelection().selectAllChildren(pre); // no clipboard access: select the text instead
     }
   });
   const pre = h("pre", {}, text);
@@ -31,7 +31,7 @@ function short(number) {
   return number === undefined ? "" : Number(number.toPrecision(6)).toLocaleString("en");
 }
 
-/** A number's study, row, metric, batch, ratio, source and state (reported, evidence or run). */
+/** Parse the key of a number: study, row, metric, batch, ratio, source, state (reported, evidence, run). */
 function parse(key) {
   const [study, row, name, source] = key.split("/");
   return { study, row, name, source, ...DATA.values[key], state: stateOf(source) };
@@ -48,14 +48,14 @@ function heading(part) {
   return part.batch ? `${over}, batch ${part.batch}` : over;
 }
 
-const WHOSE = { reported: "reported by the seed", evidence: "evidence", run: "this run" };
+const STATE_NAMES = { reported: "reported", evidence: "evidence", run: "this run" };
 
 function stateName(state) {
   return h(
     "span",
     {},
     h("i", { class: `mark ${state}`, "aria-hidden": "true" }),
-    ` ${WHOSE[state]}`,
+    ` ${STATE_NAMES[state]}`,
   );
 }
 
@@ -82,18 +82,18 @@ function valuePanel(key) {
         ? reportedFacts(part, study, row)
         : measuredFacts(part, value, study),
     ),
-    beside(part, key),
+    otherSources(part, key),
     (value.records ?? []).map((path) => recordParts(path)),
   ];
 }
 
 function reportedFacts(part, study, row) {
-  const own = "as the seed has it; not restated here";
+  const own = "as in the paper";
   return [
     fact("Place", study.place),
-    fact("Written in", h("code", {}, `config/studies/${part.study}.yaml`), `, row ${part.row}`),
+    fact("Defined in", h("code", {}, `config/studies/${part.study}.yaml`), `, row ${part.row}`),
     fact("Dataset", row.task),
-    fact("Scale", "the seed's own"),
+    fact("Scale", own),
     fact("Device", own),
     fact("n and spread", own),
     fact("Check it", command(`hovit explain ${part.study} ${part.row} ${part.metric}`)),
@@ -118,7 +118,7 @@ function measuredFacts(part, value, study) {
         ? context.data[part.row]
         : images(kind, record, study, part),
     ),
-    fact("Device", devices.join("; ") || "none: it follows from config/"),
+    fact("Device", devices.join("; ") || "none: computed from config/"),
     fact("n", (part.ratio ? both : [value]).map((each) => count(each.n, nIs)).join(" over ")),
     fact(
       "Spread",
@@ -134,7 +134,7 @@ function measuredFacts(part, value, study) {
     ),
     fact("Noise", value.noise === undefined ? "" : `± ${short(value.noise)}, as claims are judged`),
     fact(
-      "Over its baseline",
+      "Ratio to baseline",
       (value.of ?? []).map((each, i) => [
         i ? (value.inverse ? " under " : " over ") : "",
         numberLink(each),
@@ -147,9 +147,9 @@ function count(n, what) {
   return what && n ? `${n} ${n === 1 ? what.slice(0, -1) : what}` : "1: exact";
 }
 
-/** What stood in for images where nothing was learned. */
+/** The images or synthetic inputs of a number that needs no training. */
 function images(kind, record, study, part) {
-  if (kind === "counted") return "the images themselves";
+  if (kind === "counted") return "counted from the images";
   if (kind !== "timed") return study.scope;
   const latency = record?.spec?.latency;
   const own = record?.spec?.rows?.[part.row];
@@ -166,8 +166,8 @@ function numberLink(key) {
   return h("a", { href: link("v", key) }, `${value.text} (${label})`);
 }
 
-/** The same number from the other sources. */
-function beside(part, key) {
+/** The same number from other sources: reported, evidence, this run. */
+function otherSources(part, key) {
   const names =
     part.batch || part.metric === "latency"
       ? Object.keys(DATA.values)
@@ -182,7 +182,7 @@ function beside(part, key) {
     .filter((each) => each !== key && DATA.values[each] && parse(each).ratio === part.ratio);
   if (!found.length) return "";
   return [
-    h("h3", {}, "Beside it"),
+    h("h3", {}, "Other sources"),
     h(
       "ul",
       {},
@@ -215,8 +215,8 @@ function claimPanel(id) {
       "dl",
       {},
       fact("Why", claim.why),
-      fact("Reported", claim.reported ?? "no number, a comparison"),
-      fact("Measured", claim.measured || "nothing"),
+      fact("Reported", claim.reported ?? "no number (a comparison)"),
+      fact("Measured", claim.measured || "not measured"),
       fact("Place", `${claim.seed}: ${claim.place}`),
       fact("Judged by", claim.source),
       fact(
@@ -230,7 +230,7 @@ function claimPanel(id) {
         claim.tolerance === null ? "the last digit printed" : String(claim.tolerance),
       ),
       fact("Numbers", claimNumbers(claim)),
-      fact("Written in", h("code", {}, `config/claims/${claim.file}.yaml`), `, ${claim.id}`),
+      fact("Defined in", h("code", {}, `config/claims/${claim.file}.yaml`), `, ${claim.id}`),
       fact("Judge again", command(claimCommand())),
     ),
     claim.records.map((path) => recordParts(path)),
@@ -245,7 +245,7 @@ function claimNumbers(claim) {
   const keys = [claim.of, claim.to]
     .filter(Boolean)
     .flatMap((ref) => sourcesOf(ref.replace(/.*:/, "").split("/")[0]).map((each) => `${ref}/${each}`))
-    .filter((key) => DATA.values[key]); // none of an analysis
+    .filter((key) => DATA.values[key]); // analyses have none
   return keys.length
     ? h(
         "ul",
@@ -260,10 +260,10 @@ function recordPanel(path) {
   return [h("h2", { id: "detail-title" }, "Record"), recordParts(path, true)];
 }
 
-/** A record: where it lies, its commit, the command that re-makes it; its spec, results, curves. */
+/** A record: path, commit, command that reproduces it, spec, results and curves. */
 function recordParts(path, open = false) {
   const record = DATA.records[path];
-  // The page lies in results/, so that a record beside it opens by a relative address.
+  // The page is in results/, so records open by a relative path.
   const href = path.startsWith("results/") ? path.slice("results/".length) : `../${path}`;
   const made = record.provenance;
   return h(
@@ -281,7 +281,7 @@ function recordParts(path, open = false) {
         made ? [h("code", {}, record.commit), record.dirty ? " with uncommitted changes" : ""] : "",
       ),
       fact("Spec", made ? h("code", {}, record.spec_hash) : ""),
-      fact("Seal", made ? h("code", {}, record.sha256) : ""),
+      fact("sha256", made ? h("code", {}, record.sha256) : ""),
       fact(
         "Made",
         made
@@ -296,8 +296,8 @@ function recordParts(path, open = false) {
               .join(", ")
           : "",
       ),
-      fact("Re-make it", command(record.rerun)),
-      fact("Look at the code", made ? command(`git show ${record.commit}`) : ""),
+      fact("Reproduce", command(record.rerun)),
+      fact("Code", made ? command(`git show ${record.commit}`) : ""),
     ),
     record.history?.length ? folded("Curves", () => historyCharts(record), open) : "",
     made
@@ -312,7 +312,7 @@ function recordParts(path, open = false) {
   );
 }
 
-/** Made only when it is opened. */
+/** Content that is built when it is first opened. */
 function folded(title, make, open = false) {
   const details = h("details", {}, h("summary", {}, title));
   const once = () => {
@@ -326,7 +326,7 @@ function folded(title, make, open = false) {
   return details;
 }
 
-// ---- The address says which panel is open, so that a number can be linked to
+// ---- The URL fragment names the open panel, so that numbers can be linked
 
 const PANELS = { v: valuePanel, c: claimPanel, r: recordPanel };
 let opener = null;

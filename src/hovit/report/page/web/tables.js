@@ -1,17 +1,17 @@
 "use strict";
-// Everything is made with createElement and textContent: no string of a record becomes markup.
+// Elements are built with createElement and textContent: no string becomes markup.
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const STATES = ["reported", "evidence", "run"];
 const SVG = "http://www.w3.org/2000/svg";
 const $ = (selector, within = document) => within.querySelector(selector);
 const $$ = (selector, within = document) => [...within.querySelectorAll(selector)];
 
-/** An element with attributes and children; strings become text. */
+/** Create an HTML element with attributes and children; strings become text. */
 function h(tag, attributes = {}, ...children) {
   return fill(document.createElement(tag), attributes, children);
 }
 
-/** The same in SVG. */
+/** Create an SVG element. */
 function s(tag, attributes = {}, ...children) {
   return fill(document.createElementNS(SVG, tag), attributes, children);
 }
@@ -27,7 +27,7 @@ function fill(element, attributes, children) {
 const link = (kind, key) => `#${kind}/${encodeURIComponent(key).replaceAll("%2F", "/")}`;
 const shown = (state) => $(`#show-${state}`).checked;
 
-/** A setting that outlives a reload, where the browser allows it. */
+/** A setting that survives a reload, if the browser allows it. */
 const kept = {
   get: (name) => {
     try {
@@ -40,7 +40,7 @@ const kept = {
     try {
       localStorage.setItem(name, value);
     } catch {
-      /* not allowed */
+      /* storage is not available */
     }
   },
 };
@@ -67,7 +67,7 @@ function setUpTheme() {
   });
 }
 
-// ---- Which of reported, evidence and this run is shown
+// ---- Show or hide reported numbers, evidence and this run
 
 function setUpStates(changed) {
   for (const state of STATES) {
@@ -80,7 +80,7 @@ function setUpStates(changed) {
 
 // ---- Sorting
 
-/** What a cell is sorted by: its first number if its column is one of numbers, else its text. */
+/** Sort key of a cell: its first number in a numeric column, else its text. */
 function sortKey(cell, numeric) {
   const text = cell.textContent.trim();
   if (!numeric) return text.toLowerCase();
@@ -89,11 +89,11 @@ function sortKey(cell, numeric) {
 }
 
 function compare(a, b) {
-  if (a === null || b === null) return a === b ? 0 : a === null ? 1 : -1; // nothing comes last
+  if (a === null || b === null) return a === b ? 0 : a === null ? 1 : -1; // empty cells come last
   return typeof a === "string" ? a.localeCompare(b, "en") : a - b;
 }
 
-/** Sort by a column: up, then down, then as written. */
+/** Sort by a column: ascending, descending, then the original order. */
 function sortBy(table, th) {
   const next = { none: "ascending", ascending: "descending", descending: "none" };
   const direction = next[th.getAttribute("aria-sort") ?? "none"];
@@ -132,7 +132,7 @@ function setUpSorting(within = document) {
   }
 }
 
-// ---- Arrow keys: one tab stop a table, and from number to number within it
+// ---- Arrow keys: each table is one tab stop; arrow keys move between its numbers
 
 const usable = (table) => $$("tbody a", table).filter((a) => a.offsetParent !== null);
 
@@ -172,7 +172,7 @@ function setUpKeys() {
   }
 }
 
-/** Every table keeps a tab stop, also when the column that had it is hidden. */
+/** Every table keeps a tab stop, even if the column that had it is hidden. */
 function keepTabStops() {
   for (const table of $$("table.numbers")) {
     const links = usable(table);
@@ -191,7 +191,7 @@ function filterClaims() {
     const text = row.textContent.toLowerCase();
     row.hidden =
       !verdicts.has(row.dataset.verdict) ||
-      Boolean(form.seed.value && form.seed.value !== row.dataset.seed) ||
+      Boolean(form.paper.value && form.paper.value !== row.dataset.paper) ||
       !words.every((word) => text.includes(word));
   }
   $("#shown").textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length}`;
@@ -201,5 +201,5 @@ function setUpClaims() {
   const form = $("#filters");
   form.addEventListener("input", filterClaims);
   form.addEventListener("submit", (event) => event.preventDefault());
-  filterClaims(); // a browser may have kept the fields over a reload
+  filterClaims(); // browsers may keep form values over a reload
 }
