@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from hovit.config.plan import Plan, load_plan
 from hovit.config.runs import Run, Weights
 from hovit.config.schema import Recipe
+from hovit.config.tasks import TrainTask
 from hovit.pipeline.sweep import parse_budget
 from hovit.training.checkpoint import load_weights, save_weights
 from hovit.training.classification import (
@@ -86,7 +87,7 @@ def test_a_state_of_other_code_is_not_continued(
     """Or a record would claim its last lines for all of it."""
     run, fabric = small_run(plan), make_fabric("32-true", accelerator="cpu")
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "code", "0" * 64)
+        patch.setattr(TrainTask, "code", "0" * 64)
         with pytest.raises(OutOfTime):
             train(run, fabric, packed, Options(deadline=0.0))
     assert train(run, fabric, packed).results["interruptions"] == 0
