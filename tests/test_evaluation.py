@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,8 +209,32 @@ def test_what_is_not_imagenet_is_refused_in_one_line(plan, images, weights, tmp_
             evaluate_study(plan.evaluate_task(study("mean_colour")), images, weights, CPU, tmp_path)
     (images / "val" / "n01440764" / "0.JPEG").unlink()
     (images / "val" / "n01440764" / "0.JPEG").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(HovitError, match="an image cannot be read"):
+    with pytest.raises(HovitError, match=r"n01440764/0\.JPEG: not a file"):
         evaluate_study(plan.evaluate_task(study("mean_colour")), images, weights, CPU, tmp_path)
+
+
+def test_hidden_files_of_imagenet_are_skipped(images):
+    before = find_images(images).samples
+    for name in (".ipynb_checkpoints/0.JPEG", "__MACOSX/0.JPEG", "n01440764/._0.JPEG"):
+        (images / "val" / name).parent.mkdir(exist_ok=True)
+        (images / "val" / name).write_bytes(b"no image")
+    found = find_images(images)
+    assert (found.samples, set(found.classes)) == (before, set(COLOURS))
+
+
+def test_a_small_shared_memory_is_said_and_gives_the_same(
+    plan, images, weights, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(imagenet, "BATCH", 4)
+    task = plan.evaluate_task(study("mean_colour"))
+    records = []
+    for free in (2**40, 0):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        records.append(evaluate_study(task, images, weights, CPU, tmp_path).results)
+        said = capsys.readouterr().err
+        assert ("loaded without workers" in said) == (not free)
+        assert said.count("\n") == (not free)
+    assert records[0] == records[1]
 
 
 def test_weights_whose_outputs_are_not_finite_are_refused(plan, images, weights, tmp_path):

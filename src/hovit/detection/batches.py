@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..data.loader import usable_workers
 from ..utils.errors import HovitError
 from .coco import CocoImage, read_image
 
@@ -73,7 +74,10 @@ def make_loader(
         HovitError: for an image that cannot be read.
     """
     if workers is None:
-        workers = min(8, (os.cpu_count() or 2) - 1) if device.type == "cuda" else 0
+        largest = max((len(batch) for batch in batches), default=0)
+        pixels = max((image.width * image.height for image in images.images), default=0)
+        wanted = min(8, (os.cpu_count() or 2) - 1) if device.type == "cuda" else 0
+        workers = usable_workers(wanted, largest * pixels * 3) if wanted else 0
     loader: DataLoader[Any] = DataLoader(
         images,
         batch_sampler=[batch.tolist() for batch in batches],

@@ -18,11 +18,14 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from torchvision.datasets import ImageFolder
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import pil_to_tensor
 
 from ..config.schema import Row
 from ..config.tasks import EvaluateTask
+from ..data.decode import open_image, to_rgb
+from ..data.listing import list_images
+from ..data.loader import usable_workers
 from ..models.deployed import FORMS
 from ..records.record import Record, write_record
 from ..training.checkpoint import load_weights
@@ -92,8 +95,60 @@ def evaluate_study(
     return record
 
 
+class ImageNetImages(Dataset[tuple[Tensor, int]]):
+    """Validation images with their labels.
+
+    Args:
+        root: folder of class folders.
+        classes: names of the class folders.
+        samples: (path relative to root, label).
+        transform: from an RGB image to the input of a model; set by `evaluate`.
+    """
+
+    def __init__(self, root: Path, classes: list[str], samples: list[tuple[str, int]]) -> None:
+        self.root, self.classes, self.samples = root, classes, samples
+        self.transform: Callable[[Image.Image], Tensor] = pil_to_tensor
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        name, label = self.samples[index]
+        return self.transform(read_image(self.root / name)), label
+
+
+def find_images(folder: Path) -> ImageNetImages:
+    """ImageNet's validation images, with classes numbered as in the pretrained weights.
+
+    Raises:
+        HovitError: if there are none, or a folder name is not a class of ImageNet-1k.
+    """
+    inside = [folder / name for name in ("val", "validation") if (folder / name).is_dir()]
+    root = (*inside, folder)[0]
+    names = sorted(name for name, _ in list_images(root)) if root.is_dir() else []
+    classes = sorted({name.split("/")[0] for name in names if "/" in name})
+    if not classes:
+        raise HovitError(f"{folder}: no ImageNet in it (val/n01440764/*.JPEG)")
+    number = {name: i for i, name in enumerate(ImageNetInfo().label_names())}
+    if unknown := [name for name in classes if name not in number]:
+        raise HovitError(
+            f"{root}: {unknown[0]} is no class of ImageNet-1k; its folders are n01440764 and so on"
+        )
+    samples = [(name, number[name.split("/")[0]]) for name in names if "/" in name]
+    return ImageNetImages(root, classes, samples)
+
+
+def _fingerprint(images: ImageNetImages) -> dict[str, Any]:
+    """Number of images and classes, and a hash of file names and sizes."""
+    try:
+        files = sorted((name, (images.root / name).stat().st_size) for name, _ in images.samples)
+    except OSError as error:
+        raise HovitError(f"{images.root}: an image cannot be read: {one_line(error)}") from None
+    return {"images": len(files), "classes": len(images.classes), "sha256": digest(files)}
+
+
 def _evaluate_row(
-    row: Row, path: Path, images: ImageFolder, device: torch.device, workers: int, saved: Rows
+    row: Row, path: Path, images: ImageNetImages, device: torch.device, workers: int, saved: Rows
 ) -> dict[str, Any]:
     """Results of one row, taken from `saved` if it was evaluated with the same weights."""
     source = {"weights": tagged(row), "file": path.name, "weights_sha256": file_digest(path)}
@@ -102,40 +157,6 @@ def _evaluate_row(
         return before
     model, config = load_model(row, path)
     return evaluate(model, images, config, device, workers) | source
-
-
-def find_images(folder: Path) -> ImageFolder:
-    """ImageNet's validation images, with classes numbered as in the pretrained weights.
-
-    Raises:
-        HovitError: if there are none, or a folder name is not a class of ImageNet-1k.
-    """
-    inside = [folder / name for name in ("val", "validation") if (folder / name).is_dir()]
-    root = (*inside, folder)[0]
-    number = {name: i for i, name in enumerate(ImageNetInfo().label_names())}
-    try:
-        images = ImageFolder(str(root), loader=read_image)
-    except OSError as error:
-        raise HovitError(
-            f"{folder}: no ImageNet in it (val/n01440764/*.JPEG): {one_line(error)}"
-        ) from None
-    if unknown := [name for name in images.classes if name not in number]:
-        raise HovitError(
-            f"{root}: {unknown[0]} is no class of ImageNet-1k; its folders are n01440764 and so on"
-        )
-    images.samples = [(path, number[images.classes[i]]) for path, i in images.samples]
-    return images
-
-
-def _fingerprint(images: ImageFolder) -> dict[str, Any]:
-    """Number of images and classes, and a hash of file names and sizes."""
-    root = Path(images.root)
-    paths = [Path(path) for path, _ in images.samples]
-    try:
-        files = sorted((str(path.relative_to(root)), path.stat().st_size) for path in paths)
-    except OSError as error:
-        raise HovitError(f"{root}: an image cannot be read: {one_line(error)}") from None
-    return {"images": len(files), "classes": len(images.classes), "sha256": digest(files)}
 
 
 def _load_partial(path: Path, header: dict[str, Any]) -> Rows:
@@ -203,22 +224,22 @@ def load_model(row: Row, path: Path) -> tuple[nn.Module, dict[str, Any]]:
     return FORMS[str(form)](model.eval()), config
 
 
-def read_image(path: str) -> Image.Image:
-    """Decode an image to RGB.
+def read_image(path: Path) -> Image.Image:
+    """Decode an image to RGB, without EXIF orientation, as timm's validation does.
 
     Raises:
         HovitError: naming the file, if it cannot be read.
     """
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        with open_image(path) as image:
+            return to_rgb(image)
     except Exception as error:  # Pillow raises errors of many types on broken files
         raise HovitError(f"{path}: an image cannot be read: {one_line(error)}") from None
 
 
 def evaluate(
     model: nn.Module,
-    images: ImageFolder,
+    images: ImageNetImages,
     config: dict[str, Any],
     device: torch.device,
     workers: int = 0,
@@ -236,7 +257,9 @@ def evaluate(
         HovitError: for an image that cannot be read, or outputs that are not finite.
     """
     images.transform = create_transform(**config, is_training=False)
-    loader = DataLoader(images, BATCH, num_workers=workers if len(images) > BATCH else 0)
+    batch_bytes = BATCH * math.prod(config["input_size"]) * 4  # float32
+    workers = usable_workers(workers, batch_bytes) if len(images) > BATCH else 0
+    loader = DataLoader(images, BATCH, num_workers=workers)
     hits, losses = predict(model, loader, device)
     loss = float(losses.double().mean())
     if not math.isfinite(loss):
