@@ -7,10 +7,9 @@ checkpoint therefore ends with bit-identical metrics, on a CPU with the same num
 import math
 import os
 import time
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,13 @@ from torch import Tensor, nn
 
 try:
     from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 except ModuleNotFoundError:  # the same code, packaged with the rest of Lightning
     from lightning.fabric import Fabric  # type: ignore[no-redef]
+    from lightning.fabric.plugins.environments import (  # type: ignore[no-redef]
+        LightningEnvironment,
+        TorchElasticEnvironment,
+    )
 
 from ..config.runs import Run
 from ..config.schema import Recipe
@@ -32,7 +36,7 @@ from ..config.tasks import TrainTask
 from ..data.loader import epoch_batches, step_seed
 from ..records.record import Record, write_record
 from ..utils.device import describe_device, peak_memory_mb, pick_device
-from ..utils.errors import HovitError, OutOfTime
+from ..utils.errors import HovitError, OutOfTime, one_line
 from ..utils.files import alone, write_text
 from .checkpoint import load_state, save_state
 
@@ -75,7 +79,7 @@ class Trainer(ABC):
         cls, run: Run, fabric: Fabric, root: Path, options: Options | None = None
     ) -> Record:
         """Train a run from scratch or from its checkpoint, and return its record."""
-        with alone(root / run.folder) if fabric.is_global_zero else nullcontext():
+        with _lock(fabric, root / run.folder):
             trainer = cls(run, fabric, root, options or Options())
             trainer.fit()
             return trainer.finish()
@@ -113,8 +117,11 @@ class Trainer(ABC):
 
     def setup(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         """Move the model to its device and restore the checkpoint if there is one."""
-        if self.fabric.world_size > 1 and self.fabric.device.type == "cuda":
+        world = self.fabric.world_size
+        if world > 1 and self.fabric.device.type == "cuda":
             model = convert_sync_batchnorm(model)  # statistics over the images of all GPUs
+        elif world > 1:
+            check_batch_norm(model, self.recipe.batch_size, world)
         self.module = model
         self.model, self.optimizer = self.fabric.setup(model, make_optimizer(model, self.recipe))
         self.scaler = getattr(self.fabric.strategy.precision, "scaler", None)
@@ -255,26 +262,94 @@ class Trainer(ABC):
                 path.unlink()
 
 
+@contextmanager
+def _lock(fabric: Fabric, folder: Path) -> Iterator[None]:
+    """Let the first process lock the folder of a run.
+
+    Raises:
+        HovitError: in all processes, if another process trains the run.
+    """
+    with ExitStack() as stack:
+        problem = ""
+        if fabric.is_global_zero:
+            try:
+                stack.enter_context(alone(folder))
+            except HovitError as error:
+                problem = str(error)
+        if fabric.world_size > 1:
+            problem = fabric.broadcast(problem)
+        if problem:
+            raise HovitError(problem)
+        yield
+
+
+def check_batch_norm(model: nn.Module, batch_size: int, world: int) -> None:
+    """Refuse batches that give BatchNorm a single image per process.
+
+    Raises:
+        HovitError: if the model has BatchNorm and `world` processes get one image each.
+    """
+    has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    if has_batch_norm and batch_size // world < 2:
+        raise HovitError(
+            f"{world} processes get one image each of a batch of {batch_size}, but BatchNorm needs "
+            "two; use fewer processes or a larger batch"
+        )
+
+
 def make_fabric(precision: str, accelerator: str = "auto") -> Fabric:
-    """Launch Fabric on one machine. Under torchrun it takes rank and world size from there.
+    """Launch Fabric on one machine: one process, or those of torchrun or srun.
 
     DDP looks for unused parameters, because some models have weights that the forward pass does
     not use (the dead kv weights in the deck).
 
     Raises:
-        HovitError: for an accelerator that this machine does not have.
+        HovitError: for an accelerator that this machine does not have, more than one machine, or
+            more processes than GPUs.
     """
     accelerator = pick_device(accelerator).type
-    # Where Slurm is installed, Fabric advises to use srun; runs reach Slurm by profiles/slurm.
-    warnings.filterwarnings("ignore", "The `srun` command is available")
-    world = os.environ.get("WORLD_SIZE", "1")
-    devices = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    strategy = "ddp_find_unused_parameters_true" if devices > 1 else "auto"
-    fabric = Fabric(
-        accelerator=accelerator,
-        devices=devices,
-        strategy=strategy,
-        precision=precision,  # type: ignore[arg-type]
-    )
-    fabric.launch()
+    processes = _launched_processes()
+    for name in [name for name in os.environ if name.startswith("LT_")]:
+        del os.environ[name]  # Lightning's own launcher overrides the arguments below
+    try:
+        fabric = Fabric(
+            accelerator=accelerator,
+            devices=processes,
+            strategy="ddp_find_unused_parameters_true" if processes > 1 else "auto",
+            # Named, because Fabric takes one process for many in a Slurm allocation without srun.
+            plugins=TorchElasticEnvironment() if processes > 1 else LightningEnvironment(),
+            precision=precision,  # type: ignore[arg-type]
+        )
+        fabric.launch()
+    except Exception as error:  # Fabric raises errors of many types
+        raise HovitError(
+            f"cannot start {processes} process(es) on {accelerator}: {one_line(error)}"
+        ) from None
     return fabric
+
+
+def _launched_processes() -> int:
+    """Number of processes that torchrun or srun started; 1 for any other launch.
+
+    Variables of an allocation (SLURM_NTASKS) and strays (WORLD_SIZE, LOCAL_RANK) do not count.
+
+    Raises:
+        HovitError: if the processes are on more than one machine.
+    """
+    env = os.environ
+    tasks = int(env.get("SLURM_STEP_NUM_TASKS", 1))
+    if "TORCHELASTIC_RUN_ID" in env:
+        world, local = int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
+    elif tasks > 1 and {"SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID"} <= env.keys():
+        world = tasks
+        local = tasks if env.get("SLURM_STEP_NUM_NODES", "1") == "1" else 0
+        # Tasks of a step find each other as torchrun's processes do.
+        env |= {"RANK": env["SLURM_PROCID"], "LOCAL_RANK": env["SLURM_LOCALID"], "GROUP_RANK": "0",
+                "WORLD_SIZE": str(tasks), "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
+        step = int(env["SLURM_JOB_ID"]) * 101 + int(env.get("SLURM_STEP_ID", 0))
+        env["MASTER_PORT"] = str(20_000 + step % 10_000)
+    else:
+        return 1
+    if world != local:
+        raise HovitError(f"{world} processes on several machines: training runs on one machine")
+    return world
