@@ -38,7 +38,7 @@ from hovit.config.runs import Run
 from hovit.data.loader import PackedImages, augment, epoch_batches, make_loader, step_seed, to_input
 from hovit.data.pack import open_pack, prepare
 from hovit.measure.latency import summary
-from hovit.training.classification import limited, make_optimizer, training_loss
+from hovit.training.classification import limit_splits, make_optimizer, training_loss
 from hovit.training.trainer import make_fabric
 from hovit.utils.create_model import create_model
 from hovit.utils.device import describe_device
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     device = fabric.device
     prepare(run.pack, options.data_root)
     packed = open_pack(run.pack)
-    images, train = PackedImages(packed, device), limited(packed, run)["train"]
+    images, train = PackedImages(packed, device), limit_splits(packed, run)["train"]
     where = describe_device(device)
     result: dict[str, Any] = {
         "scale": plan.scale.id,

@@ -131,7 +131,9 @@ def test_a_sentence_that_names_its_device_is_judged_there_alone(tmp_path: Path) 
         assert judged(PLAN, tmp_path, f"{name}-{here}").verdict != "not measured"
         elsewhere = judged(PLAN, tmp_path, f"{name}-{other}")
         assert elsewhere.verdict == "not measured"
-        assert elsewhere.why.startswith(f"timed on {device}, but the claim is about a {other.upper()}")
+        assert elsewhere.why.startswith(
+            f"timed on {device}, but the claim is about a {other.upper()}"
+        )
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import itertools
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 import warnings
 import zipfile
@@ -39,9 +41,11 @@ from hovit.data.loader import (
     make_loader,
     step_seed,
     to_input,
+    usable_workers,
 )
 from hovit.data.pack import Packed, open_pack, prepare
 from hovit.utils.errors import HovitError
+from hovit.utils.files import alone
 
 CPU = torch.device("cpu")
 BREEDS = {1: "Abyssinian", 2: "american_bulldog", 12: "english_setter", 37: "yorkshire_terrier"}
@@ -179,6 +183,35 @@ def test_prepare_again_does_nothing_unless_the_spec_is_another():
     assert other.folder == pack.folder
     assert prepare(other, Path())["images"] == {"train": 898, "val": 0, "test": 899}
     assert open_pack(other).meta["fingerprint"] != first["fingerprint"]
+
+
+def test_two_processes_prepare_one_pack_once(tmp_path):
+    """Whatever their process ids: locks decide. The second waits and finds the pack."""
+    pack = Pack(DIGITS, 8)
+    part = pack.folder.with_name(f".{pack.folder.name}.1.part")  # process 1 is alive
+    part.mkdir(parents=True)
+    code = (
+        "import sys; from pathlib import Path; from hovit.data.pack import prepare; "
+        "from hovit.config.runs import Pack; from hovit.config.schema import Dataset; "
+        "data = Dataset.model_validate_json(sys.argv[1]); print('up', flush=True); "
+        "print(prepare(Pack(data, 8), Path())['fingerprint'])"
+    )
+    command = [sys.executable, "-c", code, DIGITS.model_dump_json()]
+    with alone(pack.folder):
+        others = [
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for _ in range(2)
+        ]
+        for other in others:
+            assert other.stdout.readline() == "up\n"
+        for other in others:  # both wait
+            assert other.stderr.readline() == f"{pack.folder}: waiting for another process\n"
+        assert part.exists()
+        assert not pack.folder.exists()
+    printed = [other.communicate(timeout=60) for other in others]
+    assert [other.returncode for other in others] == [0, 0], printed
+    assert printed[0][0] == printed[1][0] == f"{open_pack(pack).meta['fingerprint']}\n"
+    assert [path.name for path in pack.folder.parent.iterdir()] == [pack.folder.name]
 
 
 def test_a_leftover_of_a_killed_process_with_the_same_id_does_no_harm():
@@ -900,6 +933,17 @@ def test_loader_gives_the_batches_asked_for():
         assert y.dtype == torch.int64
         assert np.array_equal(x.numpy(), pack.images[index])
         assert np.array_equal(y.numpy(), pack.labels[index])
+
+
+@pytest.mark.parametrize(("free", "workers"), [(0, 0), (2, 0), (3, 1), (6, 2), (7, 3), (100, 3)])
+def test_workers_fit_into_shared_memory(monkeypatch, capsys, free, workers):
+    """Each worker has two batches in flight, and the loop holds one."""
+    usage = SimpleNamespace(free=free * 1_000_000)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    assert usable_workers(3, 1_000_000) == workers
+    said = capsys.readouterr().err
+    assert said.count("\n") == (workers < 3)
+    assert workers == 3 or (f"{free} MB free" in said and "--shm-size" in said)
 
 
 @pytest.mark.gpu

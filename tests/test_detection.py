@@ -20,15 +20,15 @@ from torch import nn
 from hovit.cli import app
 from hovit.config.plan import Plan, load_plan
 from hovit.config.runs import Run, Weights
-from hovit.detection.batches import Samples, load, mirror
+from hovit.detection.batches import DetectionDataset, make_loader, mirror
 from hovit.detection.coco import Annotations, read_annotations, read_image
+from hovit.detection.dataset import evaluation_set, open_coco, prepare
 from hovit.detection.evaluate import METRICS, evaluate, read_detections, write_detections
-from hovit.detection.folder import evaluation_set, open_coco, prepare
 from hovit.detection.model import STRIDES, make_backbone, retinanet
 from hovit.pipeline import evidence
 from hovit.records.record import read_record, write_record
 from hovit.training.checkpoint import load_weights, save_weights
-from hovit.training.detection import Detection, learning_rate, make_optimizer, train
+from hovit.training.detection import DetectionTrainer, learning_rate, make_optimizer, train
 from hovit.training.pretrained import load_pretrained
 from hovit.training.trainer import Options, make_fabric
 from hovit.utils.errors import HovitError, OutOfTime
@@ -155,7 +155,7 @@ def test_half_of_the_images_are_mirrored_and_always_the_same(run: Run, data: Pat
     pictures = open_coco(run.pack, data / "pack").train
     flipped = []
     for epoch in range(8):
-        samples = [Samples(pictures, 0.5, (0, epoch)) for _ in range(2)]
+        samples = [DetectionDataset(pictures, 0.5, (0, epoch)) for _ in range(2)]
         for i, picture in enumerate(pictures):
             image, target = samples[0][i]
             assert torch.equal(image, samples[1][i][0])
@@ -182,9 +182,9 @@ def test_annotations_are_read_as_they_are(data: Path) -> None:
     content = json.loads((data / VAL).read_text())
     truth = read_val(data)
     assert truth.categories == [2, 5, 9]
-    assert [p.id for p in truth.pictures] == [image["id"] for image in content["images"]]
+    assert [p.id for p in truth.images] == [image["id"] for image in content["images"]]
     assert len(truth.boxes) == len(content["annotations"])
-    for picture in truth.pictures:
+    for picture in truth.images:
         own = [a for a in content["annotations"] if a["image_id"] == picture.id]
         single = [a for a in own if not a["iscrowd"]]
         boxes = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in single)]
@@ -244,7 +244,7 @@ def test_the_two_boxes_without_height_of_coco_itself_are_left_out(data: Path) ->
     edit(data / VAL, known)
     truth = read_val(data)
     assert 918 in {entry["id"] for entry in truth.boxes}
-    assert sum(len(p.boxes) for p in truth.pictures) == len(truth.boxes) - 2  # and the crowd
+    assert sum(len(p.boxes) for p in truth.images) == len(truth.boxes) - 2  # and the crowd
 
 
 BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -294,7 +294,9 @@ def test_what_changes_after_the_check_is_refused(run: Run, data: Path) -> None:
     picture = open_coco(run.pack, data / "pack").train[0]
     picture.path.write_bytes(picture.path.read_bytes() + b"\0")
     for workers in (0, 1):  # one line, out of another process too
-        batches = load(Samples([picture]), [np.array([0])], torch.device("cpu"), workers)
+        batches = make_loader(
+            DetectionDataset([picture]), [np.array([0])], torch.device("cpu"), workers
+        )
         with pytest.raises(HovitError, match=r"^\S+: changed since the folder was checked.*$"):
             next(batches)
     edit(data / VAL, lambda content: content["annotations"].pop(0))
@@ -341,7 +343,7 @@ def test_ap_is_what_pycocotools_says(data: Path, capsys: pytest.CaptureFixture[s
     expected = {name: 100 * s for name, s in zip(METRICS, judge.stats, strict=False) if s >= 0}
     assert found == expected
     assert 1 < found["ap"] < 99
-    some = [p.id for p in truth.pictures[:2]]
+    some = [p.id for p in truth.images[:2]]
     assert evaluate(truth, detections, some) != found
 
 
@@ -375,11 +377,11 @@ def test_detections_are_kept_and_damage_is_one_line(data: Path) -> None:
 # Training ----------------------------------------------------------------------------------------
 
 
-def wider_start(job: Detection) -> None:
+def wider_start(trainer: DetectionTrainer) -> None:
     """RetinaNet starts its heads at 0.01, which is meant for 256 channels; through four layers of
     32 nothing would arrive."""
     torch.manual_seed(0)
-    for name, module in job.module.head.named_modules():
+    for name, module in trainer.module.head.named_modules():
         if isinstance(module, nn.Conv2d) and ".conv." in name:
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
@@ -387,11 +389,11 @@ def wider_start(job: Detection) -> None:
 def test_training_finds_shapes_that_it_could_not_find_before(paper: Plan, tmp_path: Path) -> None:
     run = small_detector(paper, make_coco(tmp_path), epochs=40)
     prepare(run.pack, tmp_path, tmp_path / run.pack.folder)
-    job = Detection(run, make_fabric("32-true", "cpu"), tmp_path, Options())
-    wider_start(job)
-    before = evaluate(job.coco.test, job.detect())
-    job.fit()
-    record = job.finish()
+    trainer = DetectionTrainer(run, make_fabric("32-true", "cpu"), tmp_path, Options())
+    wider_start(trainer)
+    before = evaluate(trainer.coco.test, trainer.detect())
+    trainer.fit()
+    record = trainer.finish()
     results, folder = record.results, tmp_path / run.folder
     losses = [entry["train_loss"] for entry in results["history"]]
     assert losses[-1] < 0.7 * losses[0]
@@ -400,7 +402,7 @@ def test_training_finds_shapes_that_it_could_not_find_before(paper: Plan, tmp_pa
     # The record says what the detections beside it say, and what the weights beside it find.
     assert read_record(folder / "record.json").results == results
     detections = read_detections(folder / "detections.json.gz")
-    again = evaluate(job.coco.test, detections)
+    again = evaluate(trainer.coco.test, detections)
     assert again == {name: results[name] for name in again}
     assert results["detections_sha256"] == digest(detections)
     assert results["weights_sha256"] == file_digest(folder / "weights.safetensors")
@@ -444,10 +446,10 @@ def test_a_continued_run_ends_with_the_same_weights(paper: Plan, tmp_path: Path)
 
 def test_a_loss_that_is_not_finite_ends_the_run(paper: Plan, run: Run, data: Path) -> None:
     prepare(run.pack, data, data / run.pack.folder)
-    job = Detection(run, make_fabric("32-true", "cpu"), data, Options())
-    nn.init.constant_(job.module.head.regression_head.bbox_reg.bias, math.nan)
+    trainer = DetectionTrainer(run, make_fabric("32-true", "cpu"), data, Options())
+    nn.init.constant_(trainer.module.head.regression_head.bbox_reg.bias, math.nan)
     with pytest.raises(HovitError, match="loss is nan at epoch 1, step 1; lower lr"):
-        job.fit()
+        trainer.fit()
 
 
 # The artifact's own commands ---------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,17 +156,17 @@ def test_images_reach_a_model_as_timm_would_bring_them_and_its_deploy_form_agree
     assert row["seen_as"]["input_size"] == [3, 224, 224]
 
 
-def test_rows_without_weights_are_left_out_and_named(plan, images, weights, tmp_path):
+def test_rows_without_weights_are_skipped_and_named(plan, images, weights, tmp_path):
     lines = []
     both = study("mean_colour", "mean_colour_two")
     record = evaluate_study(plan.evaluate_task(both), images, weights, CPU, tmp_path, lines.append)
     assert list(record.results["rows"]) == ["r0"]
-    assert any(line.startswith("r1: left out: no weights of mean_colour_two in") for line in lines)
+    assert any(line.startswith("r1: skipped: no weights of mean_colour_two in") for line in lines)
     (weights / "mean_colour.safetensors").unlink()
     record = evaluate_study(plan.evaluate_task(both), images, weights, CPU, tmp_path, lines.append)
     assert record.results["rows"] == {}
     assert lines[-1].startswith("no weights of any row in")
-    with pytest.raises(HovitError, match=r"a folder of MODEL\.safetensors is wanted"):
+    with pytest.raises(HovitError, match=r"not a folder; give a folder of MODEL\.safetensors"):
         evaluate_study(plan.evaluate_task(both), images, images / "one.safetensors", CPU, tmp_path)
 
 
@@ -209,14 +210,38 @@ def test_what_is_not_imagenet_is_refused_in_one_line(plan, images, weights, tmp_
             evaluate_study(plan.evaluate_task(study("mean_colour")), images, weights, CPU, tmp_path)
     (images / "val" / "n01440764" / "0.JPEG").unlink()
     (images / "val" / "n01440764" / "0.JPEG").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(HovitError, match="an image cannot be read"):
+    with pytest.raises(HovitError, match=r"n01440764/0\.JPEG: not a file"):
         evaluate_study(plan.evaluate_task(study("mean_colour")), images, weights, CPU, tmp_path)
+
+
+def test_hidden_files_of_imagenet_are_skipped(images):
+    before = find_images(images).samples
+    for name in (".ipynb_checkpoints/0.JPEG", "__MACOSX/0.JPEG", "n01440764/._0.JPEG"):
+        (images / "val" / name).parent.mkdir(exist_ok=True)
+        (images / "val" / name).write_bytes(b"no image")
+    found = find_images(images)
+    assert (found.samples, set(found.classes)) == (before, set(COLOURS))
+
+
+def test_a_small_shared_memory_is_said_and_gives_the_same(
+    plan, images, weights, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(imagenet, "BATCH", 4)
+    task = plan.evaluate_task(study("mean_colour"))
+    records = []
+    for free in (2**40, 0):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        records.append(evaluate_study(task, images, weights, CPU, tmp_path).results)
+        said = capsys.readouterr().err
+        assert ("loaded without workers" in said) == (not free)
+        assert said.count("\n") == (not free)
+    assert records[0] == records[1]
 
 
 def test_weights_whose_outputs_are_not_finite_are_refused(plan, images, weights, tmp_path):
     bad = {"fc.weight": torch.full((1000, 3), torch.nan), "fc.bias": torch.zeros(1000)}
     save_file(bad, weights / "mean_colour.safetensors")
-    with pytest.raises(HovitError, match="outputs are not finite"):
+    with pytest.raises(HovitError, match="outputs of the model are not finite"):
         evaluate_study(plan.evaluate_task(study("mean_colour")), images, weights, CPU, tmp_path)
     assert not list(tmp_path.rglob("*.json"))
 
@@ -271,7 +296,7 @@ def test_the_table_shows_it_and_says_of_what_it_is(plan, images, tmp_path, monke
          tmp_path], capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "m0: top-1" in done.stdout
-    assert "m1: left out" in done.stdout
+    assert "m1: skipped" in done.stdout
     table = plan.study("efficientvit_imagenet")
     value = Results(plan, tmp_path).value(table, table.row("m0"), "top1")
     assert value is not None
@@ -301,8 +326,12 @@ def test_evidence_takes_an_evaluation_by_spec_and_code(plan, images, tmp_path, m
     place.write_bytes(path.read_bytes())
     assert load_sources(plan, tmp_path).used(table)
     assert evidence.location(record).as_posix() == "smoke/evaluation/efficientvit_imagenet.json"
-    one = table.model_copy(update={"rows": table.rows[:1]})
+    one = table.model_copy(update={"rows": table.rows[:1]})  # rows are accepted one by one
     evaluate_study(plan.evaluate_task(one), images, tmp_path, CPU, tmp_path)
+    assert evidence.check({"smoke": plan}, path, ROOT).id == table.id
+    row = table.rows[0].model_copy(update={"model": "efficientvit_paper_m1"})
+    other = table.model_copy(update={"rows": (row,)})
+    evaluate_study(plan.evaluate_task(other), images, tmp_path, CPU, tmp_path)
     with pytest.raises(HovitError, match="its spec does not match config"):
         evidence.check({"smoke": plan}, path, ROOT)
 

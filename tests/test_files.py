@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from hovit.utils.errors import HovitError
-from hovit.utils.files import atomic, digest, file_digest, read_json, write_json, write_text
+from hovit.utils.files import alone, atomic, digest, file_digest, read_json, write_json, write_text
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False,
@@ -54,6 +54,44 @@ def test_a_body_that_writes_nothing_is_an_error(tmp_path):
     with pytest.raises(HovitError, match="cannot be written"), atomic(tmp_path / "a"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_go_by_their_locks_and_not_by_process_ids(tmp_path):
+    path = tmp_path / "a.txt"
+    dead = tmp_path / f".a.txt.{os.getpid()}.tmp"
+    dead.write_text("half")
+    with atomic(path) as first:
+        assert not dead.exists()
+        with atomic(path) as second:  # as from another container: the first stays
+            second.write_text("second")
+        assert first.exists()
+        first.write_text("first")
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_lock_of_a_folder_leaves_nothing_and_survives_a_killed_holder(tmp_path):
+    folder = tmp_path / "pack"
+    (tmp_path / ".pack.lock").touch()  # of a killed process
+    with alone(folder) as locked:
+        assert locked
+        with pytest.raises(HovitError, match="another process is at work"), alone(folder):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    leftover = tmp_path / ".a.txt.1.tmp"
+    leftover.touch()
+    with alone(tmp_path / "pack") as locked:
+        assert not locked
+        write_text(tmp_path / "a.txt", "text")
+    assert leftover.exists()  # nobody can tell whether its writer is alive
+    assert (tmp_path / "a.txt").read_text() == "text"
 
 
 @pytest.mark.parametrize("inside", ["a.txt", "deeper/a.txt"])

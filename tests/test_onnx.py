@@ -11,7 +11,7 @@ from torch import nn
 
 import hovit.models  # noqa: F401 (registers)
 from hovit.measure import onnx_runtime
-from hovit.measure.onnx_runtime import OnnxPass, run, session
+from hovit.measure.onnx_runtime import OnnxPass, make_session, run_session
 from hovit.models.deploy import TokenAttention, TokenFFN, deploy
 from hovit.utils.errors import HovitError
 
@@ -49,13 +49,13 @@ def test_outputs_on_real_images_are_pytorchs_to_1e_4(form):
     as_trained(model, digits(64, 64))
     model = form(model.eval())
     images = digits(8, 64)
-    made = session(model, images[:4])
+    made = make_session(model, images[:4])
     for some in images.split(4):  # the second batch is not the one that it was exported with
         with torch.no_grad():
             expected = model(some)
         apart = (expected - expected.mean(0)).norm()  # what the image decides
         assert apart > 0.1 * expected.norm()
-        assert (run(made, some) - expected).norm() <= 1e-4 * apart
+        assert (run_session(made, some) - expected).norm() <= 1e-4 * apart
 
 
 @pytest.mark.slow
@@ -67,12 +67,12 @@ def test_photographs_at_224_px_through_the_deployed_family(size):
     model = timm.create_model(f"efficientvit_paper_{size}", num_classes=10)
     as_trained(model, images)
     model = deploy(model.eval())
-    made, some = session(model, images[-4:]), images[-4:]
+    made, some = make_session(model, images[-4:]), images[-4:]
     with torch.no_grad():
         expected = model(some)
     apart = (expected - expected.mean(0)).norm()
     assert apart > 0.1 * expected.norm()
-    assert (run(made, some) - expected).norm() <= 1e-4 * apart
+    assert (run_session(made, some) - expected).norm() <= 1e-4 * apart
 
 
 @pytest.mark.parametrize("kind", [TokenAttention, TokenFFN])
@@ -82,9 +82,9 @@ def test_a_pass_of_wrong_blocks_is_refused_at_initial_weights_too(kind, monkeypa
         for block in filter(lambda m: isinstance(m, kind), model.modules()):
             for weight in block.state_dict().values():
                 weight.copy_(weight.flip(0))
-        return session(model, *inputs)
+        return make_session(model, *inputs)
 
-    monkeypatch.setattr(onnx_runtime, "session", torch.no_grad()(scrambled))
+    monkeypatch.setattr(onnx_runtime, "make_session", torch.no_grad()(scrambled))
     model = timm.create_model("deployed", of="efficientvit_paper_m0", num_classes=10)
     with pytest.raises(HovitError, match="differ from PyTorch's"):
         OnnxPass()(model.eval(), torch.randn(1, 3, 224, 224))
@@ -95,9 +95,9 @@ def test_a_pass_takes_time_and_is_exported_once_for_each_shape(monkeypatch):
 
     def counted(model, *inputs):
         exported.append(inputs[0].shape[0])
-        return session(model, *inputs)
+        return make_session(model, *inputs)
 
-    monkeypatch.setattr(onnx_runtime, "session", counted)
+    monkeypatch.setattr(onnx_runtime, "make_session", counted)
     timer, model = OnnxPass(), nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
     times = [timer(model, torch.randn(batch, 3, 16, 16)) for batch in (1, 2, 1, 2)]
     assert all(t > 0 for t in times)
@@ -112,12 +112,14 @@ def test_what_cannot_be_exported_is_one_line():
             return x if x.sum() > 0 else -x
 
     with pytest.raises(HovitError, match="Reads does not run in ONNX Runtime") as caught:
-        session(Reads(), torch.randn(1, 3, 8, 8))
+        make_session(Reads(), torch.randn(1, 3, 8, 8))
     assert "\n" not in str(caught.value)
 
 
 def test_other_outputs_are_never_timed(monkeypatch):
     wrong = nn.Conv2d(3, 4, 3)
-    monkeypatch.setattr(onnx_runtime, "session", lambda model, *inputs: session(wrong, *inputs))
+    monkeypatch.setattr(
+        onnx_runtime, "make_session", lambda model, *inputs: make_session(wrong, *inputs)
+    )
     with pytest.raises(HovitError, match="outputs differ from PyTorch's"):
         OnnxPass()(nn.Conv2d(3, 4, 3).eval(), torch.randn(1, 3, 8, 8))

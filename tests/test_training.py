@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from hovit.config.plan import Plan, load_plan
 from hovit.config.runs import Run, Weights
 from hovit.config.schema import Recipe
+from hovit.config.tasks import TrainTask
 from hovit.pipeline.sweep import parse_budget
 from hovit.training.checkpoint import load_weights, save_weights
 from hovit.training.classification import (
@@ -28,7 +29,7 @@ from hovit.training.classification import (
     training_loss,
 )
 from hovit.training.pretrained import download_timm, load_pretrained
-from hovit.training.trainer import Options, make_fabric
+from hovit.training.trainer import Options, check_batch_norm, make_fabric
 from hovit.utils.create_model import create_model
 from hovit.utils.errors import HovitError, OutOfTime
 
@@ -86,7 +87,7 @@ def test_a_state_of_other_code_is_not_continued(
     """Or a record would claim its last lines for all of it."""
     run, fabric = small_run(plan), make_fabric("32-true", accelerator="cpu")
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "code", "0" * 64)
+        patch.setattr(TrainTask, "code", "0" * 64)
         with pytest.raises(OutOfTime):
             train(run, fabric, packed, Options(deadline=0.0))
     assert train(run, fabric, packed).results["interruptions"] == 0
@@ -161,6 +162,47 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path: Path) -> None:
         shutil.rmtree(folder)
     np.testing.assert_allclose(curves[0]["train_loss"], curves[1]["train_loss"], rtol=2e-4)
     np.testing.assert_allclose(curves[0]["val_loss"], curves[1]["val_loss"], rtol=5e-3)
+
+
+STRAYS = {
+    "Slurm allocation without srun": {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7", "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NAME": "train"},
+    "srun of one task": {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_ID": "7"},
+    "torchrun's without torchrun": {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "2",
+        "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "nowhere", "GROUP_RANK": "1"},
+    "Lightning": {"LT_DEVICES": "4", "LT_NUM_NODES": "3", "LT_STRATEGY": "ddp"},
+    "MPI": {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "PMI_RANK": "1"},
+    "LSF": {"LSB_JOBID": "1", "LSB_DJOB_RANKFILE": "/nowhere", "JSM_NAMESPACE_SIZE": "2",
+        "JSM_NAMESPACE_RANK": "1", "JSM_NAMESPACE_LOCAL_RANK": "1"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", STRAYS)
+def test_variables_of_other_launchers_do_not_count(
+    launcher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in STRAYS[launcher].items():
+        monkeypatch.setenv(name, value)
+    fabric = make_fabric("32-true", accelerator="cpu")
+    assert (fabric.world_size, fabric.global_rank, fabric.is_global_zero) == (1, 0, True)
+
+
+def test_several_machines_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = {"NUM_TASKS": "2", "NUM_NODES": "2", "ID": "0"}
+    for name, value in step.items():
+        monkeypatch.setenv(f"SLURM_STEP_{name}", value)
+    for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID"):
+        monkeypatch.setenv(name, "0")
+    with pytest.raises(HovitError, match="2 processes on several machines"):
+        make_fabric("32-true", accelerator="cpu")
+
+
+def test_batch_norm_needs_two_images_a_process() -> None:
+    model = create_model("levit_deck", 10, 64)
+    check_batch_norm(model, 8, 4)
+    with pytest.raises(HovitError, match="4 processes get one image each of a batch of 4"):
+        check_batch_norm(model, 4, 4)
+    check_batch_norm(create_model("vit_tiny_patch16_224", 10, 64), 4, 4)
 
 
 RECIPE = Recipe(

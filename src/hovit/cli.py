@@ -127,7 +127,7 @@ def train(
 
     import hovit.models  # noqa: F401 (registers)
 
-    from .pipeline.train import outcome, train_run
+    from .pipeline.train import format_results, train_run
     from .training.trainer import make_fabric
 
     torch.set_num_threads(threads or plan.scale.threads)
@@ -136,7 +136,7 @@ def train(
         options.weights_file = weights
         record = train_run(run, fabric, options=options)
     if fabric.is_global_zero:
-        print(f"{run.id} seed {run.seed}: {outcome(record.results)}")
+        print(f"{run.id} seed {run.seed}: {format_results(record.results)}")
 
 
 @contextmanager
@@ -145,7 +145,7 @@ def _watching(run: Run, quiet: bool = False) -> "Iterator[Options]":
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from .pipeline.train import progress
+    from .pipeline.train import format_epoch
     from .training.trainer import Options
 
     console = Console(stderr=True)
@@ -158,7 +158,7 @@ def _watching(run: Run, quiet: bool = False) -> "Iterator[Options]":
         bar.update(task, completed=epoch * steps + step, total=run.recipe.epochs * steps)
 
     def on_epoch(entry: dict[str, float]) -> None:
-        last = progress(entry)
+        last = format_epoch(entry)
         bar.update(task, last=last)
         if bar.disable and not quiet:
             print(
@@ -254,7 +254,7 @@ def sweep(
 
     from .pipeline.sweep import parse_budget
     from .pipeline.sweep import sweep as sweep_studies
-    from .pipeline.train import progress
+    from .pipeline.train import format_epoch
     from .training.trainer import Options
 
     seconds = parse_budget(budget)
@@ -269,7 +269,7 @@ def sweep(
             deadline=deadline,
             weights_file=weights,
             on_epoch=lambda e: print(
-                f"      epoch {e['epoch']}/{run.recipe.epochs}: {progress(e)}", flush=True
+                f"      epoch {e['epoch']}/{run.recipe.epochs}: {format_epoch(e)}", flush=True
             ),
         )
 

@@ -1,1 +1,1 @@
-"""Analyses of trained models: what a figure shows beside accuracy and latency."""
+"""Analyses of trained models, one file per kind."""

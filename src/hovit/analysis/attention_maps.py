@@ -1,6 +1,7 @@
-"""Where one token looks: a row of the attention matrix, by form of attention.
+"""Attention map of one token: a row of the attention matrix.
 
-Seed: the HoViT deck (seeds/000) compares similarities by loss and time; the maps are ours.
+Source: the HoViT deck (seeds/000), which compares similarities by loss and time. The maps are our
+addition.
 """
 
 from typing import Any
@@ -12,37 +13,37 @@ from ..attention.modules import Size, to_heads
 
 
 def attention_maps(model: nn.Module, images: Tensor, block: int = 0) -> dict[str, Any]:
-    """The attention of an image's middle token to all tokens, mean over heads.
+    """Attention from the central token of the first image to all tokens, averaged over heads.
 
     Args:
-        model: one whose blocks call a form of `hovit.attention` that has `weights`.
-        images: [B, 3, H, W], normalised; the first is looked at.
-        block: which of those forms, from the input.
+        model: a model whose blocks use a module of `hovit.attention` that has `weights`.
+        images: [B, 3, H, W], normalised.
+        block: index of the attention module, counted from the input.
 
     Returns:
-        `map`, rows of weights that add up to 1; `entropy`, in nats, of that distribution (the
-        logarithm of the number of tokens if it is flat).
+        `map`: [height, width] attention weights, which sum to 1. `entropy`: entropy of these
+        weights in nats; the logarithm of the number of tokens for uniform attention.
 
     Raises:
-        ValueError: if the model has no such form.
+        ValueError: if the model has no such module.
     """
-    forms = [m for m in model.modules() if hasattr(m, "weights") and hasattr(m, "heads")]
-    if block >= len(forms):
-        raise ValueError(f"no attention {block} with weights: there are {len(forms)}")
-    seen: list[tuple[Tensor, Size]] = []
+    layers = [m for m in model.modules() if hasattr(m, "weights") and hasattr(m, "heads")]
+    if block >= len(layers):
+        raise ValueError(f"no attention {block} with weights: there are {len(layers)}")
+    captured: list[tuple[Tensor, Size]] = []
 
-    def look(form: Any, args: tuple[Any, ...]) -> None:
+    def capture(layer: Any, args: tuple[Any, ...]) -> None:
         q, k, _, _, size, *rest = args
-        heads = (to_heads(t[:1], form.heads) for t in (q, k))
-        seen.append((form.weights(*heads, rest[0] if rest else None)[0], size))
+        heads = (to_heads(t[:1], layer.heads) for t in (q, k))
+        captured.append((layer.weights(*heads, rest[0] if rest else None)[0], size))
 
-    hook = forms[block].register_forward_pre_hook(look)
+    hook = layers[block].register_forward_pre_hook(capture)
     try:
         with torch.inference_mode():
             model.eval()(images[:1])
     finally:
         hook.remove()
-    weights, (height, width) = seen[0]  # [heads, N, N]
+    weights, (height, width) = captured[0]  # [heads, N, N]
     row = weights.float().mean(0)[(height // 2) * width + width // 2]
     entropy = -(row * row.clamp(min=1e-12).log()).sum()
     values = [[round(float(x), 6) for x in line] for line in row.view(height, width)]

@@ -1,4 +1,4 @@
-"""The attention blocks of any timm Swin, ViT or DeiT, found by their parts."""
+"""Attention layers and blocks of timm's Swin, ViT and DeiT, found by their attributes."""
 
 from typing import Any
 
@@ -6,18 +6,18 @@ from torch import Tensor, nn
 
 
 def attention_layers(model: nn.Module) -> list[Any]:
-    """The attention Modules (`qkv`, `proj`, `num_heads`) of any model, from the input."""
+    """All attention modules (with `qkv`, `proj`, `num_heads`) of a model, from the input."""
     parts = ("qkv", "proj", "num_heads")
     return [m for m in model.modules() if all(hasattr(m, part) for part in parts)]
 
 
 def attention_blocks(model: nn.Module) -> list[Any]:
-    """The blocks that hold `attn` (with `qkv`, `proj`, `num_heads`) and `mlp`, from the input.
+    """All blocks with `attn` (with `qkv`, `proj`, `num_heads`) and `mlp`, from the input.
 
-    Gives Modules; `Any`, because timm's parts are not typed.
+    Returns modules, typed as `Any` because timm's attributes are not typed.
 
     Raises:
-        ValueError: if there is none, as in a model that is neither Swin nor ViT.
+        ValueError: if there is none.
     """
     blocks = [
         m
@@ -31,15 +31,15 @@ def attention_blocks(model: nn.Module) -> list[Any]:
 
 
 def attention_weights(attn: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T + bias + mask) of a timm attention, before dropout.
+    """softmax(q k^T + bias + mask) of a timm attention module, before dropout.
 
     Args:
         attn: timm's `Attention` or `WindowAttention`.
-        x: [B, N, C], what goes into it; B counts windows in Swin.
-        mask: [windows, N, N], Swin's mask of shifted windows; or None.
+        x: [B, N, C], its input; in Swin B counts windows.
+        mask: [windows, N, N], mask of shifted windows in Swin, or None.
 
     Returns:
-        [B, heads, N, N]; rows add up to 1.
+        [B, heads, N, N]; rows sum to 1.
     """
     batch, tokens, _ = x.shape
     q, k, _ = attn.qkv(x).view(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)

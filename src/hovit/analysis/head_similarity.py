@@ -1,9 +1,9 @@
-"""How alike the heads of a block look: cosine similarity of their attention maps.
+"""Head similarity: cosine similarity of the attention maps of a block's heads.
 
 Paper: `EfficientViT: Memory Efficient Vision Transformer with Cascaded Group Attention`
     - https://arxiv.org/abs/2305.07027, section 2.2 and figure 4.
-Seed: seeds/002, on computation redundancy. That a map is an image's whole matrix, all of its
-windows in Swin, and that the maximum is taken image by image, is ours.
+Source: seeds/002, on computation redundancy. The paper leaves two details open. We take as a map
+the whole attention matrix of an image (in Swin all of its windows), and the maximum per image.
 """
 
 from typing import Any
@@ -15,53 +15,35 @@ from .blocks import attention_layers, attention_weights
 
 
 def head_similarity(model: nn.Module, images: Tensor) -> dict[str, Any]:
-    """For each block, each head's largest cosine similarity with another head, averaged.
+    """Largest cosine similarity of each head with another head, averaged by block.
 
-    Attention weights are never negative, so heads that look everywhere alike count as alike.
+    Attention weights are nonnegative, so heads with uniform attention count as similar.
 
     Args:
-        model: a timm Swin, ViT or DeiT, or one made of its blocks.
+        model: a timm Swin, ViT or DeiT, or a model made of their blocks.
         images: [B, 3, H, W], normalised.
 
     Returns:
-        `blocks`, a row for each block of two heads or more: `block` (from 1), `heads` and
-        `similarity` in percent, mean over heads and images; `mean`, over those blocks; and
-        `mean_noise`, the half width of its 95 % interval over images.
+        `blocks`: one row per block with two or more heads: `block` (from 1), `heads`, `similarity`
+        in percent (mean over heads and images). `mean`: mean over these blocks. `mean_noise`: half
+        width of its 95 % interval over images.
 
     Raises:
-        ValueError: if the model has no attention of two heads.
+        ValueError: if no attention layer has two heads.
     """
     layers = attention_layers(model)
-    found: dict[int, Tensor] = {}
-
-    def look(index: int, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = args[1] if len(args) > 1 else kwargs.get("mask")
-        found[index] = largest_similarity(attention_weights(attn, args[0], mask), len(images))
-
-    hooks = [
-        attn.register_forward_pre_hook(
-            lambda attn, args, kwargs, i=i: look(i, attn, args, kwargs), with_kwargs=True
-        )
-        for i, attn in enumerate(layers)
-        if attn.num_heads > 1
-    ]
-    if not hooks:
+    similarity = similarity_by_layer(model, layers, images)
+    if not similarity:
         raise ValueError("no block has two heads to compare")
-    try:
-        with torch.inference_mode():
-            model.eval()(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
     rows = [
         {
             "block": i + 1,
             "heads": layers[i].num_heads,
-            "similarity": round(100 * float(each.mean()), 4),
+            "similarity": round(100 * float(values.mean()), 4),
         }
-        for i, each in sorted(found.items())
+        for i, values in sorted(similarity.items())
     ]
-    by_image = 100 * torch.stack([each.mean(1) for each in found.values()]).mean(0)  # [B]
+    by_image = 100 * torch.stack([v.mean(1) for v in similarity.values()]).mean(0)  # [B]
     error = float(by_image.std()) / len(images) ** 0.5 if len(images) > 1 else 0.0
     return {
         "blocks": rows,
@@ -70,18 +52,42 @@ def head_similarity(model: nn.Module, images: Tensor) -> dict[str, Any]:
     }
 
 
+def similarity_by_layer(model: nn.Module, layers: list[Any], images: Tensor) -> dict[int, Tensor]:
+    """Layer index -> `largest_similarity` [B, heads], for layers with two or more heads."""
+    similarity: dict[int, Tensor] = {}
+
+    def capture(index: int, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = args[1] if len(args) > 1 else kwargs.get("mask")
+        similarity[index] = largest_similarity(attention_weights(attn, args[0], mask), len(images))
+
+    hooks = [
+        attn.register_forward_pre_hook(
+            lambda attn, args, kwargs, i=i: capture(i, attn, args, kwargs), with_kwargs=True
+        )
+        for i, attn in enumerate(layers)
+        if attn.num_heads > 1
+    ]
+    try:
+        with torch.inference_mode():
+            model.eval()(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return similarity
+
+
 def largest_similarity(weights: Tensor, images: int) -> Tensor:
-    """Each head's largest cosine similarity with another head, by image.
+    """Largest cosine similarity of each head with another head, per image.
 
     Args:
-        weights: [images * windows, heads, N, N], an image's windows one after the other.
-        images: how many.
+        weights: [images * windows, heads, N, N]; the windows of an image are adjacent.
+        images: number of images.
 
     Returns:
         [images, heads].
     """
     maps = weights.view(images, -1, *weights.shape[1:]).transpose(1, 2)  # [B, heads, windows, N, N]
     maps = nn.functional.normalize(maps.flatten(2).float(), dim=-1)
-    alike = maps @ maps.mT  # [B, heads, heads]
-    itself = torch.eye(alike.shape[-1], dtype=torch.bool, device=alike.device)
-    return alike.masked_fill(itself, -torch.inf).amax(-1)
+    cosine = maps @ maps.mT  # [B, heads, heads]
+    diagonal = torch.eye(cosine.shape[-1], dtype=torch.bool, device=cosine.device)
+    return cosine.masked_fill(diagonal, -torch.inf).amax(-1)

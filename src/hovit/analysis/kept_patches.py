@@ -1,6 +1,7 @@
-"""Which patches of an image SkipViT keeps, layer by layer.
+"""Patches that SkipViT keeps, layer by layer.
 
-Seed: SkipViT (seeds/001), "Identifying Important Patches"; the pictures are ours.
+Source: the SkipViT poster (seeds/001), "Identifying Important Patches". The pictures are our
+addition.
 """
 
 from typing import Any
@@ -11,17 +12,18 @@ from ..models import skipvit
 
 
 def kept_patches(model: Any, images: Tensor) -> dict[str, Any]:
-    """The patches that are active after each layer that drops some.
+    """Active patches after each layer that drops patches.
 
     Args:
-        model: a SkipViT of square images whose schedule drops.
+        model: a SkipViT for square images.
         images: [B, 3, H, W], normalised.
 
     Returns:
-        `layers`, counted from 1; `kept`, for each image and layer rows of '1' (kept) and '0'.
+        `layers`: the layers that drop patches, counted from 1. `kept`: for each image and layer,
+        rows of '1' (kept) and '0' (dropped).
 
     Raises:
-        ValueError: if the model drops nothing.
+        ValueError: if the model drops no patches.
     """
     if not getattr(model, "ratios", None):
         raise ValueError("this model drops no patches")

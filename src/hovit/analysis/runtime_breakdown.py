@@ -1,11 +1,11 @@
-"""Where a model's time goes: operators bound by memory against those bound by computing.
+"""Runtime of memory-bound and compute-bound operators.
 
 Paper: `EfficientViT: Memory Efficient Vision Transformer with Cascaded Group Attention`
     - https://arxiv.org/abs/2305.07027, section 2.1: reshaping, element-wise addition, copying and
-normalisation are bound by memory. Seed: seeds/002, on memory access. That softmax and activation
-functions count with the element-wise ones is ours. A fused attention is one operator, softmax and
-all, which timm's ViTs have and its Swin has not: it is off while a model is analysed, so that every
-model's softmax counts alike.
+normalisation are memory-bound. Source: seeds/002, on memory access. We count softmax and activation
+functions as element-wise. Fused attention is a single operator that includes softmax; timm's ViTs
+use it and its Swin does not. It is disabled during the analysis, so that softmax counts alike in
+all models.
 """
 
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ PREFIXES = ("_scaled_dot_product", "_flash_attention", "_efficient_attention", "
 
 
 def operator_class(name: str) -> str:
-    """The class of an operator by its name, `aten::add_` for one; `other` if there is none."""
+    """Class of an operator name such as `aten::add_`, or `other`."""
     short = name.removeprefix("aten::")
     for group, names in CLASSES.items():
         if short in names or short.startswith(tuple(n for n in names if n in PREFIXES)):
@@ -50,33 +50,44 @@ def operator_class(name: str) -> str:
 
 
 def runtime_breakdown(model: nn.Module, images: Tensor, repeats: int = 3) -> dict[str, Any]:
-    """Time by class of operator, over some passes after one to warm up.
+    """Time by operator class, averaged over passes after one warm-up pass.
 
     Args:
-        model: any; the classes know what vision transformers and CNNs are made of.
-        images: [B, 3, H, W] on the model's device; on a GPU the kernels' time counts.
-        repeats: passes.
+        model: a vision transformer or CNN.
+        images: [B, 3, H, W] on the device of the model. On a GPU, kernel time counts.
+        repeats: number of passes.
 
     Returns:
-        `classes`, a row for each: `class`, `memory_bound`, `ms` a pass and `share` in percent of
-        all but `other`; `other_ms`, what belongs to no class (framework, unknown operators);
-        `memory_bound_share`, percent; and `memory_bound_share_noise`, half the inter-quartile
-        range over passes (0 for one).
+        `classes`: one row per class: `class`, `memory_bound`, `ms` per pass, `share` in percent of
+        all classes but `other`. `other_ms`: time of unknown operators and the framework.
+        `memory_bound_share`: percent. `memory_bound_share_noise`: half the interquartile range over
+        passes (0 for one pass).
 
     Raises:
-        ValueError: if no operator that ran is known, or there is no pass to time.
+        ValueError: if `repeats` is below 1, or no known operator ran.
     """
     if repeats < 1:
-        raise ValueError(f"repeats={repeats} is at least 1")
+        raise ValueError(f"repeats={repeats} must be at least 1")
     model.eval()
     with torch.inference_mode(), _attention_not_fused(model):
         model(images)
         passes = [_profiled(model, images) for _ in range(repeats)]
-    spent = {group: sum(each[group] for each in passes) / repeats for group in passes[0]}
-    known = _known(spent)
     if not all(_known(each) for each in passes):
         raise ValueError("no operator of a known class ran")
-    rows = [
+    spent = {group: sum(each[group] for each in passes) / repeats for group in passes[0]}
+    shares = [_bound_share(each) for each in passes]
+    low, _, high = np.percentile(shares, [25, 50, 75])
+    return {
+        "classes": _rows(spent),
+        "other_ms": round(spent["other"], 6),
+        "memory_bound_share": round(_bound_share(spent), 4),
+        "memory_bound_share_noise": round(float(high - low) / 2, 4),
+    }
+
+
+def _rows(spent: dict[str, float]) -> list[dict[str, Any]]:
+    known = _known(spent)
+    return [
         {
             "class": group,
             "memory_bound": group in MEMORY_BOUND,
@@ -85,19 +96,11 @@ def runtime_breakdown(model: nn.Module, images: Tensor, repeats: int = 3) -> dic
         }
         for group in CLASSES
     ]
-    shares = [_bound_share(each) for each in passes]
-    low, _, high = np.percentile(shares, [25, 50, 75])
-    return {
-        "classes": rows,
-        "other_ms": round(spent["other"], 6),
-        "memory_bound_share": round(_bound_share(spent), 4),
-        "memory_bound_share_noise": round(float(high - low) / 2, 4),
-    }
 
 
 @contextmanager
 def _attention_not_fused(model: nn.Module) -> Iterator[None]:
-    """Without fused attention in any module of timm's that says whether it has it."""
+    """Disable fused attention in all of timm's attention modules."""
     fused: list[Any] = [
         module for module in model.modules() if getattr(module, "fused_attn", False)
     ]
@@ -111,25 +114,27 @@ def _attention_not_fused(model: nn.Module) -> Iterator[None]:
 
 
 def _profiled(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """Milliseconds of one pass by class of operator."""
+    """Milliseconds of one pass by operator class."""
     cuda = images.is_cuda
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-    with profile(activities=kinds, acc_events=True) as profiler:
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    with profile(activities=activities, acc_events=True) as profiler:
         model(images)
         if cuda:
             torch.cuda.synchronize()
     spent = dict.fromkeys((*CLASSES, "other"), 0.0)
     for event in profiler.key_averages():
-        if event.device_type == DeviceType.CPU:  # a kernel's time counts with what launched it
+        # The time of a kernel counts for the operator that launched it.
+        if event.device_type == DeviceType.CPU:
             time = event.self_device_time_total if cuda else event.self_cpu_time_total
             spent[operator_class(event.key)] += time / 1000
     return spent
 
 
 def _known(spent: dict[str, float]) -> float:
+    """Milliseconds of known classes."""
     return sum(ms for group, ms in spent.items() if group != "other")
 
 
 def _bound_share(spent: dict[str, float]) -> float:
-    """Percent of the known classes' time that is bound by memory."""
+    """Memory-bound share of the time of known classes, in percent."""
     return 100 * sum(spent[group] for group in MEMORY_BOUND) / _known(spent)

@@ -1,14 +1,15 @@
-"""Which channels of Q and K, V and FFN a trained transformer can spare, by Taylor importance.
+"""Pruning of Q/K, V and FFN channels of a trained transformer by Taylor importance.
 
 Paper: `EfficientViT: Memory Efficient Vision Transformer with Cascaded Group Attention`
     - https://arxiv.org/abs/2305.07027, section 2.3 and figure 5 (importance: gradient by weight).
-Paper: `Importance Estimation for Neural Network Pruning` - https://arxiv.org/abs/1906.10771, whose
-first-order gate this is: if a channel goes, the loss changes by d loss / d gate = sum of gradient *
-weight. Seed: seeds/002, on parameter efficiency. That channels of all blocks are ranked together,
-with no regard to their cost, and that the budget counts parameters, is ours.
+Paper: `Importance Estimation for Neural Network Pruning` - https://arxiv.org/abs/1906.10771
+    - first-order criterion on a gate: removing a channel changes the loss by about
+      d loss / d gate = sum of gradient * weight.
+Source: seeds/002, on parameter efficiency. The paper leaves two details open. We rank the channels
+of all blocks together regardless of their cost, and our budget counts parameters.
 
-Channel c of Q and K is one choice, as their product is what counts. Pruned channels are zeroed:
-the outputs are those of a model without them.
+Channel c of Q and of K are pruned together, because only their product matters. Pruned channels are
+set to zero, which gives the outputs of a model without them.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from .blocks import attention_blocks
 
 PARTS = ("qk", "v", "ffn")
-Channels = dict[tuple[int, str], Tensor]  # (block, part) -> a value for each channel
+Channels = dict[tuple[int, str], Tensor]  # (block, part) -> one value per channel
 
 
 def taylor_pruning(
@@ -34,43 +35,41 @@ def taylor_pruning(
     batch_size: int = 32,
     tune: Callable[[Channels], None] | None = None,
 ) -> dict[str, Any]:
-    """Prune the least important channels, a share at a time; the model itself is pruned.
+    """Prune the least important channels of a model in place, in several steps.
 
     Args:
-        model: a timm Swin, ViT or DeiT, trained.
-        images: [B, 3, H, W], normalised; importance is measured on them, so they are the training
-            split's.
+        model: a trained timm Swin, ViT or DeiT.
+        images: [B, 3, H, W], normalised training images, on which importance is measured.
         labels: [B], their classes.
-        test_images, test_labels: others, alike, for the accuracies.
-        budget: share of the channels' parameters that stays, in (0, 1].
-        steps: so many times importance is measured, and a like number of channels goes.
-        batch_size: images in one gradient.
-        tune: called after each step with what is kept, for some training between; or None.
+        test_images, test_labels: images and classes for the accuracies.
+        budget: share of the channels' parameters to keep, in (0, 1].
+        steps: number of pruning steps; each measures importance anew and prunes an equal share.
+        batch_size: images per gradient.
+        tune: called after each step with the kept channels, to fine-tune the model; or None.
 
     Returns:
-        `qk_kept`, `v_kept`, `ffn_kept`: percent of the channels, mean over blocks; `v_early` and
-        `v_late`, the same of V in the first and the last third of the blocks; `kept`, the share of
-        parameters; `top1_before`, `top1_after`, percent of the test images; `blocks`, a row for
-        each block: `block` (from 1), `qk_ratio`, `v_ratio`, `ffn_ratio` (channels over the
-        block's width), `_before` of each, and `_importance`, its mean before anything went.
+        `qk_kept`, `v_kept`, `ffn_kept`: percent of channels kept, mean over blocks. `v_early`,
+        `v_late`: the same for V in the first and last third of the blocks. `kept`: share of
+        parameters kept. `top1_before`, `top1_after`: accuracy in percent on the test images.
+        `blocks`: one row per block: `block` (from 1), `qk_ratio`, `v_ratio`, `ffn_ratio` (channels
+        divided by the width of the block), each also as `_before`, and `_importance`, the mean
+        importance before pruning.
 
     Raises:
-        ValueError: if the model has no such block, its heads read splits, or the budget or the
-            steps are out of range.
+        ValueError: if the model has no such block, its heads read splits of the input, or `budget`
+            or `steps` is out of range.
     """
     if not 0 < budget <= 1 or steps < 1:
-        raise ValueError(f"budget={budget} is in (0, 1] and steps={steps} at least 1")
+        raise ValueError(f"budget={budget} must be in (0, 1] and steps={steps} at least 1")
     model.eval()
     blocks = attention_blocks(model)
     if not all(isinstance(block.attn.qkv, nn.Linear) for block in blocks):
         raise ValueError("Q, K and V have no channels over all of the input: heads read splits")
-    kept = all_channels(blocks)
     before = top1(model, test_images, test_labels, batch_size)
-    first: Channels = {}
-    total = remaining(blocks, kept)
+    initial = channel_importance(model, images, labels, batch_size)
+    kept, total = all_channels(blocks), remaining(blocks, all_channels(blocks))
     for step in range(steps):
-        importance = channel_importance(model, images, labels, batch_size)
-        first = first or importance
+        importance = channel_importance(model, images, labels, batch_size) if step else initial
         goal = total * (1 - (1 - budget) * (step + 1) / steps)
         drop_least(blocks, kept, importance, goal)
         zero_dropped(blocks, kept)
@@ -78,7 +77,7 @@ def taylor_pruning(
             tune(kept)
             zero_dropped(blocks, kept)
     return {
-        "blocks": [_row(i, block, kept, first) for i, block in enumerate(blocks)],
+        "blocks": [_row(i, block, kept, initial) for i, block in enumerate(blocks)],
         **_means(blocks, kept),
         "kept": round(remaining(blocks, kept) / total, 6),
         "top1_before": before,
@@ -87,7 +86,7 @@ def taylor_pruning(
 
 
 def all_channels(blocks: list[Any]) -> Channels:
-    """Nothing pruned yet: for each block and part, as many True as it has channels."""
+    """Mask of kept channels of an unpruned model: all True."""
     widths = {
         (i, part): block.mlp.fc2.in_features if part == "ffn" else block.attn.proj.in_features
         for i, block in enumerate(blocks)
@@ -102,10 +101,10 @@ def all_channels(blocks: list[Any]) -> Channels:
 def channel_importance(
     model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 32
 ) -> Channels:
-    """|sum of gradient * weight| of each channel's gate, mean over batches.
+    """Importance |sum of gradient * weight| of each channel, averaged over batches.
 
-    The gate of Q and K stands behind Q's projection (its rows and bias), those of V and FFN before
-    the projection that reads them (its columns).
+    The sum runs over the rows and bias of the Q projection for Q/K, and over the columns of the
+    next projection for V and FFN.
     """
     blocks = attention_blocks(model)
     total: Channels = {key: torch.zeros(len(on), device=on.device) for key, on in
@@ -128,7 +127,7 @@ def channel_importance(
 
 
 def channel_cost(block: Any, part: str) -> int:
-    """Parameters that go with one channel: two vectors of the block's width, and biases."""
+    """Parameters of one channel: two vectors as wide as the block, and biases."""
     if part == "ffn":
         return block.mlp.fc1.in_features + block.mlp.fc2.out_features + (
             block.mlp.fc1.bias is not None
@@ -140,14 +139,14 @@ def channel_cost(block: Any, part: str) -> int:
 
 
 def remaining(blocks: list[Any], kept: Channels) -> int:
-    """Parameters of the channels that are kept."""
+    """Number of parameters of the kept channels."""
     return sum(int(on.sum()) * channel_cost(blocks[i], part) for (i, part), on in kept.items())
 
 
 def drop_least(blocks: list[Any], kept: Channels, importance: Channels, goal: float) -> None:
-    """Take channels out of `kept`, the least important first, until `goal` parameters are left.
+    """Remove channels from `kept`, least important first, until `goal` parameters are left.
 
-    Every part of every block keeps a channel. Of equals, the first goes.
+    Each part of each block keeps at least one channel. On a tie the first channel is removed.
     """
     order = sorted(
         (value, *key, c)
@@ -168,7 +167,7 @@ def drop_least(blocks: list[Any], kept: Channels, importance: Channels, goal: fl
 
 @torch.no_grad()
 def zero_dropped(blocks: list[Any], kept: Channels) -> None:
-    """Zero the weights of the channels that are not kept."""
+    """Set the weights of pruned channels to zero."""
     for (i, part), on in kept.items():
         off = ~on
         if part == "ffn":
@@ -187,7 +186,7 @@ def zero_dropped(blocks: list[Any], kept: Channels) -> None:
 
 @torch.inference_mode()
 def top1(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> float:
-    """Accuracy on these images, percent."""
+    """Accuracy on these images in percent."""
     right = [
         (model(x).argmax(1) == y).sum()
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
@@ -196,7 +195,7 @@ def top1(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> f
 
 
 def _means(blocks: list[Any], kept: Channels) -> dict[str, float]:
-    """Percent of channels kept, mean over blocks."""
+    """Percent of channels kept, averaged over blocks."""
 
     def mean(part: str, some: range) -> float:
         return round(100 * sum(float(kept[i, part].float().mean()) for i in some) / len(some), 4)

@@ -1,1 +1,1 @@
-"""Images: read (`readers`), decoded once and split (`pack`), fed to a model (`loader`)."""
+"""Images: readers, decoding, packs on disk, and batches for a model."""

@@ -1,9 +1,11 @@
-"""Batches: shuffled indices, images off the pack, and what happens to them on the device.
+"""Batches of packed images: shuffling, loading, and preprocessing on the device.
 
-Every random choice is drawn from (seed, epoch, step), never from a state that a resumed run would
-have to restore.
+Random choices are drawn from (seed, epoch, step), never from a state that a resumed run would have
+to restore.
 """
 
+import shutil
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -18,15 +20,16 @@ from torch.utils.data import DataLoader, Dataset
 from ..utils.errors import HovitError
 from .pack import Packed
 
+PREFETCH = 2  # batches in flight per worker, the default of DataLoader
 Batch = tuple[Tensor, Tensor]  # uint8 [B, H, W, 3], int64 [B]
 
 
 class PackedImages(Dataset[Batch]):
-    """A pack's images, fetched a batch at a time; on the accelerator as a whole where they fit.
+    """Images of a pack, read a batch at a time. Kept on a GPU if they fit into 1/4 of its memory.
 
     Args:
-        packed: the opened pack.
-        device: where batches are wanted.
+        packed: an open pack.
+        device: device of the model.
     """
 
     def __init__(self, packed: Packed, device: torch.device) -> None:
@@ -49,41 +52,71 @@ class PackedImages(Dataset[Batch]):
 
 
 def _free_memory(device: torch.device) -> int:
+    """Free memory of a GPU in bytes."""
     return torch.cuda.mem_get_info(device)[0]
+
+
+def usable_workers(wanted: int, batch_bytes: int) -> int:
+    """Number of DataLoader workers whose batches fit into shared memory, at most `wanted`.
+
+    Workers pass batches through /dev/shm, of which a container often has 64 MB. If it is full, a
+    worker dies of a bus error. States on stderr when fewer workers are used.
+
+    Args:
+        wanted: number of workers if there is enough memory.
+        batch_bytes: size of one batch.
+    """
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError:  # not Linux
+        return wanted
+    in_flight = PREFETCH * batch_bytes  # per worker; the loop holds one more
+    workers = max(0, min(wanted, (free - batch_bytes) // in_flight))
+    if workers < wanted:
+        how = f"with {workers} of {wanted} workers" if workers else "without workers"
+        print(
+            f"/dev/shm has {free / 1e6:.0f} MB free: images are loaded {how} "
+            f"({(wanted * PREFETCH + 1) * batch_bytes / 1e6:.0f} MB wanted; in a container, set "
+            "--shm-size)",
+            file=sys.stderr,
+        )
+    return workers
 
 
 def make_loader(
     images: PackedImages, batches: list[np.ndarray], device: torch.device
 ) -> DataLoader[Batch]:
-    """A DataLoader over these batches of indices, in this order."""
+    """DataLoader over the given batches of indices, in order."""
     on_host = device.type == "cuda" and not images.on_device
+    largest = max((len(batch) for batch in batches), default=0)
+    workers = usable_workers(2, largest * images.images[0].nbytes) if on_host else 0
     return DataLoader(
         images,
         batch_sampler=batches,  # type: ignore[arg-type]
-        collate_fn=_as_is,
-        num_workers=2 if on_host else 0,
+        collate_fn=_no_collate,
+        num_workers=workers,
         pin_memory=on_host,
-        multiprocessing_context="fork" if on_host else None,  # others would copy the whole map
+        multiprocessing_context="fork" if workers else None,  # others would pickle the array
     )
 
 
-def _as_is(batch: Any) -> Any:
+def _no_collate(batch: Any) -> Any:
     return batch
 
 
 def epoch_batches(
     indices: np.ndarray, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1
 ) -> list[np.ndarray]:
-    """The training batches of one epoch, whole ones only, as this process sees them.
+    """Training batches of one epoch for this process. The last, incomplete batch is dropped.
 
     Args:
-        indices: of the training images.
-        batch_size: over all processes.
-        seed, epoch: decide the order.
-        rank, world: this process and how many there are; each takes every world-th image.
+        indices: indices of the training images.
+        batch_size: images per batch over all processes.
+        seed, epoch: determine the order.
+        rank, world: index of this process and number of processes; each takes every world-th image.
 
     Raises:
-        HovitError: if there is not one whole batch, or processes do not divide it.
+        HovitError: if there are fewer images than one batch, or `world` does not divide it.
     """
     if len(indices) < batch_size:
         raise HovitError(f"{len(indices)} training images: fewer than one batch of {batch_size}")
@@ -97,7 +130,7 @@ def epoch_batches(
 def eval_batches(
     indices: np.ndarray, batch_size: int, rank: int = 0, world: int = 1
 ) -> list[np.ndarray]:
-    """All of `indices` in order, padded by repetition so that every process has as many."""
+    """All indices in order, padded by repetition so that all processes have equally many."""
     padded = np.resize(indices, -(-len(indices) // world) * world)[rank::world]
     return [padded[i : i + batch_size] for i in range(0, len(padded), batch_size)]
 
@@ -105,8 +138,8 @@ def eval_batches(
 def to_input(images: Tensor, size: int) -> Tensor:
     """uint8 [B, H, W, 3] -> normalised float [B, 3, size, size], resized bilinearly.
 
-    Plane by plane, as a CPU is several times quicker at that; but given as channels_last, on which
-    a CPU's convolutions are.
+    Resizing is several times faster on contiguous planes on a CPU, and convolutions are faster on
+    channels_last, the format of the result.
     """
     x = images.permute(0, 3, 1, 2).contiguous().float()
     if x.shape[-1] != size:
@@ -117,7 +150,7 @@ def to_input(images: Tensor, size: int) -> Tensor:
 
 @lru_cache
 def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """ImageNet's mean and standard deviation of 8-bit values, put on the device once."""
+    """Mean and standard deviation of ImageNet for values 0..255, on the device."""
     with torch.inference_mode(False):
         values = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD]).view(2, 1, 3, 1, 1)
         mean, std = (255 * values).to(device)
@@ -125,17 +158,17 @@ def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def crop_flip(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Random crop of 60 to 100 % of each side and random mirror, an own draw for every image.
+    """Random crop of 60 to 100 % of each side and random flip, independent per image.
 
     [B, 3, H, W] -> [B, 3, H, W], by one grid sample.
     """
     draw = torch.rand(4, x.shape[0], generator=generator).to(x.device)
-    scale = 0.6 + 0.4 * draw[0]
-    mirror = torch.where(draw[1] < 0.5, -1.0, 1.0)
-    shift = (1 - scale) * (2 * draw[2:] - 1)  # [2, B]
-    zero = torch.zeros_like(scale)
+    side = 0.6 + 0.4 * draw[0]
+    flip = torch.where(draw[1] < 0.5, -1.0, 1.0)
+    shift = (1 - side) * (2 * draw[2:] - 1)  # [2, B]
+    zero = torch.zeros_like(side)
     theta = torch.stack(
-        [torch.stack([scale * mirror, zero, shift[0]], 1), torch.stack([zero, scale, shift[1]], 1)],
+        [torch.stack([side * flip, zero, shift[0]], 1), torch.stack([zero, side, shift[1]], 1)],
         dim=1,
     )  # [B, 2, 3]
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
@@ -143,7 +176,7 @@ def crop_flip(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def augment(x: Tensor, how: str, seed: Sequence[int]) -> Tensor:
-    """Apply a recipe's augmentation; `seed` is (run seed, epoch, step, rank)."""
+    """Apply the augmentation of a recipe; `seed` is (run seed, epoch, step, rank)."""
     if how == "none":
         return x
     generator = torch.Generator().manual_seed(step_seed(seed))
@@ -151,5 +184,5 @@ def augment(x: Tensor, how: str, seed: Sequence[int]) -> Tensor:
 
 
 def step_seed(parts: Sequence[int]) -> int:
-    """One 63-bit seed from several numbers, well mixed."""
+    """Hash several numbers into one 63-bit seed."""
     return int(np.random.SeedSequence(list(parts)).generate_state(1, np.uint64)[0] >> 1)

@@ -1,13 +1,14 @@
-"""Decode a dataset once, split it, and keep it as one array with a manifest.
+"""Packs: data sets decoded once, split and stored as one array with a manifest.
 
-A pack is a folder of three files: `images.npy` (uint8, [N, H, W, 3]), `manifest.csv` (index, split,
-label, path) and `pack.json` (what it is, and the fingerprint of the other two). It is written
-beside its place and renamed, so there is never half of one.
+A pack is a folder with three files: `images.npy` (uint8 [N, H, W, 3]), `manifest.csv` (index,
+split, label, class, path) and `pack.json` (description, and a fingerprint over the other two). It
+is written to a temporary folder and then renamed, so an incomplete pack is never visible.
 """
 
 import hashlib
 import os
 import shutil
+import uuid
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -20,10 +21,12 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..config import plan
+from ..config.runs import Pack
 from ..config.schema import Dataset
 from ..utils.errors import HovitError, one_line
-from ..utils.files import clear_leftovers, read_json, write_json
+from ..utils.files import alone, read_json, remove_parts, write_json
+from .decode import to_rgb
+from .listing import printable
 from .readers import Item, read_items
 
 SPLITS = ("train", "val", "test")
@@ -31,13 +34,13 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Packed:
-    """A pack on disk, opened.
+    """An open pack.
 
     Args:
-        images: uint8 [N, H, W, 3], mapped from disk, not read.
+        images: uint8 [N, H, W, 3], memory-mapped.
         labels: int64 [N].
-        splits: for each of train, val and test the indices into `images`, in seeded order;
-            a source's own test set in its own.
+        splits: indices into `images` for train, val and test, in seeded order; a published test
+            set keeps its order.
         meta: pack.json.
     """
 
@@ -47,28 +50,50 @@ class Packed:
     meta: dict[str, Any]
 
 
-def prepare(pack: plan.Pack, data_root: Path, folder: Path | None = None) -> dict[str, Any]:
-    """Make the pack if it is not there already, and give its pack.json.
+def prepare(pack: Pack, data_root: Path, folder: Path | None = None) -> dict[str, Any]:
+    """Make the pack unless it exists, and return pack.json.
+
+    If another process makes the same pack, wait for it.
 
     Args:
-        pack: the dataset and its size in pixels.
+        pack: data set and size in pixels.
         data_root: folder with downloads and archives.
-        folder: where to; the plan's own place unless told.
+        folder: folder of the pack; default: `pack.folder`.
 
     Raises:
-        HovitError: if an image or a source is missing, truncated or mislabelled: by its path.
+        HovitError: naming the file that is missing, damaged or mislabelled.
     """
     folder = folder or pack.folder
-    if (folder / "pack.json").exists():
-        meta = read_json(folder / "pack.json")
-        if meta.get("spec_hash") == pack.spec_hash and (folder / "images.npy").exists():
-            if meta != _describe(pack, folder) | {"fingerprint": meta.get("fingerprint")}:
-                raise HovitError(f"{folder}: pack.json does not match the files; delete it")
+    if meta := _existing(pack, folder):
+        return meta
+    with alone(folder, wait=True) as locked:
+        if meta := _existing(pack, folder):  # another process has made it
             return meta
-    items, own_test = _draw(pack.dataset, read_items(pack.dataset, data_root))
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+        if locked:
+            remove_parts(folder)
+        return _make(pack, data_root, folder)
+
+
+def _existing(pack: Pack, folder: Path) -> dict[str, Any] | None:
+    """pack.json of a pack that was made from this spec, or None.
+
+    Raises:
+        HovitError: if pack.json does not match the other files.
+    """
+    if not (folder / "pack.json").exists():
+        return None
+    meta = read_json(folder / "pack.json")
+    if meta.get("spec_hash") != pack.spec_hash or not (folder / "images.npy").exists():
+        return None
+    if meta != _describe(pack, folder) | {"fingerprint": meta.get("fingerprint")}:
+        raise HovitError(f"{folder}: pack.json does not match the files; delete it")
+    return meta
+
+
+def _make(pack: Pack, data_root: Path, folder: Path) -> dict[str, Any]:
+    items, own_test = _select(pack.dataset, read_items(pack.dataset, data_root))
+    part = folder.with_name(f".{folder.name}.{uuid.uuid4().int}.part")
     try:
-        clear_leftovers(folder)
         part.mkdir(parents=True)
         meta = _write(pack, items, own_test, part)
         shutil.rmtree(folder, ignore_errors=True)
@@ -80,10 +105,10 @@ def prepare(pack: plan.Pack, data_root: Path, folder: Path | None = None) -> dic
     return meta
 
 
-def _draw(dataset: Dataset, items: list[Item]) -> tuple[list[Item], list[Item]]:
-    """The images that take part, shuffled by the seed: (to be split, the source's own test set).
+def _select(dataset: Dataset, items: list[Item]) -> tuple[list[Item], list[Item]]:
+    """Choose classes and images by the seed: (shuffled images to split, published test set).
 
-    Those of the source's own validation set, if it has one, come after those for training.
+    The images of a published validation set come last among those to split.
     """
     rng = np.random.default_rng(dataset.split.seed)
     names = sorted({item.label for item in items})
@@ -114,7 +139,7 @@ def _draw(dataset: Dataset, items: list[Item]) -> tuple[list[Item], list[Item]]:
 
 
 def _label_numbers(dataset: Dataset, items: Sequence[Item]) -> dict[str, int]:
-    """Class name -> number. Oxford-IIIT Pet's own numbers stand even where breeds are missing."""
+    """Class name -> number. Oxford-IIIT Pet keeps its numbers even if breeds are missing."""
     names = sorted({item.label for item in items})
     numbers = {name: number for number, name in enumerate(names)}
     if dataset.reader == "oxford_iiit_pet":
@@ -130,9 +155,8 @@ def _label_numbers(dataset: Dataset, items: Sequence[Item]) -> dict[str, int]:
     return numbers
 
 
-def _write(
-    pack: plan.Pack, items: list[Item], own_test: list[Item], folder: Path
-) -> dict[str, Any]:
+def _write(pack: Pack, items: list[Item], own_test: list[Item], folder: Path) -> dict[str, Any]:
+    """Write the three files of a pack and return pack.json."""
     dataset = pack.dataset
     own_val = sum(item.val for item in items)
     sizes = (len(items) - own_val, own_val, 0)
@@ -156,13 +180,13 @@ def _write(
     return meta
 
 
-def _side(pack: plan.Pack) -> int:
-    """Pixels a side: never more than the source has."""
+def _side(pack: Pack) -> int:
+    """Pixels per side, at most those of the source."""
     return min(pack.image_size, pack.dataset.native_size or pack.image_size)
 
 
-def _describe(pack: plan.Pack, folder: Path) -> dict[str, Any]:
-    """pack.json but for the fingerprint, from the other two files."""
+def _describe(pack: Pack, folder: Path) -> dict[str, Any]:
+    """pack.json without the fingerprint, computed from the other two files."""
     try:
         counts = Counter(_read_manifest(folder)["split"])
         size = (folder / "images.npy").stat().st_size
@@ -180,12 +204,19 @@ def _describe(pack: plan.Pack, folder: Path) -> dict[str, Any]:
 
 
 def _read_manifest(folder: Path) -> pd.DataFrame:
-    return pd.read_csv(folder / "manifest.csv", dtype={"class": str}, low_memory=False)
+    return pd.read_csv(
+        folder / "manifest.csv",
+        dtype={"class": str},
+        low_memory=False,
+        keep_default_na=False,
+        lineterminator="\n",
+    )
 
 
 def _decode(items: list[Item], side: int, path: Path) -> None:
+    """Decode all images into an array on disk."""
     images = np.lib.format.open_memmap(path, "w+", np.uint8, (len(items), side, side, 3))
-    # Where the disk is full, writing to mapped memory would kill the process; this is an OSError.
+    # On a full disk, writing to mapped memory kills the process, but this raises OSError.
     if hasattr(os, "posix_fallocate"):  # not on macOS
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
@@ -193,7 +224,7 @@ def _decode(items: list[Item], side: int, path: Path) -> None:
     def decode(i: int) -> None:
         images[i] = decode_image(items[i], side)
 
-    # Warnings are the whole process's, so that is set here and not in each thread.
+    # Warning filters belong to the process, so they are set here and not in each thread.
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         futures = [pool.submit(decode, i) for i in range(len(items))]
@@ -206,24 +237,24 @@ def _decode(items: list[Item], side: int, path: Path) -> None:
 
 
 def decode_image(item: Item, side: int) -> np.ndarray:
-    """Decode one image to uint8 [side, side, 3]: plain bilinear resize, as the deck does.
+    """Decode one image to uint8 [side, side, 3], with a plain bilinear resize as in the deck.
 
     Raises:
-        HovitError: naming the path of an image that is missing, empty, truncated or a bomb.
+        HovitError: naming the file, if it is missing, damaged, too large or not understood.
     """
     try:
         with item.load() as image:
-            rgb = image.convert("RGB")
-    except Exception as error:  # PIL raises whatever a broken file makes it stumble over
+            rgb = to_rgb(image, item.orient)
+    except Exception as error:  # Pillow raises errors of many types on broken files
         reason = one_line(error)
-        raise HovitError(f"{item.path}: cannot be decoded ({reason})") from None
+        raise HovitError(f"{printable(item.path)}: cannot be decoded ({reason})") from None
     if rgb.size != (side, side):
         rgb = rgb.resize((side, side), Image.Resampling.BILINEAR)
     return np.asarray(rgb)
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256, in hex, over the manifest and the decoded images; paths up to the root do not count.
+    """sha256 in hex over splits, labels and decoded images, but not paths.
 
     Two machines with the same images, labels and splits get the same fingerprint.
     """
@@ -234,11 +265,11 @@ def fingerprint(folder: Path) -> str:
     return total.hexdigest()
 
 
-def open_pack(pack: plan.Pack, folder: Path | None = None) -> Packed:
-    """Open a pack, checking that it is the one asked for and that not a byte of it has changed.
+def open_pack(pack: Pack, folder: Path | None = None) -> Packed:
+    """Open a pack after checking its spec and fingerprint.
 
     Raises:
-        HovitError: if it is missing, of another spec, or does not match its fingerprint.
+        HovitError: if the pack is missing, has another spec, or does not match its fingerprint.
     """
     folder = folder or pack.folder
     if not (folder / "pack.json").exists():
@@ -254,7 +285,7 @@ def open_pack(pack: plan.Pack, folder: Path | None = None) -> Packed:
                 f"{folder}: images, manifest or pack.json differ from the fingerprint; delete it"
             )
         manifest = _read_manifest(folder)
-        images = np.lib.format.open_memmap(folder / "images.npy", mode="r")  # unpickles nothing
+        images = np.lib.format.open_memmap(folder / "images.npy", mode="r")  # never unpickles
         shape = (len(manifest), _side(pack), _side(pack), 3)
         if (images.shape, images.dtype) != (shape, np.uint8):
             raise ValueError(f"images.npy is not uint8 {list(shape)}")

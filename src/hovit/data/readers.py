@@ -1,19 +1,15 @@
-"""Where images come from: one reader a source, each giving the same plain items.
+"""Readers of data sets: each returns a list of `Item`.
 
-Sources: scikit-learn's digits; Oxford-IIIT Pet (Parkhi et al., 2012), CIFAR-10/100 (Krizhevsky,
-2009) and Oxford 102 Flower (Nilsback and Zisserman, 2008) through torchvision, which downloads and
-checks sums; Stanford Cars (Krause et al., 2013), likewise read but no more to be downloaded; any
-ImageFolder tree or a zip of one.
+Sources: the digits of scikit-learn; Oxford-IIIT Pet (Parkhi et al., 2012), CIFAR-10/100
+(Krizhevsky, 2009) and Oxford 102 Flower (Nilsback and Zisserman, 2008) through torchvision, which
+downloads them and checks their MD5 sums; Stanford Cars (Krause et al., 2013) through torchvision,
+without download, because the authors removed it; any ImageFolder tree or a zip of one.
 """
 
-import io
-import os
 import re
-import shutil
 import socket
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -22,24 +18,24 @@ from PIL import Image
 
 from ..config.schema import Dataset
 from ..utils.errors import HovitError, one_line
-from ..utils.files import clear_leftovers, digest, file_digest
+from .decode import open_image
+from .listing import extract, list_images, printable
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
 EXTRACTED = Path("data/extracted")
-SILENCE = 30.0  # seconds after which a download that says nothing has failed
-MAX_BYTES = 64 * 2**20  # of one image file; a zip may promise anything
+DOWNLOAD_TIMEOUT = 30.0  # seconds without data
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image: where it is, what it shows, and how to open it.
+    """One labelled image that is not decoded yet.
 
     Args:
-        path: where a person finds it.
-        label: its class, by name; sorted names give the label numbers.
-        load: opens it (and may fail).
-        test: whether it belongs to the source's own test set.
-        val: whether it belongs to the source's own validation set.
+        path: path, or another description, for messages and the manifest.
+        label: class name. Label numbers follow the sorted names.
+        load: opens the image; can raise any exception.
+        test: whether it belongs to a published test set.
+        val: whether it belongs to a published validation set.
+        orient: whether its EXIF orientation is applied.
     """
 
     path: str
@@ -47,25 +43,36 @@ class Item:
     load: Callable[[], Image.Image]
     test: bool = False
     val: bool = False
+    orient: bool = False
 
 
 def read_items(dataset: Dataset, data_root: Path) -> list[Item]:
-    """All images of a dataset, in a stable order.
+    """All images of a data set, in a reproducible order.
 
     Args:
-        dataset: what the config says of it.
+        dataset: data set of the config.
         data_root: folder with downloads and archives.
 
     Raises:
-        HovitError: if something is missing or is not what it should be.
+        HovitError: naming the file that is missing or invalid.
     """
     items = READERS[dataset.reader](dataset, data_root)
     if not items:
         raise HovitError(f"{dataset.id}: no images found under {data_root}")
     (path, times), *_ = Counter(item.path for item in items).most_common(1)
-    if times > 1:  # it could be trained on and tested with
-        raise HovitError(f"{path}: listed {times} times in dataset {dataset.id}")
+    if times > 1:  # it could be in the training and the test split
+        raise HovitError(f"{printable(path)}: listed {times} times in dataset {dataset.id}")
+    for item in items:
+        if not item.path.isascii():
+            _check_utf8(item.path)
     return items
+
+
+def _check_utf8(path: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise HovitError(f"{path!a}: the name is not UTF-8; rename the file") from None
 
 
 def _digits(dataset: Dataset, data_root: Path) -> list[Item]:
@@ -88,9 +95,9 @@ def _download(
     data_root: Path,
     what: str = "its archives or folders",
 ) -> list[Item]:
-    """Run a torchvision reader; a failed download or a wrong checksum becomes one line."""
+    """Run a torchvision reader, and turn a failed download or checksum into one line."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SILENCE)  # torchvision sets none, and would wait for ever
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none and can wait forever
     try:
         return build()
     except (OSError, RuntimeError) as error:
@@ -110,7 +117,7 @@ def _oxford_iiit_pet(dataset: Dataset, data_root: Path) -> list[Item]:
     root = data_root
     if dataset.files:
         paths = [find(dataset, data_root, name) for name in dataset.files]
-        root = extract(paths, EXTRACTED / dataset.id)  # the data root may be read-only
+        root = extract(paths, EXTRACTED / dataset.id)  # the data root can be read-only
 
     def build() -> list[Item]:
         items = []
@@ -123,15 +130,18 @@ def _oxford_iiit_pet(dataset: Dataset, data_root: Path) -> list[Item]:
             items += [
                 (Path(path), label) for path, label in zip(pets._images, pets._labels, strict=True)
             ]
-        return _checked_pets(items)
+        return _label_pets(items)
 
     return _download(build, dataset, root)
 
 
-def _checked_pets(images: list[tuple[Path, int]]) -> list[Item]:
-    """Label pets by number and breed; the image whose breed and number do not go together is named.
+def _label_pets(images: list[tuple[Path, int]]) -> list[Item]:
+    """Label pets by number and breed.
 
-    A breed's number is what most of its images have, and the other way round.
+    The number of a breed is the number that most of its images have, and vice versa.
+
+    Raises:
+        HovitError: naming an image whose number and breed do not match.
     """
     breeds = [re.sub(r"_\d+$", "", path.stem) for path, _ in images]
     numbers = [number for _, number in images]
@@ -149,7 +159,7 @@ def _checked_pets(images: list[tuple[Path, int]]) -> list[Item]:
             )
         if breed_of[number] != breed:
             raise HovitError(f"{where}, but {breed_of[number]!r} is that class: mislabelled")
-        items.append(Item(str(path), f"{number + 1:02d} {breed}", lambda p=path: Image.open(p)))  # type: ignore[misc]
+        items.append(Item(str(path), f"{number + 1:02d} {breed}", lambda p=path: open_image(p)))  # type: ignore[misc]
     return sorted(items, key=lambda item: item.path)
 
 
@@ -204,15 +214,15 @@ def _stanford_cars(dataset: Dataset, data_root: Path) -> list[Item]:
     base = data_root / "stanford_cars"
     if missing := [name for name in CARS if not (base / name).exists()]:
         raise HovitError(
-            f"{dataset.id}: {base / missing[0]}: not found, and its authors' download is gone; get "
-            f"the images and labels elsewhere and put into {base}: {', '.join(CARS)}"
+            f"{dataset.id}: {base / missing[0]}: not found, and its authors' download is gone; "
+            f"get the images and labels elsewhere and put into {base}: {', '.join(CARS)}"
         )
     items = []
     for split in ("train", "test"):
         try:
             cars = StanfordCars(str(data_root), split)
             found = [(Path(path), int(number)) for path, number in cars._samples]
-        except Exception as error:  # scipy's reader stumbles in many ways
+        except Exception as error:  # scipy raises errors of many types on broken files
             labels = base / CARS[2 if split == "test" else 4]
             raise HovitError(
                 f"{labels}, or {base / CARS[3]}: cannot be read ({one_line(error)})"
@@ -222,11 +232,11 @@ def _stanford_cars(dataset: Dataset, data_root: Path) -> list[Item]:
 
 
 def _numbered(path: Path, number: int, names: Sequence[str], split: str) -> Item:
-    """An image whose class is a number, from 0, with its source's name for it."""
+    """An image of class `number` (from 0) in a list of class names."""
     if not 0 <= number < len(names):
         raise HovitError(f"{path}: labelled as class {number + 1}, outside 1..{len(names)}")
     label = f"{number + 1:03d} {names[number]}"
-    return Item(str(path), label, lambda: Image.open(path), split == "test", split == "val")
+    return Item(str(path), label, lambda: open_image(path), split == "test", split == "val")
 
 
 def _image_folder(dataset: Dataset, data_root: Path) -> list[Item]:
@@ -234,56 +244,20 @@ def _image_folder(dataset: Dataset, data_root: Path) -> list[Item]:
     for test, names in ((False, dataset.files), (True, dataset.test_files)):
         for name in names:
             path = find(dataset, data_root, name)
-            entries = _zip_entries(path) if path.is_file() else _folder_entries(path)
-            for member, load in entries:
+            for member, load in list_images(path):
                 label = PurePosixPath(member).parent.name
                 if not label:
-                    raise HovitError(f"{path}: {member}: an image outside any class folder")
-                items.append(Item(f"{path}/{member}", label, load, test))
+                    where = printable(f"{path}: {member}")
+                    raise HovitError(f"{where}: an image outside any class folder")
+                items.append(Item(f"{path}/{member}", label, load, test, orient=True))
     return sorted(items, key=lambda item: (item.test, item.path))
 
 
-def _folder_entries(root: Path) -> Iterator[tuple[str, Callable[[], Image.Image]]]:
-    for path in sorted(root.rglob("*")):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            yield path.relative_to(root).as_posix(), lambda p=path: Image.open(p)  # type: ignore[misc]
-
-
-def open_zip(path: Path) -> zipfile.ZipFile:
-    """Open a zip whose members all stay inside it and are of a sane size.
-
-    Raises:
-        HovitError: naming the archive, and the member, that is not as it should be.
-    """
-    try:
-        archive = zipfile.ZipFile(path)
-    except Exception as error:  # a broken zip makes zipfile stumble in many ways
-        raise HovitError(
-            f"{path}: not a readable zip ({one_line(error)}); fetch it again"
-        ) from None
-    for info in archive.infolist():
-        member = PurePosixPath(info.filename.replace("\\", "/"))
-        if member.is_absolute() or ".." in member.parts:
-            raise HovitError(f"{path}: {info.filename}: a member that leaves the archive's folder")
-        if info.file_size > MAX_BYTES:
-            raise HovitError(
-                f"{path}: {info.filename}: {info.file_size:,} bytes unpacked, too large"
-            )
-    return archive
-
-
-def _zip_entries(path: Path) -> Iterator[tuple[str, Callable[[], Image.Image]]]:
-    archive = open_zip(path)
-    for name in sorted(archive.namelist()):
-        if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
-            yield name, lambda n=name: Image.open(io.BytesIO(archive.read(n)))  # type: ignore[misc]
-
-
 def find(dataset: Dataset, data_root: Path, name: str) -> Path:
-    """A file or folder of a dataset.
+    """Path of a file or folder of a data set.
 
     Raises:
-        HovitError: if it is not under the data root.
+        HovitError: if it does not exist under the data root.
     """
     path = data_root / name
     if not path.exists():
@@ -292,38 +266,6 @@ def find(dataset: Dataset, data_root: Path, name: str) -> Path:
             "folder that has it (--data-root, or DATA= with make)"
         )
     return path
-
-
-def extract(paths: Sequence[Path], folder: Path) -> Path:
-    """Unpack zips beside `folder`, wholly or not at all; done once for the same bytes.
-
-    Returns:
-        `folder`, with the archives' digest added to its name.
-
-    Raises:
-        HovitError: for a broken archive.
-    """
-    folder = folder.with_name(f"{folder.name}-{digest([file_digest(p) for p in paths])[:12]}")
-    if folder.is_dir():
-        return folder
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    clear_leftovers(folder)
-    try:
-        for path in paths:
-            with open_zip(path) as archive:
-                try:
-                    archive.extractall(part)
-                except Exception as error:  # as above
-                    raise HovitError(
-                        f"{path}: cannot be unpacked into {folder} ({one_line(error)})"
-                    ) from None
-        part.rename(folder)
-    except OSError as error:
-        if not folder.is_dir():  # another process was quicker
-            raise HovitError(f"{folder}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return folder
 
 
 READERS: dict[str, Callable[[Dataset, Path], list[Item]]] = {

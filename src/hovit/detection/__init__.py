@@ -1,1 +1,1 @@
-"""Object detection: a backbone under torchvision's RetinaNet, on images in COCO's format."""
+"""Object detection: RetinaNet with a registered backbone, on images in the COCO format."""

@@ -1,4 +1,4 @@
-"""Batches of whole images with their boxes, decoded as they are needed."""
+"""Batches of images with their boxes, decoded on demand."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -9,39 +9,40 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..data.loader import usable_workers
 from ..utils.errors import HovitError
-from .coco import Picture, read_image
+from .coco import CocoImage, read_image
 
 Sample = tuple[Tensor, dict[str, Tensor]]  # uint8 [3, H, W]; boxes [n, 4] and labels [n]
 
 
-class Samples(Dataset[Sample]):
-    """Images and their boxes, mirrored by a draw from (seed, epoch, index).
+class DetectionDataset(Dataset[Sample]):
+    """Images and their boxes, mirrored at random by (seed, epoch, index).
 
     Args:
-        pictures: the images.
-        flip: how often one is mirrored.
+        images: the images.
+        flip: probability that an image is mirrored.
         seed: (run seed, epoch).
     """
 
     def __init__(
-        self, pictures: Sequence[Picture], flip: float = 0.0, seed: tuple[int, int] = (0, 0)
+        self, images: Sequence[CocoImage], flip: float = 0.0, seed: tuple[int, int] = (0, 0)
     ) -> None:
-        self.pictures, self.flip, self.seed = pictures, flip, seed
+        self.images, self.flip, self.seed = images, flip, seed
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:
-        picture = self.pictures[index]
-        image = torch.from_numpy(read_image(picture)).permute(2, 0, 1)
-        boxes = torch.from_numpy(picture.boxes)
+        listed = self.images[index]
+        image = torch.from_numpy(read_image(listed)).permute(2, 0, 1)
+        boxes = torch.from_numpy(listed.boxes)
         if self.flip and np.random.default_rng([*self.seed, index]).random() < self.flip:
             image, boxes = mirror(image, boxes)
-        return image.contiguous(), {"boxes": boxes, "labels": torch.from_numpy(picture.labels)}
+        return image.contiguous(), {"boxes": boxes, "labels": torch.from_numpy(listed.labels)}
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample] | HovitError:
-        """A batch; or the error, as a worker would raise it with its traceback for a message."""
+        """A batch, or the error itself: raised in a worker, its message would be a traceback."""
         try:
             return [self[index] for index in indices]
         except HovitError as error:
@@ -49,29 +50,38 @@ class Samples(Dataset[Sample]):
 
 
 def mirror(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Left for right: [3, H, W] and [n, 4], left top right bottom."""
+    """Flip an image [3, H, W] and its boxes [n, 4] (left top right bottom) horizontally."""
     left, top, right, bottom = boxes.unbind(1)
     width = image.shape[2]
     return image.flip(2), torch.stack([width - right, top, width - left, bottom], 1)
 
 
-def load(
-    samples: Samples, batches: list[np.ndarray], device: torch.device, workers: int | None = None
+def make_loader(
+    images: DetectionDataset,
+    batches: list[np.ndarray],
+    device: torch.device,
+    workers: int | None = None,
 ) -> Iterator[list[Sample]]:
-    """These batches of indices, in this order.
+    """Yield the given batches of indices, in order.
 
     Args:
-        workers: processes that decode; unless told some for a card, and none for a CPU.
+        images: the images.
+        batches: indices of each batch.
+        device: device of the model.
+        workers: processes that decode; default: up to 8 for a GPU, none for a CPU.
 
     Raises:
         HovitError: for an image that cannot be read.
     """
     if workers is None:
-        workers = min(8, (os.cpu_count() or 2) - 1) if device.type == "cuda" else 0
+        largest = max((len(batch) for batch in batches), default=0)
+        pixels = max((image.width * image.height for image in images.images), default=0)
+        wanted = min(8, (os.cpu_count() or 2) - 1) if device.type == "cuda" else 0
+        workers = usable_workers(wanted, largest * pixels * 3) if wanted else 0
     loader: DataLoader[Any] = DataLoader(
-        samples,
+        images,
         batch_sampler=[batch.tolist() for batch in batches],
-        collate_fn=_as_is,
+        collate_fn=_no_collate,
         num_workers=workers,
         pin_memory=device.type == "cuda",
     )
@@ -81,10 +91,10 @@ def load(
         yield batch
 
 
-def _as_is(batch: Any) -> Any:
+def _no_collate(batch: Any) -> Any:
     return batch
 
 
 def to_input(image: Tensor, device: torch.device) -> Tensor:
-    """uint8 [3, H, W] -> float in 0..1 on the device; the model itself normalises and resizes."""
+    """uint8 [3, H, W] -> float in 0..1 on the device; the model normalises and resizes."""
     return image.to(device, non_blocking=True).float() / 255

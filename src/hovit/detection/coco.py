@@ -1,6 +1,6 @@
-"""COCO's format (Lin et al., https://arxiv.org/abs/1405.0312): `instances_*.json` and its images.
+"""The COCO format: `instances_*.json` and the images it lists. Imports no torch.
 
-No torch is needed here.
+Paper: `Microsoft COCO: Common Objects in Context` - https://arxiv.org/abs/1405.0312
 """
 
 import hashlib
@@ -13,25 +13,26 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..data.decode import open_image, to_rgb
 from ..utils.errors import HovitError, one_line
 from ..utils.files import read_json
 
-# (annotation, image): the two boxes of COCO's own train2017 that have no height.
-WITHOUT_AREA = {(918, 200365), (2206849, 550395)}
-SMALLEST = 1.0  # pixels: training leaves out what is less wide or high (ours)
+# (annotation, image): the two boxes of train2017 that have no height.
+KNOWN_EMPTY_BOXES = {(918, 200365), (2206849, 550395)}
+MIN_SIDE = 1.0  # pixels; training skips narrower boxes (our choice)
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An image, and what training is told of it.
+class CocoImage:
+    """An image with its boxes.
 
     Args:
-        id: COCO's.
-        path: its file.
+        id: id in the annotations.
+        path: file.
         width, height: pixels.
-        boxes: float32 [n, 4], left top right bottom in pixels; crowds are none of them.
-        labels: int64 [n], places in the sorted category ids.
-        sha256: of the file.
+        boxes: float32 [n, 4], left top right bottom in pixels, without crowds.
+        labels: int64 [n], positions in the sorted category ids.
+        sha256: hash of the file, or empty.
     """
 
     id: int
@@ -45,32 +46,32 @@ class Picture:
 
 @dataclass(frozen=True)
 class Annotations:
-    """One `instances_*.json`, checked.
+    """Contents of one valid `instances_*.json`.
 
     Args:
-        path: the file.
-        pictures: all images, by id.
-        categories: sorted ids; the place of one is its label.
-        boxes: COCO's annotations as they are, crowds too, without outlines.
+        path: file.
+        images: all images, sorted by id.
+        categories: sorted category ids; a label is a position in this list.
+        boxes: annotations without their outlines, crowds included.
     """
 
     path: Path
-    pictures: list[Picture]
+    images: list[CocoImage]
     categories: list[int]
     boxes: list[dict[str, Any]]
 
 
 def read_annotations(path: Path, images: Path, num_classes: int) -> Annotations:
-    """Read and check an `instances_*.json`; the images themselves are not opened.
+    """Read and check an `instances_*.json` without opening the images.
 
     Args:
-        path: the file.
-        images: folder that its file names are in.
-        num_classes: how many categories there must be.
+        path: file.
+        images: folder of the images.
+        num_classes: expected number of categories.
 
     Raises:
-        HovitError: naming the file, and the image or annotation that is not as COCO's format has
-            it: not listed, listed twice, a box without area or outside its image.
+        HovitError: naming the file and the image or annotation that is invalid: not listed, listed
+            twice, a box without area or outside its image.
     """
     content = read_json(path)
     for key in ("images", "annotations", "categories"):
@@ -89,11 +90,12 @@ def read_annotations(path: Path, images: Path, num_classes: int) -> Annotations:
     names = {image["id"]: image["file_name"] for image in content["images"]}
     _ids(path, "annotation", content["annotations"])
     boxes = [_box(path, each, sizes, set(categories)) for each in content["annotations"]]
-    pictures = _pictures(boxes, sizes, names, categories, images)
-    return Annotations(path, pictures, categories, boxes)
+    listed = _images_with_boxes(boxes, sizes, names, categories, images)
+    return Annotations(path, listed, categories, boxes)
 
 
 def _ids(path: Path, what: str, entries: list[dict[str, Any]]) -> list[int]:
+    """Ids of a list of objects, in its order."""
     seen: set[int] = set()
     for entry in entries:
         number = entry.get("id")
@@ -120,7 +122,7 @@ def _size(path: Path, image: dict[str, Any]) -> tuple[int, int]:
 def _box(
     path: Path, entry: dict[str, Any], sizes: dict[int, tuple[int, int]], categories: set[int]
 ) -> dict[str, Any]:
-    """What training and COCO's evaluation need of an annotation."""
+    """The fields of an annotation that training and evaluation use."""
     where = f"{path}: annotation {entry['id']}"
     image, category, box = (entry.get(key) for key in ("image_id", "category_id", "bbox"))
     if type(image) is not int or image not in sizes:
@@ -130,7 +132,7 @@ def _box(
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         raise HovitError(f"{where}: bbox must be [left, top, width, height], not {str(box)[:60]}")
     left, top, width, height = box
-    if min(width, height) <= 0 and (entry["id"], image) not in WITHOUT_AREA:
+    if min(width, height) <= 0 and (entry["id"], image) not in KNOWN_EMPTY_BOXES:
         raise HovitError(f"{where}: its box {box} has no area")
     limits = sizes[image]
     if min(left, top) < -1 or left + width > limits[0] + 1 or top + height > limits[1] + 1:
@@ -148,14 +150,14 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
-def _pictures(
+def _images_with_boxes(
     boxes: list[dict[str, Any]],
     sizes: dict[int, tuple[int, int]],
     names: dict[int, str],
     categories: list[int],
     folder: Path,
-) -> list[Picture]:
-    """Every image with its boxes, clipped to it; neither crowds nor what is under a pixel."""
+) -> list[CocoImage]:
+    """All images with their boxes, clipped to the image, without crowds and narrow boxes."""
     label_of = {category: label for label, category in enumerate(categories)}
     found: dict[int, list[tuple[float, ...]]] = {image: [] for image in sizes}
     for box in boxes:
@@ -163,44 +165,45 @@ def _pictures(
         limits = sizes[box["image_id"]]
         left, right = max(left, 0.0), min(left + width, limits[0])
         top, bottom = max(top, 0.0), min(top + height, limits[1])
-        if not box["iscrowd"] and min(right - left, bottom - top) >= SMALLEST:
+        if not box["iscrowd"] and min(right - left, bottom - top) >= MIN_SIDE:
             place = (left, top, right, bottom, label_of[box["category_id"]])
             found[box["image_id"]].append(place)
-    pictures = []
+    listed = []
     for image, (width, height) in sorted(sizes.items()):
         table = np.array(found[image], np.float32).reshape(-1, 5)
         labels = table[:, 4].astype(np.int64)
-        pictures.append(Picture(image, folder / names[image], width, height, table[:, :4], labels))
-    return pictures
+        path = folder / names[image]
+        listed.append(CocoImage(image, path, width, height, table[:, :4], labels))
+    return listed
 
 
-def drawn(pictures: list[Picture], most: int | None, seed: int) -> list[Picture]:
-    """At most so many images, by a seeded draw, in their order."""
-    some = np.sort(np.random.default_rng(seed).permutation(len(pictures))[:most])
-    return [pictures[i] for i in some]
+def sample_images(images: list[CocoImage], limit: int | None, seed: int) -> list[CocoImage]:
+    """A seeded sample of at most `limit` images, in their original order."""
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(images))[:limit])
+    return [images[i] for i in chosen]
 
 
-def read_image(picture: Picture) -> np.ndarray:
-    """Decode an image: uint8 [H, W, 3].
+def read_image(image: CocoImage) -> np.ndarray:
+    """Decode an image to uint8 [H, W, 3].
 
     Raises:
-        HovitError: naming the file, if it is missing, damaged, of another size than was said, or
-            not the one that was checked.
+        HovitError: naming the file, if it is missing, damaged, changed since `prepare`, or differs
+            in size from the annotations.
     """
-    content = read_content(picture.path)
-    if picture.sha256 and hashlib.sha256(content).hexdigest() != picture.sha256:
-        raise HovitError(f"{picture.path}: changed since the folder was checked (`hovit data`)")
+    content = read_content(image.path)
+    if image.sha256 and hashlib.sha256(content).hexdigest() != image.sha256:
+        raise HovitError(f"{image.path}: changed since the folder was checked (`hovit data`)")
     try:
-        with open_sized(picture, content) as image:
-            return np.array(image.convert("RGB"))
+        with open_sized(image, content) as opened:
+            return np.array(to_rgb(opened))
     except HovitError:
         raise
     except Exception as error:
-        raise HovitError(f"{picture.path}: cannot be decoded ({one_line(error)})") from None
+        raise HovitError(f"{image.path}: cannot be decoded ({one_line(error)})") from None
 
 
 def read_content(path: Path) -> bytes:
-    """A file's bytes.
+    """Read a file.
 
     Raises:
         HovitError: if it cannot be read.
@@ -211,19 +214,19 @@ def read_content(path: Path) -> bytes:
         raise HovitError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def open_sized(picture: Picture, content: bytes) -> Image.Image:
-    """Open an image by its header.
+def open_sized(listed: CocoImage, content: bytes) -> Image.Image:
+    """Open an image and check its size, reading only the header.
 
     Raises:
-        HovitError: naming the file, if it is no image, or of another size than was said.
+        HovitError: naming the file, if it is no image or differs in size from the annotations.
     """
     try:
-        image = Image.open(io.BytesIO(content))
-    except Exception as error:  # PIL raises whatever a broken file makes it stumble over
-        raise HovitError(f"{picture.path}: cannot be decoded ({one_line(error)})") from None
-    if image.size != (picture.width, picture.height):
+        image = open_image(io.BytesIO(content))
+    except Exception as error:  # Pillow raises errors of many types on broken files
+        raise HovitError(f"{listed.path}: cannot be decoded ({one_line(error)})") from None
+    if image.size != (listed.width, listed.height):
         raise HovitError(
-            f"{picture.path}: {image.width} x {image.height} pixels, but the annotations say "
-            f"{picture.width} x {picture.height}"
+            f"{listed.path}: {image.width} x {image.height} pixels, but the annotations say "
+            f"{listed.width} x {listed.height}"
         )
     return image

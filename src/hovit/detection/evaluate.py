@@ -1,6 +1,6 @@
-"""Detections on disk, in COCO's results format, and COCO's average precision of them.
+"""COCO's average precision, and detections on disk in COCO's results format.
 
-A record's AP is that of the detections beside it, to the last digit. No torch is needed here.
+The AP of a record is recomputed exactly from the detections file next to it. Imports no torch.
 """
 
 import gzip
@@ -16,27 +16,27 @@ import numpy as np
 
 from ..utils.errors import HovitError, one_line
 from ..utils.files import atomic, digest
-from .coco import Annotations, Picture
+from .coco import Annotations, CocoImage
 
-# COCOeval's first six, in its order
+# the first six of COCOeval.stats, in its order
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 KEYS = {"image_id", "category_id", "bbox", "score"}
-MOST = 100  # detections that it looks at in an image
+MAX_DETECTIONS = 100  # per image, in COCOeval
 
 
 def evaluate(
     truth: Annotations, detections: list[dict[str, Any]], images: Collection[int] | None = None
 ) -> dict[str, float]:
-    """COCO's average precision, by pycocotools, at 100 detections an image at most.
+    """Average precision by pycocotools, at up to 100 detections per image.
 
     Args:
-        truth: the annotations; crowds are neither found nor missed, as COCO has it.
-        detections: COCO's results: `image_id`, `category_id`, `bbox` [left, top, width, height],
-            `score`.
-        images: ids of the images that count; all unless told.
+        truth: annotations. As in COCO, crowds count neither as hits nor as misses.
+        detections: results in COCO's format: `image_id`, `category_id`, `bbox` [left, top, width,
+            height], `score`.
+        images: ids of the images to evaluate; default: all.
 
     Returns:
-        `METRICS`, percent; without those of a size that no object has.
+        `METRICS` in percent, without the sizes that no object has.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -45,39 +45,39 @@ def evaluate(
         each | {"id": i, "area": each["bbox"][2] * each["bbox"][3], "iscrowd": 0}
         for i, each in enumerate(detections, start=1)
     ]
-    with redirect_stdout(io.StringIO()):  # it tells how long each step took
+    with redirect_stdout(io.StringIO()):  # COCO prints its progress
         sets = []
         for entries in ([dict(each) for each in truth.boxes], found):
             coco = COCO()
             coco.dataset = {
-                "images": [{"id": picture.id} for picture in truth.pictures],
+                "images": [{"id": image.id} for image in truth.images],
                 "categories": [{"id": category} for category in truth.categories],
                 "annotations": entries,
             }
             coco.createIndex()
             sets.append(coco)
-        judge = COCOeval(*sets, "bbox")
-        judge.params.imgIds = sorted(images if images is not None else coco.imgs)
-        judge.evaluate()
-        judge.accumulate()
-        judge.summarize()
-    scores = dict(zip(METRICS, np.asarray(judge.stats, float)[: len(METRICS)], strict=True))
+        evaluator = COCOeval(*sets, "bbox")
+        evaluator.params.imgIds = sorted(images if images is not None else coco.imgs)
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    scores = dict(zip(METRICS, np.asarray(evaluator.stats, float)[: len(METRICS)], strict=True))
     return {name: 100.0 * float(score) for name, score in scores.items() if score >= 0}
 
 
-def to_coco(picture: Picture, table: np.ndarray, categories: list[int]) -> list[dict[str, Any]]:
-    """An image's detections in COCO's results format, to a hundredth of a pixel.
+def to_coco(image: CocoImage, table: np.ndarray, categories: list[int]) -> list[dict[str, Any]]:
+    """Convert the detections of an image to COCO's results format, rounded to 0.01 pixels.
 
     Args:
-        picture: the image.
-        table: [n, 6]: left, top, right, bottom in pixels, label, score; NaN where there is none.
-        categories: ids, by label.
+        image: the image.
+        table: [n, 6]: left, top, right, bottom in pixels, label, score; unused rows are NaN.
+        categories: category id of each label.
     """
     found = table[~np.isnan(table[:, 0])]
     sides = found[:, 2:4] - found[:, :2]
     boxes = np.concatenate([found[:, :2], sides], axis=1).round(2).tolist()
     return [
-        {"image_id": picture.id, "category_id": categories[int(label)], "bbox": box,
+        {"image_id": image.id, "category_id": categories[int(label)], "bbox": box,
          "score": round(float(score), 5)}
         for box, (label, score) in zip(boxes, found[:, 4:], strict=True)
     ]  # fmt: skip
@@ -89,7 +89,7 @@ def detections_digest(detections: list[dict[str, Any]]) -> str:
 
 
 def write_detections(path: Path, detections: list[dict[str, Any]]) -> None:
-    """Write detections as compressed JSON, atomically; the same ones give the same bytes."""
+    """Write detections as gzipped JSON, atomically. Equal detections give equal bytes."""
     content = json.dumps(detections, separators=(",", ":"), allow_nan=False).encode()
     with atomic(path) as temporary:
         temporary.write_bytes(gzip.compress(content, mtime=0))
@@ -99,7 +99,7 @@ def read_detections(path: Path) -> list[dict[str, Any]]:
     """Read detections.
 
     Raises:
-        HovitError: if the file is missing, damaged, or not COCO's results.
+        HovitError: if the file is missing, damaged, or not in COCO's results format.
     """
     try:
         found = json.loads(gzip.decompress(path.read_bytes()))
@@ -108,5 +108,7 @@ def read_detections(path: Path) -> list[dict[str, Any]]:
     if not isinstance(found, list) or not all(
         isinstance(e, dict) and e.keys() == KEYS for e in found
     ):
-        raise HovitError(f"{path}: not detections: a list of {', '.join(sorted(KEYS))} each")
+        raise HovitError(
+            f"{path}: not detections: a list of objects with {', '.join(sorted(KEYS))}"
+        )
     return found

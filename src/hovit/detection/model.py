@@ -2,7 +2,7 @@
 
 Papers: EfficientViT, https://arxiv.org/abs/2305.07027 (Table 5); RetinaNet,
 https://arxiv.org/abs/1708.02002; FPN, https://arxiv.org/abs/1612.03144
-Upstream: https://github.com/microsoft/Cream/tree/main/EfficientViT/downstream (the pyramid's shape)
+Upstream: https://github.com/microsoft/Cream/tree/main/EfficientViT/downstream (pyramid)
 """
 
 from collections import OrderedDict
@@ -20,26 +20,30 @@ from ..utils.create_model import create_model
 from ..utils.errors import HovitError
 
 STRIDES = (8, 16, 32, 64, 128)  # pixels per cell of the five levels
-ANCHOR_SCALES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))  # RetinaNet's three a octave, times 4 strides
-PRETRAINED_AT = 224  # pixels: sets the attention windows, as in the weights to start from
+ANCHOR_SCALES = (
+    1.0,
+    2 ** (1 / 3),
+    2 ** (2 / 3),
+)  # three per octave; times 4 strides
+PRETRAINED_SIZE = 224  # pixels; sets the attention windows of the pretrained weights
 
 
 class Pyramid(FeaturePyramidNetwork):
-    """Stages at strides 16, 32, 64 -> five maps of `channels` at strides 8 to 128.
+    """Feature pyramid: stages at strides 16, 32, 64 -> five maps of `channels`, strides 8 to 128.
 
-    A 2 x 2 transposed convolution of stride 2 doubles the finest merged map, and has a 3 x 3
-    convolution of its own; the coarsest is every other cell of the one before. Both as upstream.
+    As upstream, a 2 x 2 transposed convolution of stride 2 and a 3 x 3 convolution make the finest
+    level, and stride-2 subsampling of the level before makes the coarsest.
     """
 
     def __init__(self, widths: list[int], channels: int) -> None:
         super().__init__(widths, channels)
         self.finer = nn.ConvTranspose2d(channels, channels, 2, stride=2)
         self.finer_block = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.kaiming_uniform_(self.finer_block.weight, a=1)  # as torchvision its own
+        nn.init.kaiming_uniform_(self.finer_block.weight, a=1)  # as in torchvision's FPN
         nn.init.zeros_(self.finer_block.bias)  # type: ignore[arg-type]
 
     def forward(self, x: list[Tensor]) -> OrderedDict[str, Tensor]:
-        """[B, C_i, H / 16 / 2^i, W / 16 / 2^i] of each stage -> the five levels, finest first."""
+        """Stages [B, C_i, H / 16 / 2^i, W / 16 / 2^i] -> five levels, finest first."""
         merged = self.get_result_from_inner_blocks(x[-1], -1)
         levels = [self.get_result_from_layer_blocks(merged, -1)]
         for i in reversed(range(len(x) - 1)):
@@ -52,15 +56,16 @@ class Pyramid(FeaturePyramidNetwork):
 
 
 class PyramidBackbone(nn.Module):
-    """The backbone's stem and stages, without its classifier, and the pyramid on them."""
+    """Stem and stages of a backbone, followed by the feature pyramid."""
 
     def __init__(self, body: Any, channels: int = 256) -> None:
         super().__init__()
         self.patch_embed, self.stages = body.patch_embed, body.stages
         self.fpn = Pyramid([info["num_chs"] for info in body.feature_info], channels)
-        self.out_channels = channels  # RetinaNet asks for it
+        self.out_channels = channels  # RetinaNet reads it
 
-    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:  # [B, 3, H, W], sides in 128s
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        """Images [B, 3, H, W], H and W multiples of 128 -> five levels, finest first."""
         x = self.patch_embed(x)
         maps = []
         for stage in self.stages:
@@ -70,22 +75,22 @@ class PyramidBackbone(nn.Module):
 
 
 def anchors() -> AnchorGenerator:
-    """RetinaNet's nine a cell: three sizes from 4 strides on, at 1:2, 1:1 and 2:1."""
+    """Nine anchors per cell, as in RetinaNet: three sizes from 4 strides, at 1:2, 1:1 and 2:1."""
     sizes = tuple(tuple(4 * stride * scale for scale in ANCHOR_SCALES) for stride in STRIDES)
     return AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
 
 
 def make_backbone(name: str, **args: Any) -> Any:
-    """A registered backbone of three stages at strides 16, 32, 64, without classifier.
+    """Create a registered backbone with three stages at strides 16, 32, 64, without classifier.
 
     Args:
-        name: of EfficientViT's form (`efficientvit_paper_m0` to `_m5`).
-        args: the backbone's own.
+        name: model name: `efficientvit_paper_m0` to `_m5`.
+        args: arguments of the model.
 
     Raises:
-        HovitError: for an unknown backbone, or one of another form.
+        HovitError: for an unknown model, or one with other strides.
     """
-    body = create_model(name, num_classes=0, image_size=PRETRAINED_AT, **args)
+    body = create_model(name, num_classes=0, image_size=PRETRAINED_SIZE, **args)
     strides = [info["reduction"] for info in getattr(body, "feature_info", [])]
     if strides != [16, 32, 64] or not hasattr(body, "stages"):
         raise HovitError(
@@ -97,16 +102,19 @@ def make_backbone(name: str, **args: Any) -> Any:
 def retinanet(
     body: Any, num_classes: int, short_side: int = 800, long_side: int = 1333, channels: int = 256
 ) -> RetinaNet:
-    """RetinaNet on a backbone of `make_backbone`; focal and L1 loss, as torchvision has them.
+    """torchvision's RetinaNet on a backbone from `make_backbone`, with focal and L1 loss.
 
-    In training [3, H, W] floats in 0..1 and their boxes (pixels, left top right bottom) give the
-    losses; in evaluation each image gives at most 100 boxes, labels and scores. Batches are padded
-    to multiples of 128 pixels (ours; upstream's are of 32), so that every level doubles the next.
+    In training, images [3, H, W] (floats in 0..1) and boxes (left top right bottom, pixels) give
+    the losses. In evaluation, each image gives up to 100 boxes, labels and scores. Batches are
+    padded to multiples of 128 pixels so that each level has twice the size of the next; upstream
+    pads to multiples of 32.
 
     Args:
-        num_classes: of objects; labels are 0 to num_classes - 1.
-        short_side, long_side: pixels that the shorter side is resized to, and the longer's bound.
-        channels: of the pyramid and the heads.
+        body: backbone.
+        num_classes: object classes; labels are 0 to num_classes - 1.
+        short_side: length of the shorter side after resizing, in pixels.
+        long_side: maximum length of the longer side, in pixels.
+        channels: channels of the pyramid and the heads.
     """
     return RetinaNet(
         PyramidBackbone(body, channels),
@@ -115,14 +123,14 @@ def retinanet(
         max_size=long_side,
         size_divisible=STRIDES[-1],
         anchor_generator=anchors(),
-        detections_per_img=100,  # as many as COCO's evaluation looks at
+        detections_per_img=100,  # the maximum in COCO's evaluation
     )
 
 
 def count_macs(model: RetinaNet, height: int, width: int) -> int:
-    """Multiply-adds of the convolutions and matrix products for one image, padded; nothing runs.
+    """Multiply-adds of convolutions and matrix products for one padded image.
 
-    The model is left on the meta device: its weights are gone.
+    Counts on the meta device and leaves the model there, without weights.
     """
     model = model.to("meta").eval()
     sides = (-(-n // STRIDES[-1]) * STRIDES[-1] for n in (height, width))

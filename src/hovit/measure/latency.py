@@ -1,8 +1,9 @@
-"""Latency, interleaved: every round times each model once, so that drift hits all alike.
+"""Interleaved latency: each round times every model once, so that drift affects all models alike.
 
-The protocol (ours; that of EfficientViT's seed is a study's `on_gpu`): eval mode, inputs on the
-device, warm-up, then rounds. CUDA events on a GPU; on a CPU a monotonic clock, with a fixed number
-of threads, in a process that keeps the memory it frees (`keep_freed_memory`).
+Protocol: evaluation mode, inputs on the device, warm-up, then rounds. A GPU is timed with CUDA
+events. A CPU is timed with a monotonic clock, a fixed number of threads, and a process that keeps
+the memory it frees (`keep_freed_memory`). The protocol of the EfficientViT paper is the `on_gpu` of
+a study.
 """
 
 import random
@@ -20,7 +21,7 @@ Samples = dict[str, dict[str, list[float]]]  # model -> batch -> milliseconds
 
 
 def example_inputs(model: Any, batch: int, image_size: int | None) -> tuple[Tensor, ...]:
-    """What a model takes: images [B, 3, size, size], or what its own `example_inputs` gives."""
+    """Random images [B, 3, size, size], or the result of the model's own `example_inputs`."""
     if hasattr(model, "example_inputs"):
         return model.example_inputs(batch)
     assert image_size is not None
@@ -34,7 +35,7 @@ def forward_ms(model: nn.Module, *inputs: Tensor) -> float:
 
 
 def timed(call: Callable[..., object], *inputs: Tensor) -> float:
-    """Milliseconds of one call: by CUDA events where the inputs are on a card."""
+    """Milliseconds of one call, by CUDA events if the inputs are on a GPU."""
     if inputs[0].device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -48,7 +49,7 @@ def timed(call: Callable[..., object], *inputs: Tensor) -> float:
 
 
 def gradients_ms(model: nn.Module, *inputs: Tensor) -> float:
-    """Milliseconds of a forward pass and of all gradients of its outputs' sum."""
+    """Milliseconds of a forward pass and of the gradients of the summed output."""
     model.train()
     wanted = [x.requires_grad_() for x in inputs] + list(model.parameters())
 
@@ -59,19 +60,19 @@ def gradients_ms(model: nn.Module, *inputs: Tensor) -> float:
 
 
 def half_precision_ms(model: nn.Module, *inputs: Tensor) -> float:
-    """Milliseconds of one forward pass in float16, by autocast: weights are cast on use."""
+    """Milliseconds of one forward pass in float16, by autocast (weights are cast on use)."""
     with torch.autocast(inputs[0].device.type, torch.float16):
         return forward_ms(model, *inputs)
 
 
 class TrainingStep:
-    """Times whole optimiser steps: forward, cross-entropy, backward, AdamW, gradients cleared."""
+    """Times whole optimizer steps: forward, cross-entropy, backward, AdamW, zero_grad."""
 
     def __init__(self) -> None:
         self.optimizers: dict[int, torch.optim.Optimizer] = {}
 
     def __call__(self, model: Any, x: Tensor) -> float:
-        """Milliseconds of one step on images x [B, 3, H, W] of random labels."""
+        """Milliseconds of one step on images x [B, 3, H, W] with random labels."""
         if id(model) not in self.optimizers:
             self.optimizers[id(model)] = torch.optim.AdamW(model.parameters(), lr=1e-4)
         model.train()
@@ -97,59 +98,78 @@ def measure_latency(
     timer: Callable[..., float] = forward_ms,
     after_round: Callable[[Samples], None] = lambda _: None,
 ) -> Samples:
-    """Time every model, at every batch size, `rounds` times; each round goes over all of them.
+    """Time every model at every batch size `rounds` times; each round covers all pairs.
 
-    The order inside a round is shuffled, so no model always follows the same one.
+    The order within a round is shuffled, so that a model does not always follow the same one.
 
     Args:
-        models: name -> model; they are put on the device in eval mode.
-        device: where.
-        image_size: pixels a side, for all models or for each.
+        models: name -> model; moved to the device and set to evaluation mode.
+        device: device to time on.
+        image_size: pixels per side, for all models or by name.
         batches: batch sizes.
-        rounds: timed passes for each model and batch.
-        warmup: untimed passes before, for each model and batch.
-        samples: what an interrupted call has already; rounds are added up to `rounds`.
-        timer: gives milliseconds of one pass.
-        after_round: told of the samples so far.
+        rounds: timed passes per model and batch.
+        warmup: untimed passes per model and batch before the rounds.
+        samples: samples of an interrupted call; the missing rounds are added.
+        timer: returns milliseconds of one pass.
+        after_round: called with the samples so far.
 
     Returns:
-        milliseconds: model -> batch -> one number a round.
+        Milliseconds: model -> batch -> one number per round.
+
+    Raises:
+        HovitError: if the memory of the GPU is too small.
     """
     samples = samples or {name: {str(b): [] for b in batches} for name in models}
     sizes = image_size if isinstance(image_size, Mapping) else dict.fromkeys(models, image_size)
-    jobs = [(name, b) for name in models for b in batches]
+    pairs = [(name, b) for name in models for b in batches]
     for model in models.values():
         model.to(device).eval()
+    inputs = Inputs(models, sizes, device)
 
-    inputs: dict[object, tuple[Tensor, ...]] = {}
-
-    def once(name: str, batch: int) -> float:
-        own = hasattr(models[name], "example_inputs")
-        key = (name if own else sizes[name], batch)  # models of one size see the same images
-        if key not in inputs:
-            some = example_inputs(models[name], batch, sizes[name])
-            inputs[key] = tuple(x.to(device) for x in some)
+    def time_pass(name: str, batch: int) -> float:
         try:
-            return timer(models[name], *inputs[key])
+            return timer(models[name], *inputs.get(name, batch))
         except torch.OutOfMemoryError:
             raise HovitError(
                 f"{name} at batch {batch}: the card's memory is too small; measure on a larger "
                 "one, or give the study smaller batches"
             ) from None
 
-    for name, b in jobs:
+    for name, b in pairs:
         for _ in range(warmup):
-            once(name, b)
-    done = min(len(samples[name][str(b)]) for name, b in jobs)
+            time_pass(name, b)
+    done = min(len(samples[name][str(b)]) for name, b in pairs)
     for r in range(done, rounds):
-        for name, b in random.Random(r).sample(jobs, len(jobs)):
-            samples[name][str(b)].append(once(name, b))
+        for name, b in random.Random(r).sample(pairs, len(pairs)):
+            samples[name][str(b)].append(time_pass(name, b))
         after_round(samples)
     return samples
 
 
+class Inputs:
+    """Example inputs on the device, shared by models of the same image size."""
+
+    def __init__(
+        self,
+        models: Mapping[str, nn.Module],
+        sizes: Mapping[str, int | None],
+        device: torch.device,
+    ) -> None:
+        self.models, self.sizes, self.device = models, sizes, device
+        self.made: dict[tuple[object, int], tuple[Tensor, ...]] = {}
+
+    def get(self, name: str, batch: int) -> tuple[Tensor, ...]:
+        """Inputs of a model at a batch size."""
+        has_own = hasattr(self.models[name], "example_inputs")
+        key = (name if has_own else self.sizes[name], batch)
+        if key not in self.made:
+            inputs = example_inputs(self.models[name], batch, self.sizes[name])
+            self.made[key] = tuple(x.to(self.device) for x in inputs)
+        return self.made[key]
+
+
 def summary(values: list[float]) -> dict[str, Any]:
-    """Median, quartiles and n of some milliseconds."""
+    """Median, quartiles and number of samples."""
     low, median, high = np.percentile(values, [25, 50, 75])
     return {
         "median": round(float(median), 4),

@@ -1,7 +1,7 @@
-"""Passes in ONNX Runtime on a CPU, the last of the speeds that EfficientViT's paper tells of.
+"""Forward passes in ONNX Runtime on a CPU.
 
-Paper: https://arxiv.org/abs/2305.07027 (Table 2). The exporter is PyTorch's; of ONNX Runtime's
-settings only the threads are set, which are PyTorch's.
+Paper: EfficientViT, https://arxiv.org/abs/2305.07027 (Table 2, ONNX speed). Models are exported by
+PyTorch. ONNX Runtime gets the number of threads of PyTorch and otherwise its default settings.
 """
 
 import numpy as np
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from ..utils.errors import HovitError, one_line
 from .latency import timed
 
-TOLERANCE = 1e-5  # of the outputs' norm: untrained outputs hardly vary with the image
+TOLERANCE = 1e-5  # relative to the norm: outputs of an untrained model hardly vary with the image
 
 
-def session(model: nn.Module, *inputs: Tensor) -> onnxruntime.InferenceSession:
-    """A model in evaluation mode as an ONNX Runtime session, for inputs of these shapes.
+def make_session(model: nn.Module, *inputs: Tensor) -> onnxruntime.InferenceSession:
+    """Export a model in evaluation mode to an ONNX Runtime session, for inputs of these shapes.
 
     Raises:
-        HovitError: if it cannot be exported.
+        HovitError: if the model cannot be exported.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
@@ -29,23 +29,23 @@ def session(model: nn.Module, *inputs: Tensor) -> onnxruntime.InferenceSession:
         assert program is not None
         graph = program.model_proto.SerializeToString()
         return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the exporter, and ONNX Runtime, raise what they will
+    except Exception as error:  # the exporter and ONNX Runtime raise errors of many types
         what = f"{type(model).__name__} does not run in ONNX Runtime"
         raise HovitError(f"{what}: {one_line(error)}") from None
 
 
-def run(made: onnxruntime.InferenceSession, *inputs: Tensor) -> Tensor:
-    """A session's first output."""
-    names = [value.name for value in made.get_inputs()]
+def run_session(session: onnxruntime.InferenceSession, *inputs: Tensor) -> Tensor:
+    """Run a session and return its first output."""
+    names = [value.name for value in session.get_inputs()]
     arrays = [np.ascontiguousarray(x.numpy()) for x in inputs]
-    return torch.from_numpy(made.run(None, dict(zip(names, arrays, strict=True)))[0])
+    return torch.from_numpy(session.run(None, dict(zip(names, arrays, strict=True)))[0])
 
 
 @torch.no_grad()
 def fill_zeros(model: nn.Module) -> None:
-    """Give what is initialised to zero (a residual branch's last norm) small random weights.
+    """Replace all-zero weights (such as the last norm of a residual branch) by small random values.
 
-    At zero whole branches do nothing, and no comparison of outputs could tell if they were wrong.
+    With zero weights a branch contributes nothing, and comparing outputs would not test it.
     """
     for tensor in model.state_dict().values():
         if tensor.is_floating_point() and not tensor.any():
@@ -53,33 +53,33 @@ def fill_zeros(model: nn.Module) -> None:
 
 
 class OnnxPass:
-    """Times passes in ONNX Runtime, of models whose outputs there are PyTorch's to 1e-5."""
+    """Times passes in ONNX Runtime, after checking its outputs against PyTorch's to 1e-5."""
 
     def __init__(self) -> None:
         self.sessions: dict[tuple[int, torch.Size], onnxruntime.InferenceSession] = {}
 
     def __call__(self, model: nn.Module, *inputs: Tensor) -> float:
-        """Milliseconds of one pass; the first one of a model and shape exports it before.
+        """Milliseconds of one pass. The first call for a model and shape exports the model.
 
         Raises:
-            HovitError: if the model cannot be exported, or its outputs differ.
+            HovitError: if the model cannot be exported or its outputs differ.
         """
         key = (id(model), inputs[0].shape)
         if key not in self.sessions:
-            self.sessions[key] = self._checked(model, *inputs)
-        made = self.sessions[key]
-        return timed(lambda *xs: run(made, *xs), *inputs)
+            self.sessions[key] = self._export(model, *inputs)
+        session = self.sessions[key]
+        return timed(lambda *xs: run_session(session, *xs), *inputs)
 
-    def _checked(self, model: nn.Module, *inputs: Tensor) -> onnxruntime.InferenceSession:
+    def _export(self, model: nn.Module, *inputs: Tensor) -> onnxruntime.InferenceSession:
         fill_zeros(model)
-        made = session(model, *inputs)
+        session = make_session(model, *inputs)
         with torch.no_grad():
             expected = model(*inputs)
-        error = (run(made, *inputs) - expected).norm()
+        error = (run_session(session, *inputs) - expected).norm()
         if not error <= TOLERANCE * expected.norm():
             share = float(error / expected.norm())
             raise HovitError(
                 f"{type(model).__name__}: ONNX Runtime's outputs differ from PyTorch's by "
                 f"{share:.2g} of their norm, more than {TOLERANCE}"
             )
-        return made
+        return session

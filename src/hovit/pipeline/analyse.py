@@ -1,4 +1,4 @@
-"""Run an analysis of the config: load trained models and images, compute, leave a record."""
+"""Run an analysis: load trained models and images, compute, write the record."""
 
 import time
 from collections.abc import Callable
@@ -27,29 +27,28 @@ from ..utils.errors import HovitError, one_line
 from ..utils.files import file_digest, write_text
 
 FUNCTIONS: dict[str, Callable[..., dict[str, Any]]] = {
-    "attention_maps": attention_maps,
-    "head_similarity": head_similarity,
-    "kept_patches": kept_patches,
-    "runtime_breakdown": runtime_breakdown,
-    "taylor_pruning": taylor_pruning,
-}
+    function.__name__: function
+    for function in (
+        attention_maps, head_similarity, kept_patches, runtime_breakdown, taylor_pruning,
+    )
+}  # fmt: skip
 
 
 def analyse(task: AnalyseTask, device: torch.device, root: Path = Path()) -> Record:
     """Compute an analysis and write its record.
 
     Args:
-        task: what to compute, from which runs, on which images.
-        device: where.
+        task: analysis, runs and images.
+        device: device to compute on.
         root: top folder of the artifact.
 
     Raises:
-        HovitError: if a run is not trained yet, its images are not packed, or the analysis does
-            not fit its model.
+        HovitError: if a run is not trained, its images are not packed, or the analysis does not
+            apply to its model.
     """
     begin = time.monotonic()
     torch.manual_seed(0)
-    keep_freed_memory()  # some kinds measure times
+    keep_freed_memory()  # some kinds measure time
     torch.set_num_threads(task.scale.threads)
     rows = {ref: _analyse_row(task, ref, device, root) for ref in task.runs}
     seconds = time.monotonic() - begin
@@ -63,18 +62,22 @@ def analyse(task: AnalyseTask, device: torch.device, root: Path = Path()) -> Rec
 
 
 def _analyse_row(task: AnalyseTask, ref: str, device: torch.device, root: Path) -> dict[str, Any]:
-    """What the analysis finds for one row, with the images and weights that it used."""
+    """Results of one row, with the images and weights used."""
     analysis, run = task.analysis, task.runs[ref]
     weights = root / TrainTask(run).weights
     if not weights.exists():
         raise HovitError(f"{weights}: no such file; train {run.id} first")
     model = create_model(run.model, run.dataset.num_classes, run.image_size, **run.model_args)
     model.load_state_dict(load_weights(weights))
-    images, labels, indices = _images(task.packs[ref], "test", analysis.images, root)
+    pack, count = task.packs[ref], analysis.images
+    images, labels, indices = _sample_images(pack, "test", count, root)
     inputs, used = [images], {"images": indices}
     if ANALYSIS_KINDS[analysis.kind].uses_training_images:
-        shown, classes, train_indices = _images(task.packs[ref], "train", analysis.images, root)
-        inputs, used = [shown, classes, images, labels], used | {"train_images": train_indices}
+        train_images, train_labels, train_indices = _sample_images(pack, "train", count, root)
+        inputs, used = (
+            [train_images, train_labels, images, labels],
+            used | {"train_images": train_indices},
+        )
     try:
         on_device = [each.to(device) for each in inputs]
         found = FUNCTIONS[analysis.kind](model.to(device).eval(), *on_device, **analysis.args)
@@ -84,8 +87,11 @@ def _analyse_row(task: AnalyseTask, ref: str, device: torch.device, root: Path) 
 
 
 def to_csv(rows: dict[str, Any]) -> str:
-    """What an analysis found, for other programs: for each row of it a line of its numbers, then
-    one for each line of its lists (a flat list is one line), in columns 0, 1, 2 ..."""
+    """Results as CSV, for other programs.
+
+    Each row gives one line with its numbers, then one line per entry of its lists. A flat list is
+    one line, in columns 0, 1, 2, ...
+    """
     lines: list[dict[str, Any]] = []
     for ref, found in rows.items():
         lists = {k: v for k, v in found.items() if isinstance(v, list) and "images" not in k}
@@ -99,12 +105,12 @@ def to_csv(rows: dict[str, Any]) -> str:
     return pd.DataFrame(lines).to_csv(index=False, lineterminator="\n")
 
 
-def _images(
+def _sample_images(
     pack: Pack, split: str, count: int, root: Path
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Some images of a split, as a model takes them, their classes and places in the pack.
+    """Random images of a split as model input, their labels, and their indices in the pack.
 
-    A draw, as a source's own test set lies class by class.
+    Random, because a test set can be sorted by class.
     """
     packed = open_pack(pack, root / pack.folder)
     drawn = np.random.default_rng(0).permutation(packed.splits[split])[:count]

@@ -113,9 +113,9 @@ def _predictions(record: Record) -> str:
 
 def _check_detections(path: Path, run: Run, record: Record, root: Path) -> None:
     """Recompute AP if this machine has the same annotations; otherwise check the hash only."""
-    from ..detection.coco import drawn
+    from ..detection.coco import sample_images
+    from ..detection.dataset import evaluation_set
     from ..detection.evaluate import METRICS, detections_digest, evaluate, read_detections
-    from ..detection.folder import evaluation_set
 
     file = path.parent / DETECTIONS
     detections = read_detections(file)
@@ -125,7 +125,7 @@ def _check_detections(path: Path, run: Run, record: Record, root: Path) -> None:
     truth = evaluation_set(run.pack, sha256, root / run.pack.folder)
     if truth is None:
         return
-    tested = drawn(truth.pictures, run.limit.test, run.dataset.split.seed)
+    tested = sample_images(truth.images, run.limit.test, run.dataset.split.seed)
     found = evaluate(truth, detections, [picture.id for picture in tested])
     if found != {name: record.results[name] for name in METRICS if name in record.results}:
         raise HovitError(f"{path}: AP does not match the detections")

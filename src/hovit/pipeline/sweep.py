@@ -20,7 +20,7 @@ from ..training.trainer import Options, make_fabric
 from ..utils.device import pick_device
 from ..utils.errors import HovitError, OutOfTime
 from .measure import measure_study
-from .train import outcome, prepare_pack, train_run
+from .train import format_results, prepare_pack, train_run
 
 Job = tuple[str, Callable[[], object]]  # name, work
 
@@ -69,7 +69,7 @@ def sweep(
         torch.set_num_threads(plan.scale.threads)
         prepare_pack(run.pack, data_root, root / run.pack.folder)
         results = train_run(run, fabric, root, options(run, deadline)).results
-        log(f"      {outcome(results)}")
+        log(f"      {format_results(results)}")
 
     jobs: list[Job] = []
     # Studies that want freed memory returned come first: a process that keeps it cannot go back.

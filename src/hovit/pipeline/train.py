@@ -1,4 +1,4 @@
-"""The two kinds of run, images classified and objects detected: which code does which."""
+"""Prepare images and train runs, for classifiers and detectors alike."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 
 def prepare_pack(pack: Pack, data_root: Path, folder: Path | None = None) -> dict[str, Any]:
-    """Pack a dataset, or check a folder of COCO's; give its pack.json.
+    """Pack a dataset, or check a COCO folder, and return pack.json.
 
     Raises:
-        HovitError: naming what is missing or not as it should be.
+        HovitError: naming the file that is missing or invalid.
     """
     if pack.dataset.reader == "coco":
-        from ..detection.folder import prepare
+        from ..detection.dataset import prepare
     else:
         from ..data.pack import prepare
     return prepare(pack, data_root, folder)
@@ -26,10 +26,10 @@ def prepare_pack(pack: Pack, data_root: Path, folder: Path | None = None) -> dic
 def train_run(
     run: Run, fabric: Any, root: Path = Path(), options: "Options | None" = None
 ) -> Record:
-    """Train one run to its record.
+    """Train one run and return its record.
 
     Raises:
-        HovitError, OutOfTime: as `hovit.training.classification.train` does.
+        HovitError, OutOfTime: as `hovit.training.classification.train`.
     """
     if run.is_detector:
         from ..training.detection import train
@@ -38,15 +38,15 @@ def train_run(
     return train(run, fabric, root, options)
 
 
-def outcome(results: dict[str, Any]) -> str:
-    """A record's main numbers, in words."""
+def format_results(results: dict[str, Any]) -> str:
+    """One line with the main metrics of a training record."""
     if "detections" in results:
         return f"AP {results.get('ap', 0):.1f}, AP50 {results.get('ap50', 0):.1f}"
     return f"top-1 {results['top1']:.2f} %, loss {results['loss']:.4f}"
 
 
-def progress(entry: dict[str, float]) -> str:
-    """A finished epoch's numbers, in words."""
+def format_epoch(entry: dict[str, float]) -> str:
+    """One line with the metrics of a finished epoch."""
     text = f"train {entry['train_loss']:.4f}"
     if "val_top1" in entry:
         text += f", val {entry['val_loss']:.4f}, top-1 {entry['val_top1']:.2f} %"

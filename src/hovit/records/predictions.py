@@ -1,4 +1,4 @@
-"""Test predictions: what a record's metrics can be computed from again."""
+"""Test predictions, from which the metrics of a record can be recomputed."""
 
 import gzip
 import hashlib
@@ -13,7 +13,7 @@ COLUMNS = ["index", "label", "predicted", "loss"]
 
 
 def metrics(predictions: pd.DataFrame) -> tuple[float, float]:
-    """(mean loss, top-1 in percent) of a table of predictions, one row an image."""
+    """Mean loss and top-1 in percent of a table with one row per image."""
     return (
         float(predictions["loss"].mean()),
         100.0 * float((predictions["label"] == predictions["predicted"]).mean()),
@@ -21,15 +21,15 @@ def metrics(predictions: pd.DataFrame) -> tuple[float, float]:
 
 
 def predictions_digest(predictions: pd.DataFrame) -> str:
-    """sha256, in hex, of the predictions as CSV."""
+    """sha256 in hex of the predictions as CSV."""
     return hashlib.sha256(predictions.to_csv(index=False).encode()).hexdigest()
 
 
 def write_predictions(path: Path, predictions: pd.DataFrame) -> None:
-    """Write predictions as compressed CSV, atomically; the same table gives the same bytes."""
+    """Write predictions as gzipped CSV, atomically. Equal tables give equal bytes."""
     with atomic(path) as temporary:
         content = predictions.to_csv(index=False).encode()
-        temporary.write_bytes(gzip.compress(content, mtime=0))  # keeps no file name either
+        temporary.write_bytes(gzip.compress(content, mtime=0))  # no time, no file name
 
 
 def read_predictions(path: Path) -> pd.DataFrame:
@@ -42,9 +42,9 @@ def read_predictions(path: Path) -> pd.DataFrame:
         table = pd.read_csv(path, compression="gzip", dtype=str)
         if list(table.columns) != COLUMNS or not len(table):
             raise HovitError(f"{path}: not predictions: columns must be {', '.join(COLUMNS)}")
-        # By way of text, so that every version of pandas reads every digit.
+        # Read as text first: some versions of pandas drop digits when they parse floats.
         return table.astype(dict.fromkeys(COLUMNS[:3], "int64") | {"loss": "float64"})
     except HovitError:
         raise
-    except Exception as error:  # gzip, zlib, CSV and encodings each have their own
+    except Exception as error:  # gzip, zlib, CSV and encodings raise different types
         raise HovitError(f"{path}: not readable as predictions ({one_line(error)})") from None

@@ -1,1 +1,1 @@
-"""Training: the loop, its state on disk (`checkpoint`), and what it starts from (`weights`)."""
+"""Training: loop (`trainer`), tasks, checkpoints and pretrained weights."""

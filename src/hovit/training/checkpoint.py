@@ -1,7 +1,7 @@
-"""A run's state on disk: one safetensors file, so nothing in it is ever executed.
+"""Checkpoints and weights as safetensors files, which execute no code when they are read.
 
-Tensors are the model's and the optimizer's; everything else is JSON in the file's header, and with
-it a seal: the sha256 of all the rest. safetensors itself does not see a changed byte of a tensor.
+A file holds the tensors of model and optimizer. Everything else is JSON in the header, together
+with the sha256 of all contents, because safetensors itself does not detect a changed tensor byte.
 """
 
 import hashlib
@@ -22,16 +22,17 @@ from ..utils.files import atomic, digest
 
 @dataclass
 class State:
-    """Where a run stands: all that it needs to go on, beside model and optimizer.
+    """Progress of a run: what it needs to resume, apart from model and optimizer.
 
     Args:
-        made_by: spec hash, code hash and images' fingerprint; a state of others is not continued.
-        epoch: epochs finished, validation included.
-        step: batches done of the epoch under way.
+        made_by: hashes of spec and code, fingerprint of the images, hash of the pretrained weights.
+            A run resumes only from a state with equal values.
+        epoch: finished epochs, validation included.
+        step: finished batches of the current epoch.
         losses: training loss of each of these batches.
-        history: one dict a finished epoch.
-        seconds: spent so far, over all its interruptions.
-        interruptions: how often it was continued.
+        history: one dict per finished epoch.
+        seconds: time spent so far, over all interruptions.
+        interruptions: number of times the run was resumed.
     """
 
     made_by: list[str]
@@ -44,36 +45,36 @@ class State:
 
     @property
     def best(self) -> dict[str, float] | None:
-        """The finished epoch with the highest validation accuracy; the earliest of equals."""
+        """History entry with the highest validation accuracy; the earliest one on a tie."""
         return max(self.history, key=lambda epoch: epoch["val_top1"], default=None)
 
 
 def save_weights(path: Path, model: nn.Module, **metadata: Any) -> None:
-    """Save a model's parameters and buffers, atomically."""
+    """Save parameters and buffers of a model, atomically."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     _save(path, tensors, metadata)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file.
+    """Read the tensors of a safetensors file.
 
     Raises:
-        HovitError: if it is missing, truncated, changed or of another format.
+        HovitError: if the file is missing, truncated, changed or in another format.
     """
     return _load(path)[0]
 
 
 def _save(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    sealed = json.dumps(header | {"sha256": _seal(tensors, header)})
+    with_checksum = json.dumps(header | {"sha256": _checksum(tensors, header)})
     try:
         with atomic(path) as temporary:
-            save_file(tensors, temporary, {"hovit": sealed})
-    except SafetensorError as error:  # its own word for what the system refuses
+            save_file(tensors, temporary, {"hovit": with_checksum})
+    except SafetensorError as error:  # safetensors wraps OSError
         raise HovitError(f"{path}: cannot be written: {one_line(error)}") from None
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header; with an empty header if it is not a file of ours."""
+    """Tensors and header. The header is empty if another program wrote the file."""
     try:
         with safe_open(path, "pt") as file:
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
@@ -82,17 +83,17 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         reason = one_line(error)
         raise HovitError(f"{path}: not a readable safetensors file ({reason})") from None
     if not isinstance(header, dict):
-        raise HovitError(f"{path}: not a readable safetensors file (its header is no object)")
-    seal = header.pop("sha256", None)
-    if seal is None:
+        raise HovitError(f"{path}: not a readable safetensors file (its header is not an object)")
+    checksum = header.pop("sha256", None)
+    if checksum is None:
         return tensors, {}
-    if seal != _seal(tensors, header):
+    if checksum != _checksum(tensors, header):
         raise HovitError(f"{path}: sha256 does not match the contents: the file was changed")
     return tensors, header
 
 
-def _seal(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
-    """sha256, in hex, over tensors and header."""
+def _checksum(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
+    """sha256 in hex over tensors and header."""
     total = hashlib.sha256(digest(header).encode())
     for name, tensor in sorted(tensors.items()):
         total.update(digest([name, str(tensor.dtype), list(tensor.shape)]).encode())
@@ -103,7 +104,7 @@ def _seal(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
 def save_state(
     path: Path, state: State, model: nn.Module, optimizer: Optimizer, scaler: Any = None
 ) -> None:
-    """Save everything that a killed run needs, atomically."""
+    """Save model, optimizer and progress of a run, atomically."""
     tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     for index, values in optimizer.state_dict()["state"].items():
         for key, value in values.items():
@@ -116,10 +117,13 @@ def save_state(
 def load_state(
     path: Path, made_by: list[str], model: nn.Module, optimizer: Optimizer, scaler: Any = None
 ) -> State:
-    """Continue from `path`, or start anew where there is nothing of this spec, code and images.
+    """Restore model and optimizer, and return the progress of the run.
+
+    Returns a new `State` if there is no file, or if spec, code, images or pretrained weights differ
+    from `made_by`.
 
     Raises:
-        HovitError: if the file is there but is not readable, or was changed.
+        HovitError: if the file is unreadable or was changed.
     """
     if not path.exists():
         return State(made_by)
@@ -128,7 +132,7 @@ def load_state(
         scaling = header.pop("scaler")
         state = State(**header)
     except (KeyError, TypeError):
-        raise HovitError(f"{path}: not a checkpoint of a run; delete it to start anew") from None
+        raise HovitError(f"{path}: not a checkpoint of a run; delete it to start over") from None
     if state.made_by != made_by:
         return State(made_by)
     model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})

@@ -1,4 +1,4 @@
-"""Training a classifier: images and classes in; weights, predictions and a record out."""
+"""Training a classifier on packed images."""
 
 import math
 import shutil
@@ -24,53 +24,53 @@ from ..utils.errors import HovitError
 from ..utils.files import atomic, file_digest
 from .checkpoint import load_weights, save_weights
 from .pretrained import load_pretrained
-from .trainer import Fabric, Job, Options, Seed
+from .trainer import Fabric, Options, StepSeed, Trainer
 
 EVAL_BATCH = 64
 
 
 def train(run: Run, fabric: Fabric, root: Path = Path(), options: Options | None = None) -> Record:
-    """Train, validate and test one run; leave its record, weights, history and predictions.
+    """Train, validate and test one run; write its record, weights, history and predictions.
 
     Args:
-        run: what to train.
-        fabric: launched, with device, precision and processes set.
-        root: top of the artifact.
-        options: how.
+        run: the run.
+        fabric: a launched Fabric; it sets device, precision and processes.
+        root: top folder of the artifact.
+        options: deadline, checkpoints and progress.
 
     Returns:
         The record, also written to `run.folder`.
 
     Raises:
         HovitError: for missing data or weights, a loss that is not finite, or if another process
-            trains this very run.
-        OutOfTime: at the deadline; the same call continues.
+            trains the same run.
+        OutOfTime: at the deadline. The same call resumes.
     """
-    return Classification.train(run, fabric, root, options)
+    return ClassificationTrainer.run_to_record(run, fabric, root, options)
 
 
-class Classification(Job):
-    """A classifier's run: validated after each epoch, tested once with the best epoch's weights."""
+class ClassificationTrainer(Trainer):
+    """Validates after each epoch and tests the weights of the best epoch once."""
 
     def __init__(self, run: Run, fabric: Fabric, root: Path, options: Options) -> None:
         super().__init__(run, fabric, root, options)
-        self.packed = open_pack(run.pack, root / run.pack.folder)
-        self.meta = self.packed.meta
-        self.images = PackedImages(self.packed, fabric.device)
-        self.splits = limited(self.packed, run)
+        packed = open_pack(run.pack, root / run.pack.folder)
+        self.meta = packed.meta
+        self.images = PackedImages(packed, fabric.device)
+        self.splits = limit_splits(packed, run)
         self.indices = self.splits["train"]
         torch.manual_seed(run.seed)
         model = create_model(run.model, run.dataset.num_classes, run.image_size, **run.model_args)
         if run.weights:
-            self.started_from = load_pretrained(model, run, root, options.weights_file)
+            self.pretrained_sha256 = load_pretrained(model, run, root, options.weights_file)
         if hasattr(model, "set_distilled_training"):
-            model.set_distilled_training(True)  # both heads are trained
-        self.begin(model, make_optimizer)
+            model.set_distilled_training(True)  # trains both heads
+        self.setup(model, make_optimizer)
 
-    def load(self, batches: list[np.ndarray]) -> Iterable[tuple[Tensor, Tensor]]:
+    def load_batches(self, batches: list[np.ndarray]) -> Iterable[tuple[Tensor, Tensor]]:
         return make_loader(self.images, batches, self.fabric.device)
 
-    def loss(self, batch: tuple[Tensor, Tensor], seed: Seed) -> Tensor:
+    def compute_loss(self, batch: tuple[Tensor, Tensor], seed: StepSeed) -> Tensor:
         images, labels = (x.to(self.fabric.device, non_blocking=True) for x in batch)
         x = augment(to_input(images, self.run.image_size), self.recipe.augment, seed)
         return training_loss(self.model(x), labels, self.recipe.label_smoothing)
@@ -79,76 +79,75 @@ class Classification(Job):
         return learning_rate(self.recipe, epoch + step / steps)
 
     def end_epoch(self) -> None:
-        """Validate, note the epoch, keep the weights if they are the best so far."""
         loss, top1, _ = self.evaluate("val")
         best = self.state.best
         if best is None or top1 > best["val_top1"]:
-            self.save_best(self.state.epoch + 1)
-        self.note_epoch(val_loss=loss, val_top1=top1)
-        if self.state.epoch == self.recipe.epochs or self.is_due():
-            self.save()
+            self.save_best_weights(self.state.epoch + 1)
+        self.log_epoch(val_loss=loss, val_top1=top1)
+        if self.state.epoch == self.recipe.epochs or self.is_save_due():
+            self.save_checkpoint()
 
-    def best_weights(self, epoch: float) -> Path:
-        """Where the weights of an epoch that was the best so far lie.
+    def best_weights_path(self, epoch: float) -> Path:
+        """Weights of an epoch that was the best so far.
 
-        They become `weights.safetensors` only at the end: Snakemake deletes a killed job's outputs.
+        `weights.safetensors` is written only at the end, because Snakemake deletes the outputs of
+        a killed job.
         """
         return self.folder / f"best-{epoch:.0f}.safetensors"
 
-    def save_best(self, epoch: float) -> None:
-        """Keep this epoch's weights; older ones stay until a checkpoint no longer needs them."""
+    def save_best_weights(self, epoch: float) -> None:
+        """Save the current weights. Older ones stay until no checkpoint needs them."""
         if self.fabric.is_global_zero:
-            save_weights(self.best_weights(epoch), self.module, spec_hash=self.run.spec_hash)
+            save_weights(self.best_weights_path(epoch), self.module, spec_hash=self.run.spec_hash)
         self.fabric.barrier()
 
-    def tidy(self) -> None:
+    def delete_old_weights(self) -> None:
         best = self.state.best
         for path in self.folder.glob("best-*.safetensors"):
-            if best and path != self.best_weights(best["epoch"]):
+            if best and path != self.best_weights_path(best["epoch"]):
                 path.unlink()
 
     def evaluate(self, split: str) -> tuple[float, float, pd.DataFrame]:
-        """Loss, top-1 in percent, and the prediction for every image of a split."""
-        indices = self.splits[split]
-        world, rank = self.fabric.world_size, self.fabric.global_rank
-        batches = eval_batches(indices, EVAL_BATCH, rank, world)
-        self.model.eval()
-        rows = []
-        with torch.inference_mode():
-            for images, labels in make_loader(self.images, batches, self.fabric.device):
-                x = to_input(images.to(self.fabric.device), self.run.image_size)
-                logits = self.model(x).float()
-                y = labels.to(self.fabric.device)
-                losses = F.cross_entropy(logits, y, reduction="none")
-                found = [y.double(), logits.argmax(1).double(), losses.double()]
-                rows.append(torch.stack(found, dim=1))
-                if time.monotonic() > self.options.deadline and world == 1:
-                    self.save()  # raises OutOfTime
-        every = self.gathered(torch.cat(rows))  # [n, 3]
-        label, predicted, losses = every[: len(indices)].T.cpu().numpy()
-        table = pd.DataFrame(
-            {
-                "index": indices,
-                "label": label.astype(int),
-                "predicted": predicted.astype(int),
-                "loss": losses,
-            }
-        )
-        loss, top1 = metrics(table)
+        """Return the mean loss, top-1 in percent, and one prediction per image of a split.
+
+        Raises:
+            HovitError: for a mean loss that is not finite.
+        """
+        predictions = self.predict(self.splits[split])
+        loss, top1 = metrics(predictions)
         if not math.isfinite(loss):
             raise HovitError(
                 f"run {self.run.id} seed {self.run.seed}: {split} loss is {loss} after "
                 f"{len(self.state.history)} whole epochs; lower lr, or use 32-true"
             )
-        return loss, top1, table
+        return loss, top1, predictions
+
+    @torch.inference_mode()
+    def predict(self, indices: np.ndarray) -> pd.DataFrame:
+        """Label, predicted class and loss of images, in the order of `indices`."""
+        world, rank = self.fabric.world_size, self.fabric.global_rank
+        batches = eval_batches(indices, EVAL_BATCH, rank, world)
+        self.model.eval()
+        rows = []
+        for images, labels in make_loader(self.images, batches, self.fabric.device):
+            x = to_input(images.to(self.fabric.device), self.run.image_size)
+            logits = self.model(x).float()  # [B, classes]
+            y = labels.to(self.fabric.device)
+            losses = F.cross_entropy(logits, y, reduction="none")
+            rows.append(torch.stack([y.double(), logits.argmax(1).double(), losses.double()], 1))
+            if time.monotonic() > self.options.deadline and world == 1:
+                self.save_checkpoint()  # raises OutOfTime
+        table = self.all_gather(torch.cat(rows))[: len(indices)]  # [n, 3]
+        label, predicted, loss = table.T.cpu().numpy()
+        columns = {"label": label.astype(int), "predicted": predicted.astype(int), "loss": loss}
+        return pd.DataFrame({"index": indices} | columns)
 
     def finish(self) -> Record:
-        """Test the best weights once, and write the record."""
         best = self.state.best
         assert best is not None
-        kept = self.best_weights(best["epoch"])
-        self.module.load_state_dict(load_weights(kept))
-        self.tell_epoch(self.recipe.epochs - 1)
+        best_path = self.best_weights_path(best["epoch"])
+        self.module.load_state_dict(load_weights(best_path))
+        self.set_epoch(self.recipe.epochs - 1)
         loss, top1, predictions = self.evaluate("test")
         results = {
             "top1": top1,
@@ -158,37 +157,41 @@ class Classification(Job):
             "best_epoch": best["epoch"],
             "images_val": len(self.splits["val"]),
             "images_test": len(self.splits["test"]),
-            "weights_sha256": file_digest(kept),
+            "weights_sha256": file_digest(best_path),
             "predictions_sha256": predictions_digest(predictions),
         }
-        record = self.record(results)
+        record = self.make_record(results)
         if self.fabric.is_global_zero:
             write_predictions(self.folder / "predictions.csv.gz", predictions)
             with atomic(self.folder / "weights.safetensors") as path:
-                shutil.copyfile(kept, path)
-            self.leave(record)
+                shutil.copyfile(best_path, path)
+            self.write_results(record)
         self.fabric.barrier()
         return record
 
 
-def limited(packed: Packed, run: Run) -> dict[str, np.ndarray]:
-    """The indices of each split, cut to the scale's limits."""
-    indices = {name: all_[: getattr(run.limit, name)] for name, all_ in packed.splits.items()}
-    empty = [name for name, some in indices.items() if not len(some)]
+def limit_splits(packed: Packed, run: Run) -> dict[str, np.ndarray]:
+    """Image indices of each split, at most as many as the scale allows.
+
+    Raises:
+        HovitError: if a split is empty.
+    """
+    splits = {name: indices[: getattr(run.limit, name)] for name, indices in packed.splits.items()}
+    empty = [name for name, indices in splits.items() if not len(indices)]
     if empty:
         raise HovitError(f"{run.dataset.id}: its {empty[0]} split is empty")
-    return indices
+    return splits
 
 
 def training_loss(logits: Tensor | tuple[Tensor, ...], y: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy; with several heads, the mean of theirs."""
+    """Cross-entropy, averaged over the heads of a model with several."""
     heads = logits if isinstance(logits, tuple) else (logits,)
     losses = [F.cross_entropy(head.float(), y, label_smoothing=smoothing) for head in heads]
     return torch.stack(losses).mean()
 
 
 def learning_rate(recipe: Recipe, epoch: float) -> float:
-    """The learning rate at a (fractional) epoch: linear warm-up, then constant or cosine to 0."""
+    """Learning rate at a fractional epoch: linear warm-up, then constant or cosine to 0."""
     if epoch < recipe.warmup_epochs:
         return recipe.lr * max(epoch / recipe.warmup_epochs, 1e-3)
     if recipe.schedule == "constant":
@@ -198,9 +201,10 @@ def learning_rate(recipe: Recipe, epoch: float) -> float:
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer; weight decay spares what timm's own training spares.
+    """Optimizer of the recipe.
 
-    That is biases, norms and other vectors, and what the model's `no_weight_decay` names
-    (attention's biases, position embeddings, the class token).
+    Weight decay skips the same parameters as in timm's training: biases, norms and other vectors,
+    and those that `no_weight_decay` of the model names (attention biases, position embeddings, the
+    class token).
     """
     return create_optimizer_v2(model, recipe.optimizer, recipe.lr, recipe.weight_decay)

@@ -1,6 +1,6 @@
-"""Training a detector: COCO's images and boxes in; weights, detections and a record out.
+"""Training an object detector on COCO.
 
-Recipe: EfficientViT's downstream configuration (arXiv 2305.07027, upstream's
+Recipe: the downstream configuration of EfficientViT (arXiv 2305.07027, upstream file
 retinanet_efficientvit_m4_fpn_1x_coco).
 """
 
@@ -17,44 +17,50 @@ from torch import Tensor, nn
 from ..config.runs import DETECTIONS, Run
 from ..config.schema import Recipe
 from ..data.loader import eval_batches
-from ..detection.batches import Sample, Samples, load, to_input
-from ..detection.coco import Picture, drawn
-from ..detection.evaluate import MOST, detections_digest, evaluate, to_coco, write_detections
-from ..detection.folder import Coco, open_coco
+from ..detection.batches import DetectionDataset, Sample, make_loader, to_input
+from ..detection.coco import CocoImage, sample_images
+from ..detection.dataset import CocoDataset, open_coco
+from ..detection.evaluate import (
+    MAX_DETECTIONS,
+    detections_digest,
+    evaluate,
+    to_coco,
+    write_detections,
+)
 from ..detection.model import make_backbone, retinanet
 from ..records.record import Record
 from ..utils.errors import OutOfTime
 from ..utils.files import file_digest
 from .checkpoint import save_weights
 from .pretrained import load_pretrained
-from .trainer import Fabric, Job, Options, Seed
+from .trainer import Fabric, Options, StepSeed, Trainer
 
 EVAL_BATCH = 16
-WARMUP_FROM = 1e-3  # of the learning rate, at the first step
+WARMUP_START = 1e-3  # fraction of the learning rate at the first step
 
 
 def train(run: Run, fabric: Fabric, root: Path = Path(), options: Options | None = None) -> Record:
-    """Train one run and evaluate its last weights; leave record, weights, history, detections.
+    """Train one run and evaluate its last weights; write record, weights, history, detections.
 
     Args:
-        run: what to train; its recipe has `detection`.
-        fabric: launched, with device, precision and processes set.
-        root: top of the artifact.
-        options: how.
+        run: the run; its recipe has `detection`.
+        fabric: a launched Fabric; it sets device, precision and processes.
+        root: top folder of the artifact.
+        options: deadline, checkpoints and progress.
 
     Returns:
         The record, also written to `run.folder`.
 
     Raises:
         HovitError: for missing or damaged data or weights, a loss that is not finite, or if another
-            process trains this very run.
-        OutOfTime: at the deadline; the same call continues.
+            process trains the same run.
+        OutOfTime: at the deadline. The same call resumes.
     """
-    return Detection.train(run, fabric, root, options)
+    return DetectionTrainer.run_to_record(run, fabric, root, options)
 
 
-class Detection(Job):
-    """A detector's run: evaluated once, with its last weights."""
+class DetectionTrainer(Trainer):
+    """Evaluates once, with the weights of the last epoch."""
 
     def __init__(self, run: Run, fabric: Fabric, root: Path, options: Options) -> None:
         super().__init__(run, fabric, root, options)
@@ -62,22 +68,22 @@ class Detection(Job):
         self.detection = run.recipe.detection
         self.coco = open_coco(run.pack, root / run.pack.folder)
         self.meta = self.coco.meta
-        self.learned, self.tested = limited(self.coco, run)
-        self.indices = np.arange(len(self.learned))
+        self.train_images, self.test_images = limit_images(self.coco, run)
+        self.indices = np.arange(len(self.train_images))
         torch.manual_seed(run.seed)
         body = make_backbone(run.model, **run.model_args)
         if run.weights:
-            self.started_from = load_pretrained(body, run, root, options.weights_file)
+            self.pretrained_sha256 = load_pretrained(body, run, root, options.weights_file)
         sides = (run.image_size, self.detection.long_side)
         model = retinanet(body, run.dataset.num_classes, *sides, self.detection.channels)
-        self.begin(model, make_optimizer)
+        self.setup(model, make_optimizer)
 
-    def load(self, batches: list[np.ndarray]) -> Iterable[Sequence[Sample]]:
-        flips = (self.run.seed, self.state.epoch)
-        samples = Samples(self.learned, self.detection.flip, flips)
-        return load(samples, batches, self.fabric.device)
+    def load_batches(self, batches: list[np.ndarray]) -> Iterable[Sequence[Sample]]:
+        seed = (self.run.seed, self.state.epoch)
+        images = DetectionDataset(self.train_images, self.detection.flip, seed)
+        return make_loader(images, batches, self.fabric.device)
 
-    def loss(self, batch: Sequence[Sample], seed: Seed) -> Tensor:
+    def compute_loss(self, batch: Sequence[Sample], seed: StepSeed) -> Tensor:
         device = self.fabric.device
         images = [to_input(image, device) for image, _ in batch]
         targets = [{key: t.to(device) for key, t in target.items()} for _, target in batch]
@@ -87,76 +93,78 @@ class Detection(Job):
         return learning_rate(self.recipe, epoch, step, steps)
 
     def end_epoch(self) -> None:
-        self.note_epoch()
-        self.save()
+        self.log_epoch()
+        self.save_checkpoint()
 
+    @torch.inference_mode()
     def detect(self) -> list[dict[str, Any]]:
-        """What is found in the evaluation set, in COCO's results format, image by image."""
+        """Detections in the evaluation set, in COCO's results format, image by image."""
         world, rank = self.fabric.world_size, self.fabric.global_rank
-        batches = eval_batches(np.arange(len(self.tested)), EVAL_BATCH, rank, world)
-        loader = load(Samples(self.tested), batches, self.fabric.device)
+        batches = eval_batches(np.arange(len(self.test_images)), EVAL_BATCH, rank, world)
+        loader = make_loader(DetectionDataset(self.test_images), batches, self.fabric.device)
         self.model.eval()
-        found = []
-        with torch.inference_mode():
-            for batch in loader:
-                outputs = self.model([to_input(image, self.fabric.device) for image, _ in batch])
-                found += [fixed(output) for output in outputs]
-                if time.monotonic() > self.options.deadline and world == 1:
-                    raise OutOfTime  # the last epoch's end is saved
-        every = self.gathered(torch.stack(found))  # [n, 100, 6]
-        tables = every[: len(self.tested)].double().cpu().numpy()
-        pairs = zip(self.tested, tables, strict=True)
+        tables = []
+        for batch in loader:
+            outputs = self.model([to_input(image, self.fabric.device) for image, _ in batch])
+            tables += [pad_detections(output) for output in outputs]
+            if time.monotonic() > self.options.deadline and world == 1:
+                raise OutOfTime  # the last epoch ended with a checkpoint
+        gathered = self.all_gather(torch.stack(tables))[: len(self.test_images)]  # [n, 100, 6]
+        pairs = zip(self.test_images, gathered.double().cpu().numpy(), strict=True)
         categories = self.coco.test.categories
-        return [line for picture, table in pairs for line in to_coco(picture, table, categories)]
+        return [line for image, table in pairs for line in to_coco(image, table, categories)]
 
     def finish(self) -> Record:
-        """Evaluate the last weights, and write the record."""
         detections = self.detect()
-        precision = evaluate(self.coco.test, detections, [picture.id for picture in self.tested])
+        precision = evaluate(self.coco.test, detections, [image.id for image in self.test_images])
         weights = self.folder / "weights.safetensors"
         if self.fabric.is_global_zero:
             save_weights(weights, self.module, spec_hash=self.run.spec_hash)
         self.fabric.barrier()
         results = precision | {
             "images_val": 0,
-            "images_test": len(self.tested),
+            "images_test": len(self.test_images),
             "weights_sha256": file_digest(weights),
             "detections": len(detections),
             "detections_sha256": detections_digest(detections),
             "annotations_sha256": self.coco.annotations_sha256,
         }
-        record = self.record(results)
+        record = self.make_record(results)
         if self.fabric.is_global_zero:
             write_detections(self.folder / DETECTIONS, detections)
-            self.leave(record)
+            self.write_results(record)
         self.fabric.barrier()
         return record
 
 
-def limited(coco: Coco, run: Run) -> tuple[list[Picture], list[Picture]]:
-    """The images to learn from and those to test on, cut to the scale's limits by a seeded draw."""
-    seed, most = run.dataset.split.seed, run.limit
-    return drawn(coco.train, most.train, seed), drawn(coco.test.pictures, most.test, seed)
+def limit_images(coco: CocoDataset, run: Run) -> tuple[list[CocoImage], list[CocoImage]]:
+    """Training and test images: a seeded sample of at most as many as the scale allows."""
+    seed, limit = run.dataset.split.seed, run.limit
+    return (
+        sample_images(coco.train, limit.train, seed),
+        sample_images(coco.test.images, limit.test, seed),
+    )
 
 
 def learning_rate(recipe: Recipe, epoch: int, step: int, steps: int) -> float:
-    """The learning rate at a step: a tenth after each milestone; a linear warm-up at first.
+    """Learning rate at a step: linear warm-up, then a tenth after each milestone.
 
     Args:
-        epoch, step: from 0.
-        steps: of an epoch.
+        recipe: its `detection` has milestones and warm-up.
+        epoch, step: counted from 0.
+        steps: steps per epoch.
     """
     assert recipe.detection is not None
     passed = sum(epoch + step / steps >= each for each in recipe.detection.milestones)
     rate = recipe.lr * 0.1**passed
     warmup, done = recipe.detection.warmup_steps, epoch * steps + step
     if done < warmup:
-        rate *= WARMUP_FROM + (1 - WARMUP_FROM) * done / warmup
+        rate *= WARMUP_START + (1 - WARMUP_START) * done / warmup
     return rate
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer; weight decay spares attention's biases, and nothing else."""
+    """Optimizer of the recipe. Weight decay skips only the attention biases."""
     groups = param_groups_weight_decay(
         model, recipe.weight_decay, weight_decay_exclude_1d=False,
         no_weight_decay_list=["*attention_biases"],
@@ -164,11 +172,10 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return create_optimizer_v2(groups, recipe.optimizer, recipe.lr)
 
 
-def fixed(output: dict[str, Tensor]) -> Tensor:
-    """One image's detections as float [100, 6]: box, label, score; NaN where there are fewer."""
-    table = torch.full((MOST, 6), torch.nan, device=output["boxes"].device)
-    lines = torch.cat(
-        [output["boxes"], output["labels"][:, None], output["scores"][:, None]], dim=1
-    )
-    table[: len(lines)] = lines.float()
+def pad_detections(output: dict[str, Tensor]) -> Tensor:
+    """Detections of one image as float [100, 6]: box, label, score; unused rows are NaN."""
+    table = torch.full((MAX_DETECTIONS, 6), torch.nan, device=output["boxes"].device)
+    columns = [output["boxes"], output["labels"][:, None], output["scores"][:, None]]
+    rows = torch.cat(columns, dim=1)  # [n, 6]
+    table[: len(rows)] = rows.float()
     return table

@@ -1,6 +1,6 @@
-"""What a pretrained part starts from: a run of this artifact, timm's weights, or a file.
+"""Pretrained weights from another run, from timm's hub or from a file.
 
-Only safetensors are read; nothing is unpickled.
+Reads only safetensors files and unpickles nothing.
 """
 
 from pathlib import Path
@@ -15,68 +15,72 @@ from .checkpoint import load_weights
 
 
 def load_pretrained(model: Any, run: Run, root: Path, weights_file: Path | None) -> str:
-    """Load pretrained weights, all but the classifier, into the model (a Launcher: its ResNet50).
+    """Load pretrained weights except the classifier into a model (a Launcher: into its ResNet50).
 
-    Images must be as large as in the pretraining where the weights' shapes depend on it (a ViT's
-    position embedding, EfficientViT's attention biases): nothing is interpolated.
+    The image size must equal that of the pretraining where the shape of weights depends on it
+    (position embeddings of ViT, attention biases of EfficientViT), because nothing is interpolated.
 
     Args:
-        model: any with timm's `get_classifier`, or a Launcher.
-        run: says where from.
-        root: top of the artifact, under which other runs' weights lie.
-        weights_file: what `--weights` named, if it did: a file, or a folder of them.
+        model: a model with timm's `get_classifier`, or a Launcher.
+        run: names the source of the weights.
+        root: top folder of the artifact, for weights of another run.
+        weights_file: value of `--weights`: a file or a folder of files.
 
     Returns:
-        the sha256 of the file that they came from.
+        sha256 of the weights file.
 
     Raises:
-        HovitError: if there are none to be had, or they are not this model's.
+        HovitError: if there are no weights, or they belong to another model.
     """
     assert run.weights is not None
     path = _locate(run, run.weights, root, weights_file)
     part = getattr(model, "resnet", model)
-    heads = tuple(
-        f"{name}."
-        for name, module in [*part.named_modules(), ("fc", part)]
-        if name == "fc" or module is part.get_classifier()
-    )
-    wanted = {k: v.shape for k, v in part.state_dict().items() if not k.startswith(heads)}
-    made = {
-        k for k, _ in part.named_buffers()
-    } - part.state_dict().keys()  # the model's own indices
-    given = {k: v for k, v in load_weights(path).items() if not k.startswith(heads)}
-    given = {k: v for k, v in given.items() if k not in made}
-    wrong = [k for k in wanted if k not in given or given[k].shape != wanted[k]]
-    wrong += [k for k in given if k not in wanted]
+    heads = _classifier_prefixes(part)
+    expected = {k: v.shape for k, v in part.state_dict().items() if not k.startswith(heads)}
+    # Older files also hold buffers that the model computes itself.
+    computed = {k for k, _ in part.named_buffers()} - part.state_dict().keys()
+    given = {
+        k: v for k, v in load_weights(path).items() if not k.startswith(heads) and k not in computed
+    }
+    wrong = [k for k in expected if k not in given or given[k].shape != expected[k]]
+    wrong += [k for k in given if k not in expected]
     if wrong:
-        whose = "" if part is model else "'s ResNet50"
+        owner = run.model if part is model else f"{run.model}'s ResNet50"
+        reason = "missing or of another shape" if wrong[0] in expected else "not part of it"
         raise HovitError(
-            f"{path}: not the weights of {run.model}{whose} at {run.image_size} px: {wrong[0]} "
-            f"{'is missing or has another shape' if wrong[0] in wanted else 'is not of it'} "
+            f"{path}: not the weights of {owner} at {run.image_size} px: {wrong[0]} is {reason} "
             f"({len(wrong)} tensors differ)"
         )
     part.load_state_dict(given, strict=False)
     return file_digest(path)
 
 
+def _classifier_prefixes(model: Any) -> tuple[str, ...]:
+    """Prefixes of state dict keys that belong to the classifier."""
+    head = model.get_classifier()
+    names = [name for name, module in model.named_modules() if module is head]
+    return (*(f"{name}." for name in names), "fc.")
+
+
 def _locate(run: Run, weights: Weights, root: Path, weights_file: Path | None) -> Path:
+    """The file with the weights."""
     if weights.sha256:
         assert weights_file is not None
-        return _of_digest(weights_file, weights.sha256)
+        return _find_by_digest(weights_file, weights.sha256)
     if weights.run:
         folder = root / "results/runs" / run.scale / weights.run / f"seed{weights.seed}"
         path = folder / "weights.safetensors"
         if not path.exists():
             raise HovitError(
-                f"{path}: not there: run {weights.run} comes first "
+                f"{path}: no such file; run {weights.run} comes first "
                 f"(`hovit train {weights.run} --scale {run.scale}`)"
             )
         return path
     return download_timm(str(weights.timm))
 
 
-def _of_digest(given: Path, sha256: str) -> Path:
-    """The file itself; of a folder, the one that the plan read."""
+def _find_by_digest(given: Path, sha256: str) -> Path:
+    """The file itself, or the file in a folder that has this sha256."""
     if not given.is_dir():
         return given
     for path in sorted(given.glob("*.safetensors")):
@@ -86,10 +90,10 @@ def _of_digest(given: Path, sha256: str) -> Path:
 
 
 def download_timm(name: str) -> Path:
-    """timm's weights of that model and tag, from the hub's cache or the hub.
+    """Path of timm's weights for a model and tag, downloaded unless they are cached.
 
     Raises:
-        HovitError: if they are in neither.
+        HovitError: if timm has no such weights, or the download fails.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -1,4 +1,4 @@
-"""Atomic file writes, locks, JSON and digests."""
+"""Atomic file writes, JSON, digests and locks."""
 
 import fcntl
 import glob
@@ -7,6 +7,8 @@ import json
 import math
 import os
 import shutil
+import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,74 +19,117 @@ from .errors import HovitError, one_line
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path next to `path`; rename it to `path` if no error occurs.
+    """Yield a temporary path next to `path`, which replaces `path` if the body succeeds.
+
+    The temporary file is locked while it is written. A temporary file without a lock was left by a
+    process that died, and is removed. Locks hold across containers; process ids would not.
 
     Raises:
         HovitError: if the file cannot be written (read-only folder, full disk).
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().int}.tmp")
+    handle = -1
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(path)
+        _remove_leftovers(path)
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.utime(handle, ns=(0, 0))
         yield temporary
         with open(temporary, "rb") as file:
+            if os.fstat(file.fileno()).st_mtime_ns == 0:
+                raise OSError("nothing was written")
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise HovitError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
-        with suppress(OSError):  # there is no folder, or it is a file
+        with suppress(OSError):  # renamed, or never made
             temporary.unlink()
+        if handle >= 0:
+            os.close(handle)
 
 
-def clear_leftovers(path: Path) -> None:
-    """Remove temporary files of killed processes that were writing `path`."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.*"):
-        pid, suffix = leftover.name.split(".")[-2:]
-        if suffix not in ("tmp", "part") or not pid.isdecimal():
-            continue
-        if int(pid) == os.getpid() or not _is_alive(int(pid)):
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
+def _remove_leftovers(path: Path) -> None:
+    """Remove temporary files of `path` whose writers have died."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(OSError):  # locked, removed by another process, or no locks here
+            handle = os.open(leftover, os.O_RDWR)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                leftover.unlink()
+            finally:
+                os.close(handle)
 
 
-def _is_alive(pid: int) -> bool:
+def remove_parts(folder: Path) -> None:
+    """Remove unfinished copies of `folder` that killed processes left. Call it under `alone`."""
+    for part in folder.parent.glob(f".{glob.escape(folder.name)}.*.part"):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def alone(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold the lock of a folder: a file next to it, removed at the end.
+
+    Locks hold across containers and, where its server supports them, over NFS. If the file system
+    has no locks, the body runs without one.
+
+    Args:
+        folder: folder to lock; it need not exist.
+        wait: wait for a process that holds the lock instead of raising.
+
+    Yields:
+        Whether the lock is held.
+
+    Raises:
+        HovitError: if another process holds the lock, or the lock file cannot be made.
+    """
+    path = folder.with_name(f".{folder.name}.lock")
+    handle, locked = _open_lock(folder, path), False
     try:
-        os.kill(pid, 0)
-    except PermissionError:  # somebody else's
-        return True
-    except (ProcessLookupError, OverflowError):
+        while True:
+            locked = _lock(handle, folder, wait)
+            if not locked or _is_same(handle, path):
+                break
+            os.close(handle)  # its holder has removed the file since: lock the new one
+            handle = _open_lock(folder, path)
+        yield locked
+    finally:
+        if locked:
+            path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _open_lock(folder: Path, path: Path) -> int:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only writable files
+    except OSError as error:
+        raise HovitError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+
+def _lock(handle: int, folder: Path, wait: bool) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        if not wait:
+            raise HovitError(
+                f"{folder}: another process is at work in it; wait for it, or end it"
+            ) from None
+        print(f"{folder}: waiting for another process", file=sys.stderr)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:  # a file system without locks
         return False
     return True
 
 
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Lock a folder for this process.
-
-    Raises:
-        HovitError: if another process holds the lock, or the folder cannot be made.
-    """
+def _is_same(handle: int, path: Path) -> bool:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise HovitError(f"{folder}: cannot be written: {error.strerror or error}") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise HovitError(
-            f"{folder}: another process is at work in it; wait for it, or end it"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(handle)
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,8 +1,8 @@
-"""A folder of COCO's, checked once, and named by a fingerprint.
+"""A COCO dataset on disk: checked once and identified by a fingerprint. Imports no torch.
 
-Nothing is copied. The pack of such a dataset is two files: `manifest.csv` (split, image_id, path,
-bytes, sha256) and `pack.json` (what it is, where, and the fingerprint of the manifest and of both
-annotation files). No torch is needed here.
+Nothing is copied. The pack of such a dataset has two files: `manifest.csv` (split, image_id, path,
+bytes, sha256) and `pack.json` (description, location, and a fingerprint over the manifest and both
+annotation files).
 """
 
 import hashlib
@@ -19,47 +19,47 @@ from ..config.runs import Pack
 from ..config.schema import Dataset
 from ..utils.errors import HovitError, one_line
 from ..utils.files import atomic, digest, file_digest, read_json, write_json
-from .coco import Annotations, Picture, open_sized, read_annotations, read_content
+from .coco import Annotations, CocoImage, open_sized, read_annotations, read_content
 
 
 @dataclass(frozen=True)
-class Coco:
-    """A checked pair of training and evaluation sets.
+class CocoDataset:
+    """Training and evaluation sets.
 
     Args:
-        train: images that have a box to learn from.
-        test: the evaluation set.
-        meta: pack.json, without the place on this machine.
-        annotations_sha256: of the evaluation set's file.
+        train: training images that have at least one box.
+        test: evaluation set.
+        meta: pack.json without `root`.
+        annotations_sha256: hash of the annotation file of the evaluation set.
     """
 
-    train: list[Picture]
+    train: list[CocoImage]
     test: Annotations
     meta: dict[str, Any]
     annotations_sha256: str
 
 
 def prepare(pack: Pack, data_root: Path, folder: Path | None = None) -> dict[str, Any]:
-    """Check the annotations and every image's size, keep their fingerprint; give pack.json.
+    """Check annotations and image sizes, write manifest.csv and pack.json, return pack.json.
 
     Args:
-        pack: a dataset of reader `coco`.
-        data_root: folder in which its `files` are.
-        folder: where manifest.csv and pack.json go; the plan's own place unless told.
+        pack: pack of a dataset with reader `coco`.
+        data_root: folder that contains the `files` of the dataset.
+        folder: folder for manifest.csv and pack.json; default: `pack.folder`.
 
     Raises:
-        HovitError: for the first thing that is missing or not as it should be.
+        HovitError: naming the first file or annotation that is missing or invalid.
     """
     folder, root = folder or pack.folder, data_root.resolve()
     if (folder / "pack.json").exists():
-        with suppress(HovitError):  # then it is checked anew
+        with suppress(HovitError):  # damaged: check the dataset again
             meta = read_json(folder / "pack.json")
             if meta == _describe(pack, folder, root):
                 return meta
     rows = []
     for split, part in read_parts(pack.dataset, root):
         with ThreadPoolExecutor() as pool:
-            futures = [pool.submit(_checked, picture) for picture in part.pictures]
+            futures = [pool.submit(_hash_image, image) for image in part.images]
             try:
                 rows += [{"split": split, **_row(root, future.result())} for future in futures]
             finally:
@@ -72,10 +72,10 @@ def prepare(pack: Pack, data_root: Path, folder: Path | None = None) -> dict[str
 
 
 def read_parts(dataset: Dataset, root: Path) -> Iterator[tuple[str, Annotations]]:
-    """(`train` or `test`, what `read_annotations` gives) of both parts.
+    """Yield ("train", annotations) and ("test", annotations).
 
     Raises:
-        HovitError: as `read_annotations`, or if the folder of images is missing.
+        HovitError: as `read_annotations`, or if the image folder is missing.
     """
     for split, (annotations, images) in (("train", dataset.files), ("test", dataset.test_files)):
         for path in (root / annotations, root / images):
@@ -87,21 +87,21 @@ def read_parts(dataset: Dataset, root: Path) -> Iterator[tuple[str, Annotations]
         yield split, read_annotations(root / annotations, root / images, dataset.num_classes)
 
 
-def _checked(picture: Picture) -> tuple[Picture, int]:
-    """The image with its hash, and its bytes."""
-    content = read_content(picture.path)
-    open_sized(picture, content).close()
-    return replace(picture, sha256=hashlib.sha256(content).hexdigest()), len(content)
+def _hash_image(image: CocoImage) -> tuple[CocoImage, int]:
+    """The image with its hash, and its size in bytes."""
+    content = read_content(image.path)
+    open_sized(image, content).close()
+    return replace(image, sha256=hashlib.sha256(content).hexdigest()), len(content)
 
 
-def _row(root: Path, checked: tuple[Picture, int]) -> dict[str, Any]:
-    picture, size = checked
-    path = picture.path.relative_to(root).as_posix()
-    return {"image_id": picture.id, "path": path, "bytes": size, "sha256": picture.sha256}
+def _row(root: Path, hashed: tuple[CocoImage, int]) -> dict[str, Any]:
+    image, size = hashed
+    path = image.path.relative_to(root).as_posix()
+    return {"image_id": image.id, "path": path, "bytes": size, "sha256": image.sha256}
 
 
 def _describe(pack: Pack, folder: Path, root: Path) -> dict[str, Any]:
-    """pack.json, from the manifest and the annotation files as they are now."""
+    """pack.json of the current manifest and annotation files."""
     manifest = _read_manifest(folder)
     parts = [root / pack.dataset.files[0], root / pack.dataset.test_files[0]]
     counts = manifest["split"].value_counts()
@@ -126,44 +126,46 @@ def _read_manifest(folder: Path) -> pd.DataFrame:
         raise HovitError(f"{folder}: cannot be read ({one_line(error)}); delete it") from None
 
 
-def open_coco(pack: Pack, folder: Path | None = None) -> Coco:
-    """Open what `prepare` checked; each image is compared with its hash when it is read.
+def open_coco(pack: Pack, folder: Path | None = None) -> CocoDataset:
+    """Open a dataset that `prepare` checked. `read_image` compares each image with its hash.
 
     Raises:
-        HovitError: if it is missing, of another spec, or something changed since.
+        HovitError: if the pack is missing, has another spec, or a file changed since.
     """
     folder = folder or pack.folder
-    again = f"`hovit data {pack.id}`"
+    command = f"`hovit data {pack.id}`"
     if not (folder / "pack.json").exists():
-        raise HovitError(f"{folder}: no such pack; make it with {again}")
+        raise HovitError(f"{folder}: no such pack; make it with {command}")
     meta = read_json(folder / "pack.json")
     if meta.get("spec_hash") != pack.spec_hash:
         raise HovitError(
-            f"{folder}: made by another config/datasets/{pack.dataset.id}.yaml; {again}"
+            f"{folder}: made by another config/datasets/{pack.dataset.id}.yaml; {command}"
         )
     root = Path(str(meta.get("root")))
     if meta != _describe(pack, folder, root):
-        raise HovitError(f"{folder}: the annotations under {root} or a file here changed; {again}")
+        raise HovitError(f"{folder}: annotations under {root} or a file here changed; {command}")
     sums = _read_manifest(folder).set_index(["split", "image_id"])["sha256"].to_dict()
     parts = {
-        split: replace(part, pictures=[
-            replace(picture, sha256=sums[split, picture.id]) for picture in part.pictures
+        split: replace(part, images=[
+            replace(image, sha256=sums[split, image.id]) for image in part.images
         ])
         for split, part in read_parts(pack.dataset, root)
     }  # fmt: skip
     train, test = parts["train"], parts["test"]
     if train.categories != test.categories:
-        raise HovitError(f"{test.path}: its categories are not those of {train.path}")
+        raise HovitError(f"{test.path}: its categories differ from those of {train.path}")
     shared = {key: value for key, value in meta.items() if key != "root"}
-    learned = [picture for picture in train.pictures if len(picture.boxes)]
-    return Coco(learned, test, shared, file_digest(test.path))
+    with_boxes = [image for image in train.images if len(image.boxes)]
+    return CocoDataset(with_boxes, test, shared, file_digest(test.path))
 
 
 def evaluation_set(pack: Pack, sha256: str, folder: Path) -> Annotations | None:
-    """The annotations to evaluate with, if they lie where `folder`'s pack.json says.
+    """Annotations of the evaluation set, or None if they are not on this machine.
 
     Args:
-        sha256: of the file that is wanted.
+        pack: pack of the dataset.
+        sha256: expected hash of the annotation file.
+        folder: folder of pack.json, which states where the dataset lies.
 
     Raises:
         HovitError: as `read_annotations`.
