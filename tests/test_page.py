@@ -82,7 +82,7 @@ def test_any_number_leads_to_its_record_and_the_command_that_remakes_it(root: Pa
         target = name.replace(EVIDENCE, "results/runs")
         assert f"--force '{target}'" in shown["rerun"]
         assert ("--config scale=mini" in shown["rerun"]) == name.startswith(EVIDENCE)
-    value = data["values"]["hovit/hovit/top1/evidence"]
+    value = data["values"]["hovit/hovit/top1/evidence@test-gpu.mini"]
     assert value["n"] == len(value["records"]) == 2
     assert value["spread"] == pytest.approx(0.5**0.5)
 
