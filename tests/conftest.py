@@ -13,7 +13,7 @@ from hovit.config.runs import Run
 from hovit.data.pack import prepare
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"depths": [1, 1, 1], "drop_rate": 0.3}
+SMALL = {"depth": [1, 1, 1], "drop_rate": 0.3}
 
 
 @pytest.fixture(autouse=True)

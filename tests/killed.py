@@ -45,7 +45,7 @@ def measured_study() -> tuple[Plan, Study]:
     plan = load_plan("smoke", ROOT / "config")
     latency = Latency(batches=(1, 2), rounds=ROUNDS, warmup=1, threads=1, image_size=64)
     study = plan.study("depth")
-    small = {"depths": [1, 1, 1]}
+    small = {"depth": [1, 1, 1]}
     rows = [row.model_copy(update={"model_args": small}) for row in study.rows[:2]]
     study = study.model_copy(update={"rows": tuple(rows)})
     return Plan(plan.config, plan.scale.model_copy(update={"latency": latency})), study

@@ -1,9 +1,10 @@
-"""Every attention form against its formula, written out plainly in float64."""
+"""Every attention form against a plain float64 reference."""
 
 import copy
 import itertools
 import math
 import re
+from inspect import signature
 
 import pytest
 import timm
@@ -16,23 +17,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hovit.models  # noqa: F401
 from hovit.attention import similarity as sim
+from hovit.attention.forms import ATTENTION_FORMS
 from hovit.attention.linear import (
     CHUNK,
-    LEAST_GATE,
+    MIN_LOG_GATE,
     focus,
     gated_chunks,
     gated_recurrence,
     linear_attention,
 )
 from hovit.attention.modules import (
-    ATTENTIONS,
     FocusedAttention,
     GatedAttention,
     SimilarityAttention,
     create_attention,
 )
 
-CLASSES = {name: (SimilarityAttention, name) for name in sim.SIMILARITIES} | {
+FORM_CLASSES = {name: (SimilarityAttention, name) for name in sim.SIMILARITIES} | {
     "focused": (FocusedAttention, None),
     "gated": (GatedAttention, None),
 }
@@ -45,7 +46,7 @@ def qkv(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tens
 
 
 def plain_score(name: str, a: Tensor, b: Tensor) -> float:
-    """The similarity of two vectors, by the book."""
+    """The similarity of two vectors, by its formula."""
     d = len(a)
     x, y = F.softplus(a), F.softplus(b)
     return float(
@@ -60,7 +61,7 @@ def plain_score(name: str, a: Tensor, b: Tensor) -> float:
 
 
 def plain(name: str, q: Tensor, k: Tensor, v: Tensor, bias=None, temperature=None) -> Tensor:
-    """softmax(t s + bias) v, in float64 and by all pairs at once."""
+    """softmax(t s + bias) v in float64, from all pairs of q and k."""
     q, k, v = (t.double() for t in (q, k, v))
     pairs = q[..., :, None, :], k[..., None, :, :]
     difference = (pairs[0] - pairs[1]).square().sum(-1)
@@ -86,7 +87,7 @@ def error(out: Tensor, reference: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", sim.SIMILARITIES)
-def test_the_reference_is_the_book(name: str) -> None:
+def test_the_reference_matches_the_formula_for_single_vectors(name: str) -> None:
     q, k, v = qkv((1, 1, 3, 4), torch.float64)
     rows = []
     for a in q[0, 0]:
@@ -97,7 +98,7 @@ def test_the_reference_is_the_book(name: str) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", sim.SIMILARITIES)
-def test_a_similarity_is_its_formula(name: str, shape: tuple[int, ...]) -> None:
+def test_similarity_matches_its_formula(name: str, shape: tuple[int, ...]) -> None:
     q, k, v = qkv(shape)
     assert error(sim.attention(name, q, k, v), plain(name, q, k, v)) <= 1e-5
     temperature = torch.linspace(0.5, 3, shape[1])
@@ -108,7 +109,9 @@ def test_a_similarity_is_its_formula(name: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("width", [32, 64])
 @pytest.mark.parametrize("tokens", [49, 196])
-def test_euclidean_of_keys_with_themselves_is_as_wrong_as_is_said(tokens: int, width: int) -> None:
+def test_error_of_euclidean_for_equal_queries_and_keys_is_as_documented(
+    tokens: int, width: int
+) -> None:
     q, _, v = qkv((2, 4, tokens, width))
     assert float(sim.euclidean(q, q).diagonal(dim1=-2, dim2=-1).abs().max()) <= 1e-3
     assert error(sim.attention("euclidean", q, q, v), plain("euclidean", q, q, v)) <= 5e-4
@@ -126,7 +129,7 @@ def test_scores_of_any_leading_dimensions(name: str, lead: tuple[int, ...]) -> N
 
 @pytest.mark.parametrize("block", [1, 130, 10**6])
 @pytest.mark.parametrize("name", sim.SIMILARITIES)
-def test_blocks_change_neither_width_nor_type(
+def test_block_size_changes_neither_width_nor_dtype(
     name: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sim, "BLOCK", block)
@@ -140,10 +143,10 @@ def test_blocks_change_neither_width_nor_type(
 
 @pytest.mark.parametrize("name", sim.SIMILARITIES)
 @pytest.mark.parametrize("windows", [1, 2, 3, 6])
-def test_blocks_and_biases_of_windows(
+def test_block_size_with_biases_of_windows(
     name: str, windows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However the matrices are grouped, each meets the bias of its own window."""
+    """For every block size, each matrix gets the bias of its own window."""
     q, k, v = qkv((6, 2, 5, 8))
     bias = torch.randn(windows, 2, 5, 5)
     for block in (1, 60, 130, 10**6):
@@ -152,7 +155,7 @@ def test_blocks_and_biases_of_windows(
 
 
 @given(count=st.integers(1, 60), size=st.integers(1, 10**6), period=st.integers(1, 12))
-def test_a_step_is_whole_periods_or_a_fraction(count: int, size: int, period: int) -> None:
+def test_a_block_is_whole_periods_or_a_divisor_of_one(count: int, size: int, period: int) -> None:
     step = sim._step(count * period, size, period)
     assert step >= 1
     assert step % period == 0 or period % step == 0
@@ -171,7 +174,7 @@ def test_gradients(name: str) -> None:
 
 @pytest.mark.parametrize("name", sim.SIMILARITIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_zero_vectors_alike_vectors_and_one_token_are_finite(name: str, dtype: torch.dtype) -> None:
+def test_zero_and_equal_vectors_give_finite_results(name: str, dtype: torch.dtype) -> None:
     zero = torch.zeros(1, 2, 5, 8, dtype=dtype)
     some = torch.randn(1, 2, 5, 8).to(dtype)
     for q, k in ((zero, zero), (some, zero), (zero, some), (some, some)):
@@ -181,7 +184,7 @@ def test_zero_vectors_alike_vectors_and_one_token_are_finite(name: str, dtype: t
         assert all(t.isfinite().all() for t in (out, q.grad, k.grad, v.grad))
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", ATTENTION_FORMS)
 @pytest.mark.parametrize("factor", [1e-4, 1.0, 1e4])
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_extreme_inputs_stay_finite(name: str, factor: float, tokens: int) -> None:
@@ -204,14 +207,14 @@ def test_half_precision(name: str, dtype: torch.dtype, tolerance: float) -> None
 
 @pytest.mark.parametrize(("name", "mean"), [("euclidean", 8), ("sqeuclidean", 2), ("jaccard", 1e3)])
 @pytest.mark.parametrize("width", [32, 64])
-def test_a_common_mean_as_large_as_is_said(name: str, mean: float, width: int) -> None:
+def test_error_for_a_large_mean_is_as_documented(name: str, mean: float, width: int) -> None:
     q, k, v = qkv((2, 4, 196, width))
     q, k = q + mean, k + mean
     assert error(sim.attention(name, q, k, v), plain(name, q, k, v)) <= 1e-5
 
 
 @pytest.mark.parametrize("mean", [0.0, 1.0, 8.0, 1e3])
-def test_jaccard_is_right_to_a_millionth_whatever_the_mean(mean: float) -> None:
+def test_jaccard_is_accurate_to_1e_6_for_any_mean(mean: float) -> None:
     q, k, _ = (t + mean for t in qkv((2, 4, 49, 64)))
     wanted = torch.tensor(
         [plain_score("jaccard", q[0, 0, 0].double(), b.double()) for b in k[0, 0]]
@@ -222,7 +225,7 @@ def test_jaccard_is_right_to_a_millionth_whatever_the_mean(mean: float) -> None:
 @pytest.mark.parametrize("deviation", [0.1, 1.0, 30.0, 100.0])
 @pytest.mark.parametrize("width", [32, 64])
 @pytest.mark.parametrize("name", ["euclidean", "jaccard"])
-def test_float16_bears_small_and_large_inputs(name: str, width: int, deviation: float) -> None:
+def test_float16_handles_small_and_large_inputs(name: str, width: int, deviation: float) -> None:
     q, k, v = (t.half() for t in qkv((2, 4, 49, width)))
     q, k = ((t * deviation).requires_grad_() for t in (q, k))
     out = sim.attention(name, q, k, v)
@@ -235,8 +238,8 @@ def test_float16_bears_small_and_large_inputs(name: str, width: int, deviation: 
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ATTENTIONS)
-def test_zero_vectors_have_gradients_in_half_precision(
+@pytest.mark.parametrize("name", ATTENTION_FORMS)
+def test_zero_vectors_have_finite_gradients_in_half_precision(
     name: str, dtype: torch.dtype, autocast: bool
 ) -> None:
     torch.manual_seed(0)
@@ -255,9 +258,9 @@ def test_zero_vectors_have_gradients_in_half_precision(
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
-@pytest.mark.parametrize("name", ATTENTIONS)
-def test_a_half_precision_module(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    """Against itself in float64, with the same weights and inputs."""
+@pytest.mark.parametrize("name", ATTENTION_FORMS)
+def test_half_precision_module(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Against the same module in float64."""
     torch.manual_seed(0)
     form = create_attention(name, dim=64, heads=2).to(dtype)
     inputs = [torch.randn(2, 49, 64).to(dtype) for _ in range(4)]
@@ -269,12 +272,12 @@ def test_a_half_precision_module(name: str, dtype: torch.dtype, tolerance: float
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", ATTENTION_FORMS)
 @pytest.mark.parametrize(
     ("model", "pixels"), [("levit_deck", 64), ("swin_tiny_patch2_window4_32", 32)]
 )
 @torch.no_grad()
-def test_a_half_precision_model(model: str, pixels: int, name: str, dtype: torch.dtype) -> None:
+def test_half_precision_model(model: str, pixels: int, name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     net = timm.create_model(model, num_classes=5, attention=name).eval().to(dtype)
     out = net(torch.randn(1, 3, pixels, pixels).to(dtype))
@@ -309,7 +312,7 @@ def test_focus_keeps_the_norm_and_the_order() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_linear_attention_is_the_normed_sum(shape: tuple[int, ...]) -> None:
+def test_linear_attention_is_the_normalised_sum(shape: tuple[int, ...]) -> None:
     q, k, v = qkv(shape)
     q, k = q.abs(), k.abs()
     weights = q.double() @ k.double().transpose(-2, -1)
@@ -317,7 +320,7 @@ def test_linear_attention_is_the_normed_sum(shape: tuple[int, ...]) -> None:
     assert error(linear_attention(q, k, v), expected) <= 1e-5
 
 
-def test_focused_module_is_its_formula() -> None:
+def test_focused_module_matches_its_formula() -> None:
     torch.manual_seed(0)
     form = FocusedAttention(16, 2, power=3, tokens=12).double()
     torch.nn.init.normal_(form.scale)
@@ -369,12 +372,12 @@ def test_chunks_and_recurrence_agree(n: int, chunk: int, seed: int) -> None:
 @pytest.mark.parametrize("n", [1, 31, 32, 33, 100, 196])
 def test_gates_at_their_floor_for_a_whole_chunk(n: int) -> None:
     q, k, v = qkv((2, 2, n, 16))
-    a = torch.full((2, 2, n, 16), LEAST_GATE)
+    a = torch.full((2, 2, n, 16), MIN_LOG_GATE)
     slow = gated_recurrence(*(t.double() for t in (q, k, v, a, a)))
     assert error(gated_chunks(q, k, v, a, a), slow) <= 1e-4
 
 
-@pytest.mark.parametrize("least", [0.0, LEAST_GATE])
+@pytest.mark.parametrize("least", [0.0, MIN_LOG_GATE])
 @pytest.mark.parametrize("chunk", [17, CHUNK])
 def test_large_inputs_over_several_chunks(chunk: int, least: float) -> None:
     q, k, v = (t * 1e4 for t in qkv((1, 2, 3 * CHUNK + 5, 16)))
@@ -393,8 +396,8 @@ def test_large_inputs_over_several_chunks(chunk: int, least: float) -> None:
 
 @pytest.mark.parametrize("tau", [0.5, 1.0, 16.0])
 @torch.no_grad()
-def test_the_chunk_changes_speed_alone(tau: float) -> None:
-    """With gates as a new module has them, and with all of them at the floor."""
+def test_the_chunk_size_does_not_change_the_output(tau: float) -> None:
+    """With the gates of a new module, and with all gates at the minimum."""
     for bias in (0.0, -30.0):
         outputs = []
         for chunk in (0, 1, 17, CHUNK):
@@ -437,7 +440,7 @@ def test_gated_gradients() -> None:
     assert torch.autograd.gradcheck(lambda *t: gated_chunks(*t, chunk=3), (q, k, v, a, b))
 
 
-def test_one_way_is_causal_and_two_ways_are_not() -> None:
+def test_one_way_is_causal_and_two_way_is_not() -> None:
     torch.manual_seed(0)
     for two_way in (False, True):
         form = GatedAttention(16, 2, two_way=two_way, chunk=4).eval()
@@ -451,8 +454,8 @@ def test_one_way_is_causal_and_two_ways_are_not() -> None:
 
 
 @pytest.mark.parametrize("two_way", [False, True])
-def test_gated_module_is_the_decks_equations(two_way: bool) -> None:
-    """Eq. 4 to 11, a token and a head at a time; and the scan from the last to the first."""
+def test_gated_module_matches_the_equations_of_the_deck(two_way: bool) -> None:
+    """Eq. 4 to 11, one token and one head at a time; also the scan from last to first."""
     torch.manual_seed(0)
     form = GatedAttention(8, 2, tau=4.0, two_way=two_way).double()
     q, k, v, x = torch.randn(4, 1, 5, 8).double()
@@ -473,7 +476,7 @@ def test_gated_module_is_the_decks_equations(two_way: bool) -> None:
         assert torch.allclose(out[0, :, head], swish[0, :, head] * norm, atol=1e-5)
 
 
-# The glue.
+# In models.
 
 
 def forms_in(net: torch.nn.Module) -> list[tuple[type, str | None]]:
@@ -486,18 +489,18 @@ def forms_in(net: torch.nn.Module) -> list[tuple[type, str | None]]:
     ("model", "blocks"),
     [("levit_deck", 8), ("levit_deck_fixed", 8), ("hovit", 4), ("l_levit_deck", 8)],
 )
-@pytest.mark.parametrize("form", ATTENTIONS)
-def test_any_form_in_the_decks_models(model: str, blocks: int, form: str) -> None:
+@pytest.mark.parametrize("form", ATTENTION_FORMS)
+def test_any_form_in_the_models_of_the_deck(model: str, blocks: int, form: str) -> None:
     torch.manual_seed(0)
     size = {"img_size": 64} if model.startswith("l_") else {}
     net = timm.create_model(model, num_classes=5, attention=form, **size)
     out = net(torch.randn(2, 3, 64, 64))
     assert out.shape == (2, 5)
     assert out.isfinite().all()
-    assert forms_in(net) == [CLASSES[form]] * blocks
+    assert forms_in(net) == [FORM_CLASSES[form]] * blocks
 
 
-def test_dot_changes_no_published_count_and_no_name() -> None:
+def test_dot_adds_no_parameters() -> None:
     names = set(timm.create_model("levit_deck", num_classes=37).state_dict())
     assert not any(".attend." in name for name in names)
     jaccard = set(timm.create_model("levit_deck", num_classes=37, attention="jaccard").state_dict())
@@ -505,8 +508,8 @@ def test_dot_changes_no_published_count_and_no_name() -> None:
     assert names < jaccard
 
 
-@pytest.mark.parametrize("form", ATTENTIONS)
-def test_any_form_in_swins_windows(form: str) -> None:
+@pytest.mark.parametrize("form", ATTENTION_FORMS)
+def test_any_form_in_the_windows_of_swin(form: str) -> None:
     torch.manual_seed(0)
     net = timm.create_model("swin_tiny_patch2_window4_32", num_classes=5, attention=form)
     out = net(torch.randn(2, 3, 32, 32))
@@ -514,10 +517,10 @@ def test_any_form_in_swins_windows(form: str) -> None:
     assert out.shape == (2, 5)
     assert out.isfinite().all()
     assert [n for n, p in net.named_parameters() if p.grad is None] == []
-    assert forms_in(net) == [CLASSES[form]] * (0 if form == "dot" else 12)
+    assert forms_in(net) == [FORM_CLASSES[form]] * (0 if form == "dot" else 12)
 
 
-def test_unless_told_every_stage_has_the_form() -> None:
+def test_by_default_every_stage_has_the_form() -> None:
     args = {"depths": (2, 2), "num_heads": (3, 6)}
     net = timm.create_model("swin_tiny_patch2_window4_32", attention="jaccard", **args)
     assert sum(hasattr(m, "attend") for m in net.modules()) == 4
@@ -525,7 +528,7 @@ def test_unless_told_every_stage_has_the_form() -> None:
     assert sum(hasattr(m, "attend") for m in net.modules()) == 0
 
 
-def test_dot_is_timms_swin() -> None:
+def test_dot_equals_the_swin_of_timm() -> None:
     args = {"num_classes": 5, "img_size": 32, "patch_size": 2, "window_size": 4}
     theirs = timm.create_model("swin_tiny_patch4_window7_224", **args).eval()
     ours = timm.create_model("swin_tiny_patch2_window4_32", num_classes=5).eval()
@@ -533,18 +536,18 @@ def test_dot_is_timms_swin() -> None:
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(ours(x), theirs(x))
-        # And the glue, made to run dot-product attention by itself, agrees with timm's blocks.
-        glue = timm.create_model(
+        # Our attention module, forced to the dot product, agrees with timm's blocks.
+        forced = timm.create_model(
             "swin_tiny_patch2_window4_32", num_classes=5, attention="sqeuclidean"
         ).eval()
-        for module in glue.modules():
+        for module in forced.modules():
             if hasattr(module, "similarity"):
                 module.similarity = "dot"
-        glue.load_state_dict(theirs.state_dict())
-        assert torch.allclose(glue(x), theirs(x), atol=1e-4)
+        forced.load_state_dict(theirs.state_dict())
+        assert torch.allclose(forced(x), theirs(x), atol=1e-4)
 
 
-def test_linear_forms_are_not_shifted_and_keep_their_stages() -> None:
+def test_linear_forms_are_not_shifted_and_stay_in_their_stages() -> None:
     net = timm.create_model("flatten_swin_tiny_patch4_window56_224")
     blocks = [list(layer.blocks) for layer in net.layers]
     assert [b.attn.window_size for b in (blocks[0][0], blocks[1][1])] == [(56, 56), (28, 28)]
@@ -558,8 +561,8 @@ def test_linear_forms_are_not_shifted_and_keep_their_stages() -> None:
 
 @pytest.mark.parametrize("form", ["focused", "gated"])
 @torch.no_grad()
-def test_no_window_of_a_linear_form_mixes_two_sides(form: str) -> None:
-    """What changes within a window changes nothing beyond it, resized or not."""
+def test_windows_of_a_linear_form_do_not_mix(form: str) -> None:
+    """A change within a window affects only this window, also after a resize."""
     torch.manual_seed(0)
     net = timm.create_model("swin_tiny_patch2_window4_32", attention=form).eval()
     x = torch.randn(1, 16, 16, 96)
@@ -579,9 +582,9 @@ def test_no_window_of_a_linear_form_mixes_two_sides(form: str) -> None:
     assert net(torch.ones(1, 3, 64, 64)).isfinite().all()
 
 
-@pytest.mark.parametrize("form", ATTENTIONS)
+@pytest.mark.parametrize("form", ATTENTION_FORMS)
 @torch.no_grad()
-def test_swin_is_made_in_the_dtype_and_on_the_device_asked_for(form: str) -> None:
+def test_swin_takes_dtype_and_device(form: str) -> None:
     args = {"num_classes": 5, "attention": form}
     net = timm.create_model("swin_tiny_patch2_window4_32", dtype=torch.bfloat16, **args).eval()
     assert net(torch.zeros(1, 3, 32, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
@@ -590,10 +593,12 @@ def test_swin_is_made_in_the_dtype_and_on_the_device_asked_for(form: str) -> Non
 
 
 @torch.no_grad()
-def test_windows_with_softmax_are_shifted_and_resized_as_timms() -> None:
+def test_windows_with_softmax_are_shifted_and_resized_as_in_timm() -> None:
     args = {"num_classes": 5, "img_size": 64, "patch_size": 2, "window_size": (4, 4, 4, 2)}
     theirs = timm.create_model("swin_tiny_patch4_window7_224", **args)
-    ours = timm.create_model("swin_tiny_patch2_window4_32", attention="focused", form_stages=(0, 1))
+    ours = timm.create_model(
+        "swin_tiny_patch2_window4_32", attention="focused", attention_stages=(0, 1)
+    )
     ours.set_input_size((64, 64), window_size=(4, 4, 4, 2))
     shifts, expected = (
         [block.shift_size for stage in net.layers for block in stage.blocks]
@@ -604,7 +609,7 @@ def test_windows_with_softmax_are_shifted_and_resized_as_timms() -> None:
 
 
 @torch.no_grad()
-def test_a_size_that_changes_a_learned_window_is_refused_before_it_changes_anything() -> None:
+def test_a_size_that_changes_a_fixed_window_is_refused_and_changes_nothing() -> None:
     net = timm.create_model("swin_tiny_patch2_window4_32", attention="focused").eval()
     x = torch.randn(1, 3, 32, 32)
     before, cfg = net(x), copy.deepcopy(net.pretrained_cfg)
@@ -623,7 +628,7 @@ def test_a_size_that_changes_a_learned_window_is_refused_before_it_changes_anyth
             {"attention": "jaccard", "power": 3},
             "attention 'jaccard' does not take power",
         ),
-        ({"attention": "focused", "board": "drop"}, "needs every token in its place"),
+        ({"attention": "focused", "checkerboard": "drop"}, "convolves over all tokens"),
         (
             {"attention": "focused", "tau": 3, "power": 2},
             "take tau; it takes power, kernel$",
@@ -631,8 +636,8 @@ def test_a_size_that_changes_a_learned_window_is_refused_before_it_changes_anyth
         ({"wat": 3}, "LevitDeck takes no wat$"),
         ({"attention": "gated", "wat": 3, "tau": 2}, "LevitDeck takes no wat$"),
         ({"attention": "jaccard", "heads": 3}, "LevitDeck takes no heads$"),
-        ({"embed_dim": (100, 200, 300)}, "embed_dim: 100 is no multiple of 64"),
-        ({"embed_dim": (64, 128, 96)}, "embed_dim: 96 is no multiple of 64"),
+        ({"embed_dim": (100, 200, 300)}, "embed_dim: 100 is not a multiple of 64"),
+        ({"embed_dim": (64, 128, 96)}, "embed_dim: 96 is not a multiple of 64"),
     ],
 )
 def test_wrong_arguments_are_one_line(args: dict, says: str) -> None:
@@ -644,10 +649,13 @@ def test_wrong_arguments_are_one_line(args: dict, says: str) -> None:
     ("args", "says"),
     [
         ({"attention": "cosine"}, "attention 'cosine': there are dot, euclidean"),
-        ({"attention": "cosine", "form_stages": ()}, "attention 'cosine': there are"),
+        ({"attention": "cosine", "attention_stages": ()}, "attention 'cosine': there are"),
         ({"power": 2}, "attention 'dot' does not take power; it takes no options"),
-        ({"attention": "gated", "form_stages": (7,)}, "form_stages: no stage 7; they are 0 to 3"),
-        ({"attention": "gated", "form_stages": (0, -1)}, "form_stages: no stage -1"),
+        (
+            {"attention": "gated", "attention_stages": (7,)},
+            "attention_stages: no stage 7; they are 0 to 3",
+        ),
+        ({"attention": "gated", "attention_stages": (0, -1)}, "attention_stages: no stage -1"),
         ({"attention": "jaccard", "attn_drop_rate": 0.1}, "has no attention dropout"),
         ({"attention": "jaccard", "head_dim": 16}, "attention='jaccard' has no head_dim"),
     ],
@@ -667,7 +675,7 @@ def test_wrong_arguments_of_swin_are_one_line(args: dict, says: str) -> None:
         ("gated", "tau", (0, -1.0, math.nan, "16")),
     ],
 )
-def test_a_value_that_an_option_cannot_have_is_one_line(form: str, name: str, values: tuple):
+def test_invalid_values_of_options_are_one_line(form: str, name: str, values: tuple):
     for value in values:
         with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}: ")) as caught:
             create_attention(form, 16, 2, **{name: value})
@@ -675,13 +683,13 @@ def test_a_value_that_an_option_cannot_have_is_one_line(form: str, name: str, va
 
 
 @pytest.mark.parametrize("heads", [3, 0, -2, 2.0])
-@pytest.mark.parametrize("form", ATTENTIONS)
+@pytest.mark.parametrize("form", ATTENTION_FORMS)
 def test_heads_that_do_not_divide_the_channels_are_refused(form: str, heads: int) -> None:
     with pytest.raises(ValueError, match=f"16 channels in {heads} heads: heads must be equal"):
         create_attention(form, 16, heads)
 
 
-def test_what_is_wrong_within_a_form_is_not_blamed_on_its_options(
+def test_an_error_inside_a_form_is_not_blamed_on_its_options(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(*_: object) -> None:
@@ -694,7 +702,7 @@ def test_what_is_wrong_within_a_form_is_not_blamed_on_its_options(
 
 @pytest.mark.parametrize("similarity", ["euclidean", "jaccard"])
 @pytest.mark.parametrize("kinds", [(torch.float32, torch.bfloat16), (torch.float32,) * 2])
-def test_under_autocast_types_may_differ(similarity, kinds):
+def test_dtypes_may_differ_under_autocast(similarity, kinds):
     q, k = (torch.randn(2, 3, 9, 8).to(kind) for kind in kinds)
     with torch.autocast("cpu", torch.bfloat16):
         scores = sim.SIMILARITIES[similarity](q, k)
@@ -704,8 +712,17 @@ def test_under_autocast_types_may_differ(similarity, kinds):
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("similarity", ["euclidean", "sqeuclidean", "jaccard"])
-def test_as_many_multiply_adds_are_counted_as_of_the_dot_product(similarity, grad):
+def test_similarities_count_as_many_multiply_adds_as_the_dot_product(similarity, grad):
     q, k = torch.randn(2, 3, 9, 8), torch.randn(2, 3, 7, 8)
     with torch.set_grad_enabled(grad), FlopCounterMode(display=False) as counter:
         sim.SIMILARITIES[similarity](q, k)
     assert counter.get_total_flops() == 2 * 2 * 3 * 9 * 7 * 8
+
+
+def test_the_table_of_forms_matches_functions_and_modules() -> None:
+    softmax = [name for name, form in ATTENTION_FORMS.items() if form.softmax]
+    assert softmax == list(sim.SIMILARITIES)
+    assert ATTENTION_FORMS.keys() == FORM_CLASSES.keys()
+    for name, (module, _) in FORM_CLASSES.items():
+        arguments = set(signature(module).parameters) - {"dim", "heads", "tokens", "similarity"}
+        assert set(ATTENTION_FORMS[name].options) == arguments

@@ -15,7 +15,7 @@ from hovit.utils.code_hash import (
     entry_points,
 )
 
-HOVIT, LEVIT, LOOP = "models/hovit.py", "models/levit_deck.py", "training/classification.py"
+HOVIT, LEVIT, LOOP = "models/hovit.py", "models/levit_layers.py", "training/classification.py"
 
 
 @pytest.fixture

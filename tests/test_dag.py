@@ -16,7 +16,7 @@ title: "Two rows"
 source: {seed: ours, place: "a test"}
 columns: [parameters, top1, latency]
 rows:
-  - {id: levit_deck, label: "LeViT", model: levit_deck, model_args: {depths: [1, 1, 1]}, ours: true}
+  - {id: levit_deck, label: "LeViT", model: levit_deck, model_args: {depth: [1, 1, 1]}, ours: true}
   - {id: hovit, label: "HoViT", model: hovit, baseline: levit_deck, reported: {top1: "27.47"}}
 """
 ROW = """  - {id: drop, label: "Dropout", model: hovit, model_args: {drop_rate: 0.2}, ours: true}

@@ -12,8 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import hovit.models  # noqa: F401 (registers)
 from hovit.config.plan import load_plan
-from hovit.models.deploy import TokenFFN, deploy
-from hovit.models.efficientvit import FFN
+from hovit.models.deploy import deploy
+from hovit.models.efficientvit_deploy import TokenFFN
+from hovit.models.efficientvit_layers import FFN
 
 FAMILY = [f"efficientvit_paper_m{i}" for i in range(6)]
 LEVIT = ["levit_128s", "levit_256", "levit_deck", "levit_deck_fixed", "levit_deck_conv2",

@@ -1,4 +1,4 @@
-"""EfficientViT against timm's, its published counts, and each switch of the paper's ablation."""
+"""EfficientViT against timm's models and the published counts, and every ablation switch."""
 
 import pytest
 import timm
@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 import hovit.models  # noqa: F401 (registers)
 from hovit.measure.cost import cost
-from hovit.models.efficientvit import CascadedGroupAttention, EfficientViT, Switches
+from hovit.models.efficientvit import EfficientViT
+from hovit.models.efficientvit_layers import CascadedGroupAttention, Switches
 from hovit.utils.create_model import create_model
 from hovit.utils.errors import HovitError
 
@@ -18,13 +19,13 @@ SMALL = {"embed_dim": (16, 24, 32), "num_heads": (2, 2, 2), "img_size": 64, "num
 
 
 @pytest.fixture(autouse=True)
-def _one_core_and_one_seed():
+def _one_thread_and_fixed_seed():
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
 
 def lively(model: nn.Module) -> nn.Module:
-    """Every BN with weights and statistics as after training, every bias table filled."""
+    """Random BN weights and statistics and random attention biases, as after training."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -44,7 +45,7 @@ def small(**args) -> EfficientViT:
 
 @pytest.mark.parametrize("size", FAMILY)
 @torch.no_grad()
-def test_timms_weights_give_timms_outputs_and_back(size):
+def test_weights_interchange_with_timm(size):
     theirs = lively(timm.create_model(f"efficientvit_{size}"))
     ours = timm.create_model(f"efficientvit_paper_{size}").eval()
     ours.load_state_dict(theirs.state_dict())
@@ -53,22 +54,22 @@ def test_timms_weights_give_timms_outputs_and_back(size):
     assert (ours(x) - expected).norm() <= 1e-4 * expected.norm()
     lively(ours)
     theirs.load_state_dict(ours.state_dict())
-    theirs.train().eval()  # forgets the biases that it has looked up
+    theirs.train().eval()  # clears its cache of attention biases
     assert (ours(x) - theirs(x)).norm() <= 1e-4 * expected.norm()
 
 
 @pytest.mark.parametrize("size", FAMILY)
-def test_parameters_and_multiply_adds_are_the_published(size):
+def test_parameters_and_multiply_adds_match_the_paper(size):
     found = cost(f"efficientvit_paper_{size}", {}, 1000, 224, None, False)
     parameters, macs = found["parameters"] / 1e6, found["macs"] / 1e6
-    # The paper cuts M5's 12.47 (timm's count, too) to 12.4.
+    # The paper truncates the 12.47 of M5 (also timm's count) to 12.4.
     assert parameters == pytest.approx(PARAMETERS[size], abs=0.08)
     assert macs == pytest.approx(MACS[size], rel=0.03)
 
 
 @pytest.mark.parametrize("px", [384, 512])
 @torch.no_grad()
-def test_other_sizes_are_timms_too(px):
+def test_other_image_sizes_match_timm(px):
     theirs = lively(timm.create_model("efficientvit_m4", img_size=px))
     ours = timm.create_model("efficientvit_paper_m4", img_size=px).eval()
     ours.load_state_dict(theirs.state_dict())
@@ -78,14 +79,14 @@ def test_other_sizes_are_timms_too(px):
 
 
 @torch.no_grad()
-def test_an_image_of_another_size_or_shape_than_the_model_was_made_for():
+def test_images_of_another_size_or_shape():
     model = small().eval()
     for shape in ((64, 64), (96, 64), (80, 112)):
         assert model(torch.randn(1, 3, *shape)).shape == (1, 5)
 
 
 def reference(attn: CascadedGroupAttention, x: Tensor) -> Tensor:
-    """Equations 2 to 4, one head, query and key after the other; x [1, C, w, w]."""
+    """Equations 2 to 4, one head, query and key at a time; x [1, C, w, w]."""
     outs: list[Tensor] = []
     w, share = attn.window, x.shape[1] // attn.heads
     for j in range(attn.heads):
@@ -106,7 +107,7 @@ def reference(attn: CascadedGroupAttention, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def test_cascaded_group_attention_is_the_equations():
+def test_cascaded_group_attention_matches_the_equations():
     attn = lively(CascadedGroupAttention(12, 3, 3, (5, 3, 3), Switches(qk_dim=4)))
     x = torch.randn(1, 12, 3, 3)
     torch.testing.assert_close(attn(x), reference(attn, x), rtol=1e-4, atol=1e-5)
@@ -128,13 +129,13 @@ SWITCHES = [
 
 
 @pytest.mark.parametrize("switch", SWITCHES, ids=str)
-def test_every_row_of_the_ablation_is_a_switch_that_trains(switch):
+def test_every_row_of_the_ablation_trains(switch):
     model = small(**switch)
     x = torch.randn(2, 3, 64, 64)
     out = model(x)
     out.square().sum().backward()
     assert out.shape == (2, 5)
-    # Zero-started norms hold back what is before them in the first step, and nothing after it.
+    # Norms that start at zero pass no gradient to earlier layers in the first step.
     assert all(p.grad is not None for p in model.parameters())
 
 
@@ -146,7 +147,7 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def test_what_the_switches_switch():
+def test_effect_of_each_switch():
     base = count(small())
     assert count(small(num_ffn=2)) > base
     assert count(small(ffn_ratio=4.0)) > base
@@ -177,7 +178,7 @@ def test_what_the_switches_switch():
         ({"dwconv": 0.0}, "dwconv=0.0: one of True, False"),
         ({"ffn_ratio": float("nan")}, "ffn_ratio=nan: a number above 0"),
         ({"v_ratio": float("inf")}, "v_ratio=inf: a number above 0"),
-        ({"ffn_ratio": 1e-9}, "ffn_ratio=1e-09: of 16 channels none is left"),
+        ({"ffn_ratio": 1e-9}, "ffn_ratio=1e-09: no hidden channel for 16"),
         (
             {"depth": (1, 2)},
             "depth=(1, 2): a number for each stage, and embed_dim=(16, 24, 32) has",
@@ -191,7 +192,7 @@ def test_what_the_switches_switch():
         ({"window_size": 0}, "window_size=0: a whole number above 0"),
     ],
 )
-def test_a_wrong_argument_is_one_clear_line(args, says):
+def test_invalid_arguments_are_one_clear_line(args, says):
     with pytest.raises(HovitError, match="efficientvit_paper_m0") as caught:
         create_model("efficientvit_paper_m0", 5, 64, **{"embed_dim": (16, 24, 32), **args})
     assert says in str(caught.value)

@@ -1,5 +1,6 @@
-"""The models against the deck's printed numbers, and each part against a plainly written one."""
+"""The models against the numbers in the deck, and each layer against a plain reference."""
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import hovit.models  # noqa: F401 (registers)
-from hovit.models.levit_deck import (
+from hovit.models.levit_layers import (
     Attention,
     Block,
     ConvShrink,
@@ -18,24 +19,25 @@ from hovit.models.levit_deck import (
     DeckShrink,
     FixedShrink,
     Mlp,
-    checkerboard,
+    checkerboard_indices,
+    checkerboard_mask,
 )
 from hovit.utils.create_model import create_model
 from hovit.utils.errors import HovitError
 
 DECK = [*timm.list_models(module="levit_deck"), *timm.list_models(module="hovit")]
 LAUNCHERS = timm.list_models(module="launcher")
-FEW_LAUNCHERS = ["l_levit_deck", "l_levit_256", "l_hovit"]  # for what they only pass on
+FEW_LAUNCHERS = ["l_levit_deck", "l_levit_256", "l_hovit"]  # one per kind of backbone
 
 
 @pytest.fixture(autouse=True)
-def _one_core_and_one_seed():
+def _one_thread_and_fixed_seed():
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
 
 def create(name: str, **args):
-    """The model at 37 classes; a Launcher paints 64 pixels unless told."""
+    """The model at 37 classes; a Launcher generates 64 x 64 pixels by default."""
     if name in LAUNCHERS:
         args = {"img_size": 64} | args
     return timm.create_model(name, **{"num_classes": 37} | args)
@@ -46,7 +48,7 @@ def count(module: nn.Module) -> int:
 
 
 def on_meta(name: str, **args):
-    """The model without any memory: enough to count."""
+    """The model on the meta device, to count parameters."""
     with torch.device("meta"):
         return create(name, **args)
 
@@ -97,18 +99,18 @@ CONV_STAGES = {1: (197_888, 395_776), 2: (395_136, 790_272), 3: (460_800, 921_60
 
 
 @pytest.mark.parametrize("name", PRINTED)
-def test_parameters_are_the_decks(name):
+def test_parameter_counts_match_the_deck(name):
     size = {"img_size": 224} if name in LAUNCHERS else {}
     assert count(on_meta(name, **size)) == PRINTED[name]
 
 
-def test_parts_of_levit_deck():
+def test_parameters_of_each_part_of_levit_deck():
     model = on_meta("levit_deck")
     assert {part: count(model.get_submodule(part)) for part in PARTS} == PARTS
     assert sum(map(count, model.get_classifier())) == 40_010
 
 
-def test_the_dead_keys_and_values():
+def test_parameters_of_the_unused_keys_and_values():
     model = on_meta("levit_deck")
     dead = sum(count(stage.shrink.kv) for stage in model.stages if stage.shrink is not None)
     assert dead == 3_164_160
@@ -118,14 +120,14 @@ def test_the_dead_keys_and_values():
 
 
 @pytest.mark.parametrize("k", CONV_STAGES)
-def test_the_deck_prints_conv_stages_twice(k):
+def test_the_deck_counts_conv_stages_twice(k):
     ours, printed = CONV_STAGES[k]
     assert count(on_meta(f"levit_deck_conv{k}").stages[k - 1]) == ours
     assert printed == 2 * ours
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_every_launcher_adds_the_same(name):
+def test_every_launcher_adds_the_same_parameters(name):
     backbone = name.removeprefix("l_")
     launcher = on_meta(name, img_size=224)
     assert count(launcher) - count(on_meta(backbone)) == 42_785_171
@@ -167,7 +169,7 @@ TOKENS = dict.fromkeys(DECK, (1, 9)) | {
 
 @pytest.mark.parametrize("name", DECK)
 @torch.no_grad()
-def test_any_shape_of_image(name):
+def test_images_of_any_shape(name):
     model = create(name).eval()
     small, large = TOKENS[name]
     assert model.forward_features(torch.randn(1, 3, 64, 96)).shape == (1, small, 512)
@@ -212,7 +214,7 @@ def test_global_pool():
 
 @pytest.mark.parametrize("name", DECK + FEW_LAUNCHERS)
 @torch.no_grad()
-def test_two_heads_in_distilled_training_only(name):
+def test_both_heads_are_returned_in_distilled_training_only(name):
     model = create(name)
     x = torch.randn(2, 3, 64, 64)
     assert isinstance(model.train()(x), Tensor)
@@ -240,7 +242,7 @@ DEAD = dict.fromkeys(DECK, (1, 2)) | {
 
 
 @pytest.mark.parametrize("name", DECK + LAUNCHERS)
-def test_every_parameter_but_the_dead_ones_gets_a_gradient(name):
+def test_every_parameter_except_unused_ones_gets_a_gradient(name):
     model = create(name).train()
     model(torch.randn(2, 3, 64, 64)).square().sum().backward()
     prefix = "backbone." if name in LAUNCHERS else ""
@@ -255,7 +257,7 @@ def test_every_parameter_but_the_dead_ones_gets_a_gradient(name):
 
 
 @pytest.mark.parametrize("name", DECK + LAUNCHERS)
-def test_cfg_names_what_is_there(name):
+def test_cfg_names_existing_layers(name):
     model = on_meta(name)
     cfg = model.pretrained_cfg
     assert isinstance(model.get_submodule(cfg["first_conv"]), nn.Conv2d)
@@ -287,7 +289,7 @@ def test_an_image_under_64_pixels_is_refused(shape):
         create("levit_deck").eval()(torch.randn(1, 3, *shape))
 
 
-# Parts, against plainly written ones in float64 ---------------------------------------------------
+# Layers, against plain references in float64 ------------------------------------------------------
 
 
 def bn64(bn: nn.Module, x: Tensor) -> Tensor:
@@ -327,7 +329,7 @@ def mlp64(mlp: Mlp, x: Tensor) -> Tensor:
 
 
 def grid64(x: Tensor, height: int, width: int) -> Tensor:
-    """Every token at its place, pixel by pixel."""
+    """The grid of tokens, pixel by pixel."""
     out = torch.empty(x.shape[0], x.shape[2], height, width, dtype=torch.float64)
     for row in range(height):
         for col in range(width):
@@ -336,7 +338,7 @@ def grid64(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def scrambled64(x: Tensor, height: int, width: int) -> Tensor:
-    """Every number where the published code puts it: the token list, read as an image."""
+    """The grid of the published code: the list of tokens, reshaped into an image."""
     channels, flat = x.shape[2], x.double().flatten(1)
     out = torch.empty(x.shape[0], channels, height, width, dtype=torch.float64)
     for c in range(channels):
@@ -351,14 +353,14 @@ def conv_tokens64(conv: nn.Conv2d, image: Tensor, **args) -> Tensor:
     return torch.stack([y[:, :, r, c] for r in range(y.shape[2]) for c in range(y.shape[3])], 1)
 
 
-def assert_is(ours: Tensor, reference: Tensor) -> None:
+def assert_close(ours: Tensor, reference: Tensor) -> None:
     torch.testing.assert_close(ours.double(), reference, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_attention():
     layer, x = lively(Attention(192)), 2 * torch.randn(2, 10, 192)
-    assert_is(layer(x, (2, 5)), attention64(layer, x.double()))
+    assert_close(layer(x, (2, 5)), attention64(layer, x.double()))
 
 
 @torch.no_grad()
@@ -366,7 +368,7 @@ def test_block():
     block, x = lively(Block(128)), torch.randn(2, 6, 128)
     y = x.double()
     y = y + attention64(block.attn, y)
-    assert_is(block(x, (2, 3)), y + mlp64(block.mlp, y))
+    assert_close(block(x, (2, 3)), y + mlp64(block.mlp, y))
 
 
 def shrink_tail64(layer: DeckShrink, q: Tensor) -> Tensor:
@@ -375,38 +377,38 @@ def shrink_tail64(layer: DeckShrink, q: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("size", [(4, 6), (7, 7)])  # 7 x 7 leaves its last row and column out
 @torch.no_grad()
-def test_deck_shrink_reads_scrambled_tokens_and_never_attends(size):
+def test_deck_shrink_reads_scrambled_tokens_and_does_not_attend(size):
     layer = lively(DeckShrink(64, 128, 2, 0.0))
     x = torch.randn(2, size[0] * size[1], 64)
     out, out_size = layer(x, size)
     assert out_size == (size[0] // 2, size[1] // 2)
-    assert_is(out, shrink_tail64(layer, conv_tokens64(layer.q, scrambled64(x, *size), stride=2)))
+    assert_close(out, shrink_tail64(layer, conv_tokens64(layer.q, scrambled64(x, *size), stride=2)))
     in_place = shrink_tail64(layer, conv_tokens64(layer.q, grid64(x, *size), stride=2))
     assert (out - in_place).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("size", [(4, 6), (7, 7)])
 @torch.no_grad()
-def test_fixed_shrink_attends_from_tokens_in_their_places(size):
+def test_fixed_shrink_attends_to_tokens_in_order(size):
     layer = lively(FixedShrink(128, 192, 3, 0.0))
     x = 2 * torch.randn(2, size[0] * size[1], 128)
     out, out_size = layer(x, size)
     assert out_size == (size[0] // 2, size[1] // 2)
     k, v = linear_norm64(layer.kv, x.double()).split(128, -1)
     q = conv_tokens64(layer.q, grid64(x, *size), stride=2)
-    assert_is(out, shrink_tail64(layer, attend64(q, k, v)))
+    assert_close(out, shrink_tail64(layer, attend64(q, k, v)))
 
 
 @pytest.mark.parametrize(("shrink", "reads"), [(DeckShrink, False), (FixedShrink, True)])
 @torch.no_grad()
-def test_whether_keys_and_values_are_read(shrink, reads):
+def test_only_fixed_shrink_uses_keys_and_values(shrink, reads):
     layer, x = lively(shrink(128, 192, 3, 0.0)), torch.randn(2, 24, 128)
     calls = []
     layer.kv.register_forward_hook(lambda *_: calls.append(1))
     before = layer(x, (4, 6))[0]
     layer.kv.linear.weight.normal_()
     assert torch.equal(before, layer(x, (4, 6))[0]) != reads
-    assert len(calls) == 2  # dead or not, they are paid for
+    assert len(calls) == 2  # computed even if unused
 
 
 @torch.no_grad()
@@ -415,7 +417,7 @@ def test_conv_shrink():
     out, size = layer(x, (5, 7))
     assert size == (3, 4)
     reference = conv_tokens64(layer.conv, grid64(x, 5, 7), stride=2, padding=1)
-    assert_is(out, hardswish64(reference))
+    assert_close(out, hardswish64(reference))
 
 
 @pytest.mark.parametrize("depth", [1, 3])
@@ -429,7 +431,7 @@ def test_conv_stage(depth):
     y = x.double()
     for conv in convs:
         y = y @ conv.weight[:, :, 0, 0].double().T + conv.bias.double()
-    assert_is(out, bn64(bn, y).clamp(min=0))
+    assert_close(out, bn64(bn, y).clamp(min=0))
 
 
 @torch.no_grad()
@@ -443,31 +445,33 @@ def test_stem_ends_without_an_activation():
         y = F.conv2d(y, layer.linear.weight.double(), stride=2, padding=1)
         y = bn64(layer.bn, y.movedim(1, -1)).movedim(-1, 1)
     assert y.shape == (1, 256, 4, 4)
-    assert_is(stem(x), y)
+    assert_close(stem(x), y)
 
 
 # Checkerboard ------------------------------------------------------------------------------------
 
 
 def test_checkerboard_pattern():
-    assert checkerboard((2, 3))[0].tolist() == [True, False, True, False, True, False]
-    assert checkerboard((3, 2))[0].tolist() == [True, False, False, True, True, False]
-    assert checkerboard((2, 2))[0].tolist() == [True, False, False, True]
-    assert checkerboard((7, 7))[0].sum() == 25
+    assert checkerboard_mask((2, 3)).tolist() == [True, False, True, False, True, False]
+    assert checkerboard_mask((3, 2)).tolist() == [True, False, False, True, True, False]
+    assert checkerboard_mask((2, 2)).tolist() == [True, False, False, True]
+    assert checkerboard_mask((7, 7)).sum() == 25
+    for size in itertools.product(range(1, 9), repeat=2):
+        assert torch.equal(checkerboard_indices(size), checkerboard_mask(size).nonzero()[:, 0])
 
 
-@pytest.mark.parametrize("board", ["mask", "drop"])
-def test_only_the_second_stages_attention_has_a_board(board):
-    model = on_meta("levit_deck", board=board)
-    boards = [{block.board for block in stage.blocks} for stage in model.stages]
-    assert boards == [{""}, {board}, {""}]
-    suffix = {"mask": "", "drop": "_drop"}[board]
-    assert on_meta(f"levit_deck_checkerboard{suffix}").stages[1].blocks[2].board == board
+@pytest.mark.parametrize("checkerboard", ["mask", "drop"])
+def test_only_the_second_stage_has_a_checkerboard(checkerboard):
+    model = on_meta("levit_deck", checkerboard=checkerboard)
+    found = [{block.checkerboard for block in stage.blocks} for stage in model.stages]
+    assert found == [{""}, {checkerboard}, {""}]
+    model = on_meta("levit_deck_checkerboard" + {"mask": "", "drop": "_drop"}[checkerboard])
+    assert model.stages[1].blocks[2].checkerboard == checkerboard
 
 
-def boarded(board: str, of: Block) -> Block:
-    block = Block(64, board=board).eval()
-    block.load_state_dict(of.state_dict())
+def with_checkerboard(checkerboard: str, plain: Block) -> Block:
+    block = Block(64, checkerboard=checkerboard).eval()
+    block.load_state_dict(plain.state_dict())
     return block
 
 
@@ -475,21 +479,21 @@ EVEN, ODD = [0, 2, 4, 6, 8], [1, 3, 5, 7]  # of 3 x 3
 
 
 @torch.no_grad()
-def test_mask_zeroes_what_attention_reads():
+def test_mask_zeroes_the_input_of_attention():
     plain, x = lively(Block(64)), torch.randn(2, 9, 64)
-    block = boarded("mask", plain)
+    block = with_checkerboard("mask", plain)
     masked = x.clone()
     masked[:, ODD] = 0
     y = x.double() + attention64(block.attn, masked.double())
-    assert_is(block(x, (3, 3)), y + mlp64(block.mlp, y))
+    assert_close(block(x, (3, 3)), y + mlp64(block.mlp, y))
 
 
 @torch.no_grad()
-def test_drop_leaves_odd_tokens_out_of_attention():
+def test_drop_removes_odd_tokens_from_attention():
     plain, x = lively(Block(64)), torch.randn(2, 9, 64)
-    block = boarded("drop", plain)
+    block = with_checkerboard("drop", plain)
     out = block(x, (3, 3))
-    assert_is(out[:, ODD], x[:, ODD].double() + mlp64(block.mlp, x[:, ODD].double()))
+    assert_close(out[:, ODD], x[:, ODD].double() + mlp64(block.mlp, x[:, ODD].double()))
     torch.testing.assert_close(out[:, EVEN], plain(x[:, EVEN], (1, 5)))
     block.attn.qkv.linear.weight.normal_()
     again = block(x, (3, 3))
@@ -499,21 +503,22 @@ def test_drop_leaves_odd_tokens_out_of_attention():
 
 @torch.no_grad()
 def test_drop_attends_to_25_of_49_tokens():
-    block, seen = Block(64, board="drop").eval(), []
+    block, seen = Block(64, checkerboard="drop").eval(), []
     block.attn.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     block(torch.randn(1, 49, 64), (7, 7))
     assert seen == [25]
 
 
 @torch.no_grad()
-def test_boards_agree_where_every_token_is_even():
+def test_mask_and_drop_change_nothing_on_a_single_token():
     plain, x = lively(Block(64)), torch.randn(2, 1, 64)
-    for board in ("mask", "drop"):
-        assert torch.equal(boarded(board, plain)(x, (1, 1)), plain(x, (1, 1)))
+    for checkerboard in ("mask", "drop"):
+        block = with_checkerboard(checkerboard, plain)
+        assert torch.equal(block(x, (1, 1)), plain(x, (1, 1)))
 
 
 def test_drop_under_autocast():
-    block, x = Block(64, board="drop"), torch.randn(2, 9, 64)
+    block, x = Block(64, checkerboard="drop"), torch.randn(2, 9, 64)
     with torch.autocast("cpu", torch.bfloat16):
         block(x, (3, 3)).sum().backward()  # x is float32, attention's output is not
     assert block.attn.qkv.linear.weight.grad.isfinite().all()
@@ -555,11 +560,11 @@ def test_dropout_of_a_whole_model():
         assert torch.equal(model(x), model(x))
 
 
-# The factory -------------------------------------------------------------------------------------
+# create_model ------------------------------------------------------------------------------------
 
 
-def test_factory_tells_the_size_to_models_of_fixed_size():
-    assert create_model("l_hovit", 5, 96).painted == (3, 24, 24)
+def test_create_model_passes_the_image_size_to_models_of_fixed_size():
+    assert create_model("l_hovit", 5, 96).low_res_shape == (3, 24, 24)
     assert create_model("levit_deck_dropout", 5, 96, drop_rate=0.5).head.drop.p == 0.5
 
 
@@ -571,13 +576,13 @@ def test_factory_tells_the_size_to_models_of_fixed_size():
         ("resnet50.a1_in1k", {}, "resnet50.a1_in1k"),  # a tag names weights
         ("resnet50.nosuch", {}, "resnet50.nosuch"),
         ("levit_deck", {"nosuch": 1}, "levit_deck at 64 px with {'nosuch': 1}"),
-        ("levit_deck", {"depths": (1, 2)}, "levit_deck at 64 px with {'depths': (1, 2)}"),
+        ("levit_deck", {"depth": (1, 2)}, "levit_deck at 64 px with {'depth': (1, 2)}"),
         ("levit_deck", {"shrink": "nosuch"}, "levit_deck at 64 px with {'shrink': 'nosuch'}"),
         ("levit_deck", {"pretrained": True}, "levit_deck at 64 px with {'pretrained': True}"),
         ("l_hovit", {"drop_rate": 2}, "l_hovit at 64 px with"),
     ],
 )
-def test_factory_refuses_in_one_line(name, args, says):
+def test_create_model_reports_errors_in_one_line(name, args, says):
     with pytest.raises(HovitError) as error:
         create_model(name, 5, 64, **args)
     assert says in str(error.value)
@@ -588,39 +593,39 @@ def test_factory_refuses_in_one_line(name, args, says):
 
 
 @torch.no_grad()
-def test_paint_is_what_resnet50_says():
+def test_image_is_the_upsampled_linear_map_of_resnet50_features():
     model = lively(create("l_hovit"))
     x = torch.randn(2, 3, 96, 64)
     small = model.to_image(model.resnet(x)).reshape(2, 3, 16, 16)
     weight, bias = model.upsample.weight, model.upsample.bias
-    painted = torch.einsum("bcij,couv->boiujv", small, weight).reshape(2, 3, 64, 64)
-    assert model.paint(x).shape == (2, 3, 64, 64)
-    assert painted.std() > 1e-3
-    torch.testing.assert_close(model.paint(x), painted + bias[:, None, None])
-    torch.testing.assert_close(model(x), model.backbone(model.paint(x)))
+    image = torch.einsum("bcij,couv->boiujv", small, weight).reshape(2, 3, 64, 64)
+    assert model.generate_image(x).shape == (2, 3, 64, 64)
+    assert image.std() > 1e-3
+    torch.testing.assert_close(model.generate_image(x), image + bias[:, None, None])
+    torch.testing.assert_close(model(x), model.backbone(model.generate_image(x)))
 
 
 @torch.no_grad()
-def test_paint_is_affine_in_the_pooled_vector():
+def test_image_is_affine_in_the_pooled_vector():
     model = create("l_hovit").double().eval()
     model.resnet = nn.Identity()
     a, b = torch.randn(2, 1, 2048, dtype=torch.float64)
-    zero = model.paint(torch.zeros_like(a))
-    mixed = 3 * (model.paint(a) - zero) - 2 * (model.paint(b) - zero)
-    torch.testing.assert_close(model.paint(3 * a - 2 * b) - zero, mixed)
-    assert not torch.allclose(model.paint(a), zero)
+    zero = model.generate_image(torch.zeros_like(a))
+    mixed = 3 * (model.generate_image(a) - zero) - 2 * (model.generate_image(b) - zero)
+    torch.testing.assert_close(model.generate_image(3 * a - 2 * b) - zero, mixed)
+    assert not torch.allclose(model.generate_image(a), zero)
 
 
 @torch.no_grad()
 def test_launcher_sizes():
     model = create("l_levit_deck", img_size=(64, 96)).eval()
-    assert model.paint(torch.randn(1, 3, 80, 48)).shape == (1, 3, 64, 96)
+    assert model.generate_image(torch.randn(1, 3, 80, 48)).shape == (1, 3, 64, 96)
     with pytest.raises(ValueError, match=r"66.*multiples of 4"):
         create("l_hovit", img_size=66)
     with pytest.raises(ValueError, match="64 x 64 at least"):
         create("l_hovit", img_size=32).eval()(torch.randn(1, 3, 64, 64))
 
 
-def test_launcher_passes_arguments_to_its_backbone():
+def test_launcher_passes_arguments_to_the_backbone():
     assert on_meta("l_levit_deck_dropout", drop_rate=0.5).backbone.head.drop.p == 0.5
     assert on_meta("l_hovit", num_classes=5).num_classes == 5

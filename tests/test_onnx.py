@@ -12,7 +12,8 @@ from torch import nn
 import hovit.models  # noqa: F401 (registers)
 from hovit.measure import onnx_runtime
 from hovit.measure.onnx_runtime import OnnxPass, make_session, run_session
-from hovit.models.deploy import TokenAttention, TokenFFN, deploy
+from hovit.models.deploy import deploy
+from hovit.models.efficientvit_deploy import TokenAttention, TokenFFN
 from hovit.utils.errors import HovitError
 
 

@@ -1,4 +1,4 @@
-"""SkipViT: the notation, the algorithm against plainly written ones, and timm's ViT beside it."""
+"""SkipViT: notation, algorithm against a plain reference, and agreement with timm's ViT."""
 
 import math
 import runpy
@@ -24,7 +24,7 @@ from hovit.training.classification import train
 from hovit.training.trainer import Options, make_fabric
 from hovit.utils.errors import HovitError, OutOfTime
 
-SEED = [  # Table 1
+POSTER = [  # Table 1
     "6(45%)+fused token",
     "4,7(30%,30%)+10",
     "4,7(30%,30%)+11",
@@ -40,19 +40,19 @@ SMALL = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "num_heads": 3, "num_
 
 
 @pytest.fixture(autouse=True)
-def _one_core_and_one_seed():
+def _one_thread_and_fixed_seed():
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
 
 def small(schedule: str = "", **args) -> SkipViT:
-    """12 layers, 64 patches, weights drawn from the seed 0."""
+    """12 layers, 64 patches, weights from random seed 0."""
     torch.manual_seed(0)
     return timm.create_model("skipvit_tiny_patch16_224", schedule=schedule, **SMALL | args)
 
 
 def loud(model: SkipViT) -> SkipViT:
-    """Weights so large that everything matters: timm's begin at 0.02."""
+    """Large random weights, so that every part affects the output (timm starts at 0.02)."""
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.2)
@@ -67,14 +67,14 @@ def plain(**args):
 # The notation ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", SEED)
-def test_the_seeds_schedules_are_read(text):
+@pytest.mark.parametrize("text", POSTER)
+def test_schedules_of_the_poster_are_parsed(text):
     schedule = Schedule.parse(text, 12)
     assert str(schedule) == text.replace(" token", "")
     assert schedule.fused == ("fused" in text)
 
 
-def test_a_schedule_in_numbers():
+def test_fields_of_a_parsed_schedule():
     schedule = Schedule.parse(" 4, 7 ( 30%, 30 % ) + 10 ", 12)
     assert schedule.layers == (4, 7)
     assert schedule.back == 10
@@ -102,7 +102,7 @@ def test_a_schedule_in_numbers():
         ("six", "write LAYERS(RATIOS)+LAYER"),
     ],
 )
-def test_a_wrong_schedule_is_one_clear_line(text, says):
+def test_an_invalid_schedule_is_one_clear_line(text, says):
     with pytest.raises(ValueError, match="schedule") as caught:
         Schedule.parse(text, 12)
     assert says in str(caught.value)
@@ -112,7 +112,7 @@ def test_a_wrong_schedule_is_one_clear_line(text, says):
 
 
 @given(st.text(max_size=30) | st.integers() | st.none())
-def test_whatever_is_written_is_a_schedule_or_a_value_error(text):
+def test_any_text_is_a_schedule_or_a_value_error(text):
     try:
         schedule = Schedule.parse(text, 12)
     except ValueError:
@@ -126,7 +126,7 @@ def test_whatever_is_written_is_a_schedule_or_a_value_error(text):
     st.booleans(),
     st.integers(1, 400),
 )
-def test_every_valid_schedule_reads_back_and_leaves_a_token(layers, ratios, fused, patches):
+def test_valid_schedules_round_trip_and_keep_a_token(layers, ratios, fused, patches):
     inside = ",".join(f"{r}%" for r in ratios[: len(layers)])
     text = f"{','.join(map(str, layers))}({inside})+{'fused' if fused else 12}"
     schedule = Schedule.parse(text, 12)
@@ -141,24 +141,24 @@ def test_every_valid_schedule_reads_back_and_leaves_a_token(layers, ratios, fuse
 # The algorithm -----------------------------------------------------------------------------------
 
 
-def test_class_attention_is_the_first_row_of_the_whole():
+def test_class_attention_is_the_first_row_of_the_attention_matrix():
     q, k = torch.randn(2, 3, 10, 8), torch.randn(2, 3, 10, 8)
     whole = (q @ k.transpose(-2, -1) * 8**-0.5).softmax(-1)
     torch.testing.assert_close(class_attention(q, k, 8**-0.5), whole[:, :, 0].mean(1))
 
 
-def test_choose_keeps_the_highest_in_order_and_the_unranked_always():
+def test_choose_keeps_the_highest_scores_in_order_and_all_unranked_tokens():
     scores = torch.tensor([[0.9, 0.0, 0.3, 0.1, 0.3, 0.2, 0.0], [0.0, 0.5, 0.4, 0.3, 0.2, 0.1, 1]])
     index = choose(scores, keep=2, prefix=1, suffix=1)
     assert index.tolist() == [[0, 2, 4, 6], [0, 1, 2, 6]]
 
 
-@pytest.mark.parametrize("n", [9, 65, 197, 785])  # sorts of few are stable by themselves
+@pytest.mark.parametrize("n", [9, 65, 197, 785])  # sorting few elements is stable anyway
 def test_equal_scores_keep_the_earlier_token(n):
     assert choose(torch.ones(1, n), keep=3, prefix=1).tolist() == [[0, 1, 2, 3]]
 
 
-def test_dropped_tokens_return_to_their_places_as_they_left():
+def test_dropped_tokens_return_unchanged_to_their_positions():
     x = torch.arange(12.0).view(1, 6, 2)
     index = torch.tensor([[0, 2, 5]])
     kept = take(x, index)
@@ -168,18 +168,18 @@ def test_dropped_tokens_return_to_their_places_as_they_left():
     assert x.tolist() == torch.arange(12.0).view(1, 6, 2).tolist()  # the original stays
 
 
-def test_the_fused_token_is_the_weighted_sum_of_the_dropped():
+def test_the_fused_token_is_the_weighted_sum_of_the_dropped_tokens():
     x, scores = torch.randn(3, 8, 4), torch.rand(3, 8)
     index = torch.tensor([[0, 1, 4]] * 3)
     plain = sum(scores[:, j, None] * x[:, j] for j in (2, 3, 5, 6, 7))
     torch.testing.assert_close(fuse(x, index, scores)[:, 0], plain)
 
 
-# The model, against a slow one written from SPEC --------------------------------------------------
+# The model, against a slow reference -------------------------------------------------------------
 
 
 def reference(model: SkipViT, x: Tensor) -> Tensor:
-    """One image after the other, one token after the other; logits [B, classes]."""
+    """One image and one token at a time; logits [B, classes]."""
     return torch.cat([model.forward_head(_reference(model, image[None])) for image in x])
 
 
@@ -220,7 +220,7 @@ def _reference(model: SkipViT, x: Tensor) -> Tensor:
     return model.norm(tokens)
 
 
-RICH = {  # all that timm's plain block can have
+RICH = {  # all options of timm's plain block
     "qk_norm": True,
     "scale_attn_norm": True,
     "init_values": 0.3,
@@ -231,7 +231,7 @@ RICH = {  # all that timm's plain block can have
 
 @pytest.mark.parametrize("args", [{}, RICH], ids=["plain", "rich"])
 @pytest.mark.parametrize("schedule", [*FEW, "3,5(50%,50%)+fused"])
-def test_the_model_and_its_gradients_are_the_plain_references(schedule, args):
+def test_outputs_and_gradients_match_the_reference(schedule, args):
     model, x = loud(small(schedule, **args)).double(), torch.randn(2, 3, 32, 32).double()
     outputs, gradients = [], []
     for way in (model, partial(reference, model)):
@@ -244,8 +244,8 @@ def test_the_model_and_its_gradients_are_the_plain_references(schedule, args):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-7, name  # scores are float32
 
 
-def test_a_layer_that_keeps_all_is_timms_block_dropout_included():
-    """To the bit, and one seed: so every module of the block is there, in timm's order."""
+def test_a_layer_that_keeps_all_tokens_equals_timms_block_with_dropout():
+    """Bit-identical for one random seed: every module of the block runs, in timm's order."""
     rates = ("attn_drop_rate", "proj_drop_rate", "drop_path_rate")
     args = RICH | dict.fromkeys(rates, 0.3)
     model = loud(small("6(45%)+11", **args))
@@ -259,7 +259,7 @@ def test_a_layer_that_keeps_all_is_timms_block_dropout_included():
     assert torch.equal(kept, expected)
     torch.manual_seed(1)
     block.ls2 = torch.nn.Sequential(block.ls2, Zero())
-    assert torch.equal(whole, block(x))  # what is skipped has been through the attention alone
+    assert torch.equal(whole, block(x))  # dropped tokens have passed only the attention
 
 
 class Zero(torch.nn.Module):
@@ -268,7 +268,7 @@ class Zero(torch.nn.Module):
 
 
 @torch.no_grad()
-def test_the_first_layers_input_is_timms():
+def test_the_input_of_the_first_layer_equals_timms():
     """Position, its dropout, dropped patches and the norm before all layers."""
     args = {"pos_drop_rate": 0.2, "patch_drop_rate": 0.5, "pre_norm": True, "reg_tokens": 4}
     x, seen = torch.randn(2, 3, 32, 32), []
@@ -284,7 +284,7 @@ def test_the_first_layers_input_is_timms():
 @pytest.mark.parametrize("schedule", ["", "6(0%)+11"])
 @pytest.mark.parametrize("name", ["tiny_patch16_224", "small_patch8_224", "base_patch16_224"])
 @torch.no_grad()
-def test_nothing_dropped_is_timms_to_the_bit(name, schedule):
+def test_without_drops_outputs_are_bit_identical_to_timm(name, schedule):
     size = {"img_size": 32, "num_classes": 7}
     torch.manual_seed(0)
     theirs = timm.create_model(f"vit_{name}", **size)
@@ -295,8 +295,8 @@ def test_nothing_dropped_is_timms_to_the_bit(name, schedule):
     assert torch.equal(ours.train()(x), theirs.train()(x))
 
 
-@pytest.mark.parametrize("schedule", SEED)
-def test_state_dicts_interchange_and_no_parameter_is_added(schedule):
+@pytest.mark.parametrize("schedule", POSTER)
+def test_state_dicts_interchange_with_timm(schedule):
     ours, theirs = small(schedule), plain()
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     theirs.load_state_dict(ours.state_dict())
@@ -311,12 +311,12 @@ def test_gradients_reach_every_parameter(schedule):
     assert without == []
 
 
-def test_tokens_return_with_the_features_they_left_with():
-    """By hand: attention looks at every second place, so the others go, and come back unchanged."""
+def test_returning_tokens_keep_their_features():
+    """Attention is forced to every second token; the others are dropped and return unchanged."""
     model = small("6(50%)+11").eval()
 
     class Looks(torch.nn.Module):
-        """Stands for layer 6's qkv: keys of even patches agree with the class token's query."""
+        """Replaces the qkv of layer 6: keys at even positions match the class query."""
 
         def forward(self, x: Tensor) -> Tensor:
             b, n, c = x.shape
@@ -349,13 +349,13 @@ def _before_drop(model: SkipViT, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("schedule", "tokens"), [("6(45%)+11", 65), ("6(45%)+fused", 38)])
-def test_counts_of_tokens(schedule, tokens):
+def test_number_of_output_tokens(schedule, tokens):
     model = small(schedule)
     assert model.forward_features(torch.randn(2, 3, 32, 32)).shape == (2, tokens, 24)
 
 
 @pytest.mark.parametrize("schedule", FEW)
-def test_the_same_seed_gives_the_same_training_step(schedule):
+def test_the_same_random_seed_gives_the_same_training_step(schedule):
     def step() -> list[Tensor]:
         model = small(schedule, drop_path_rate=0.1, proj_drop_rate=0.1)
         torch.manual_seed(1)
@@ -367,7 +367,7 @@ def test_the_same_seed_gives_the_same_training_step(schedule):
 
 def test_warm_up_ends_exactly_at_its_epoch():
     model = small("6(45%)+11", warmup=0.15)
-    assert model.dropping  # told of no epoch
+    assert model.dropping
     dropping = []
     for epoch in range(100):
         model.set_epoch(epoch, 100)
@@ -379,10 +379,10 @@ def test_warm_up_ends_exactly_at_its_epoch():
     assert model.dropping
 
 
-def test_a_resumed_run_ends_its_warm_up_where_it_would_have(
+def test_a_resumed_run_ends_its_warm_up_at_the_same_epoch(
     plan: Plan, packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped after every step: each drops, or not, as its epoch says."""
+    """A run stopped after every step drops tokens in the same epochs as an unbroken one."""
     run = small_run(
         plan,
         "skipvit_tiny_patch16_224-schedule=6_45___11-warmup=0.15.imagenet.skipvit",
@@ -414,7 +414,7 @@ def test_a_resumed_run_ends_its_warm_up_where_it_would_have(
 
 
 @torch.no_grad()
-def test_in_its_warm_up_it_is_timms():
+def test_during_warm_up_outputs_equal_timm():
     model, theirs = small("6(45%)+11", warmup=0.5), plain()
     x = torch.randn(2, 3, 32, 32)
     model.set_epoch(0, 10)
@@ -424,8 +424,8 @@ def test_in_its_warm_up_it_is_timms():
 
 
 @torch.no_grad()
-def test_the_warm_up_is_of_training_alone():
-    """So that an epoch of the warm-up is validated as it would be used."""
+def test_the_warm_up_affects_training_only():
+    """Epochs of the warm-up are validated with dropped tokens."""
     model = small("6(45%)+11", warmup=0.5).eval()
     x = torch.randn(2, 3, 32, 32)
     model.set_epoch(9, 10)
@@ -435,7 +435,7 @@ def test_the_warm_up_is_of_training_alone():
 
 
 @pytest.mark.parametrize("warmup", [-0.1, 1.5, math.nan, "x"])
-def test_a_warm_up_that_is_no_part_is_refused(warmup):
+def test_an_invalid_warm_up_is_refused(warmup):
     with pytest.raises(ValueError, match=f"warmup={warmup!r}"):
         small("6(45%)+11", warmup=warmup)
 
@@ -467,7 +467,7 @@ def test_gradient_checkpointing_changes_nothing():
     assert torch.equal(model(x), before)
 
 
-def test_kept_patches_of_a_model_that_trains_is_refused():
+def test_kept_patches_refuses_training_mode():
     with pytest.raises(ValueError, match=r"model.eval\(\)"):
         kept_patches(small("6(45%)+11"), torch.randn(1, 3, 32, 32))
 
@@ -481,7 +481,7 @@ def test_dropped_patches_stay_dropped_until_they_return():
 
 @pytest.mark.parametrize("schedule", ["6(45%)+fused", "4,7(30%,30%)+10"])
 def test_no_graph_break_and_no_data_dependent_shape(schedule):
-    """What torch.compile sees: one graph (its own eager backend needs no compiler)."""
+    """torch.compile captures one graph (the eager backend needs no compiler)."""
     model, x = small(schedule), torch.randn(2, 3, 32, 32)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), model(x))
@@ -505,7 +505,7 @@ def test_the_analysis_of_kept_patches():
         ("6(20%)+11", "--schedule '6(20%)+11': drops none of 4 patches"),
     ],
 )
-def test_the_bench_says_in_one_line_what_is_wrong_with_a_schedule(schedule, says, tmp_path):
+def test_the_bench_reports_an_invalid_schedule_in_one_line(schedule, says, tmp_path):
     main = runpy.run_path(str(Path(__file__).parents[1] / "bench" / "skipvit.py"))["main"]
     small = ["--image-size=32", "--batch=1", "--rounds=1", "--accelerator=cpu", "--threads=1"]
     told = ["--schedule=6(45%)+11", f"--schedule={schedule}", f"--out={tmp_path / 'out.json'}"]

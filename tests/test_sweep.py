@@ -21,7 +21,7 @@ STUDY = {
     "columns": ["parameters", "top1", "latency"],
     "rows": [
         {"id": "a", "label": "A", "model": "levit_deck", "model_args": SMALL, "ours": True},
-        {"id": "b", "label": "B", "model": "hovit", "model_args": {"depths": [1, 1, 1]},
+        {"id": "b", "label": "B", "model": "hovit", "model_args": {"depth": [1, 1, 1]},
          "ours": True},
     ],
 }  # fmt: skip

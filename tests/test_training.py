@@ -131,7 +131,7 @@ def test_bf16_trains(plan: Plan, packed: Path) -> None:
 
 def test_training_learns(plan: Plan, packed: Path) -> None:
     """A run on few images must fit them: the loss falls far below chance (ln 10 = 2.3)."""
-    run = small_run(plan, epochs=12, model_args={"depths": [1, 1, 1]})
+    run = small_run(plan, epochs=12, model_args={"depth": [1, 1, 1]})
     record = train(run, make_fabric("32-true", accelerator="cpu"), packed)
     assert record.results["history"][-1]["train_loss"] < 0.5
 

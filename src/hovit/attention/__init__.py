@@ -1,5 +1,5 @@
-"""Attention forms: the algorithms of the seeds, pure functions on q, k and v.
+"""Attention forms: pure functions on q, k and v, and modules that models create by name.
 
-`similarity` has those that end in a softmax, `linear` those that do not; `modules` holds the
-parameters that some of them learn, and is what a model's blocks call by name.
+`forms` is the table of names and properties, `similarity` and `linear` hold the functions, and
+`modules` holds the learned parameters.
 """

@@ -1,24 +1,25 @@
-"""The attention forms as modules: what some of them learn, and one call for all.
+"""Attention forms as modules, created by name.
 
-A block projects its input to q, k and v and hands them over, heads side by side:
+A block projects its input to q, k and v and passes them on, heads side by side:
 
     create_attention("jaccard", dim=256, heads=4)(q, k, v, x, size, bias)
 
-with q, k, v and x (the block's input) [B, N, dim], `size` the tokens' grid (H, W) with H W = N, and
-`bias` [W, heads, N, N] or None. It gives [B, N, dim]; the block's own projection comes after.
+q, k, v and x (the input of the block) are [B, N, dim], `size` is the grid of tokens (H, W) with
+H W = N, and `bias` is [W, heads, N, N] or None. The output is [B, N, dim]. The block then applies
+its own output projection.
 """
 
 import math
 from collections.abc import Iterable
 from functools import partial
-from inspect import signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import CHUNK, LEAST_GATE, focus, gated_chunks, gated_recurrence, linear_attention
+from .forms import get_form
+from .linear import CHUNK, MIN_LOG_GATE, focus, gated_chunks, gated_recurrence, linear_attention
 from .similarity import SIMILARITIES, attention
 
 Size = tuple[int, int]
@@ -35,38 +36,37 @@ def from_heads(x: Tensor) -> Tensor:
 
 
 def head_width(dim: int, heads: int) -> int:
-    """The channels of one head.
+    """Channels of one head.
 
     Raises:
-        ValueError: where heads would not be equal.
+        ValueError: if `heads` does not divide `dim`.
     """
-    if not _whole(heads, 1) or dim % heads:
+    if not _is_int(heads, 1) or dim % heads:
         raise ValueError(f"{dim} channels in {heads!r} heads: heads must be equal")
     return dim // heads
 
 
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and value >= least
+def _is_int(value: Any, minimum: int) -> bool:
+    return isinstance(value, int) and value >= minimum
 
 
-def _positive(value: Any) -> bool:
+def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and 0 < value < math.inf
 
 
 class SimilarityAttention(nn.Module):
-    """Softmax attention under a similarity.
+    """Softmax attention with a similarity in place of the dot product.
 
-    Jaccard lies between -1/3 and 1, too flat for a softmax: it has a temperature per head, which is
-    learned and begins at sqrt(d) (ours).
+    Jaccard lies between -1/3 and 1, too flat for a softmax. It therefore gets a learned temperature
+    for each head, initialised to sqrt(d) (our choice).
     """
 
     def __init__(self, dim: int, heads: int, similarity: str) -> None:
         super().__init__()
         self.heads = heads
         self.similarity = similarity
-        learned = similarity.startswith("jaccard")
         start = torch.full((heads,), math.sqrt(head_width(dim, heads)))
-        self.temperature = nn.Parameter(start) if learned else None
+        self.temperature = nn.Parameter(start) if get_form(similarity).temperature else None
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, size: Size, bias: Tensor | None = None
@@ -75,7 +75,7 @@ class SimilarityAttention(nn.Module):
         return from_heads(attention(self.similarity, q, k, v, bias, self.temperature))
 
     def weights(self, q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The attention matrix, [B, heads, N, N], for q and k by heads; for looking at."""
+        """Attention matrix for q and k, [B, heads, N, d] each -> [B, heads, N, N]."""
         scores = SIMILARITIES[self.similarity](q, k)
         if self.temperature is not None:
             scores = scores * self.temperature[:, None, None]
@@ -86,19 +86,20 @@ class FocusedAttention(nn.Module):
     """FLatten's attention: phi(q) (phi(k)^T v) / (phi(q) . sum phi(k)) + depthwise conv of v.
 
     phi(x) = |x| / |x^p| x^p of x = (ReLU(.) + 1e-6) / softplus(scale), over all channels, before
-    they are split into heads. The convolution is one for all heads. Constants as in FLatten's code.
-    All but the convolution runs in float32 whatever the autocast: float16 has no 1e-12.
+    the split into heads. All heads share one convolution. Constants are those of FLatten's code.
+    Everything but the convolution runs in float32 even under autocast: float16 cannot represent
+    1e-12.
 
     Args:
         dim: channels.
         heads: heads.
         power: p, the focusing factor.
-        kernel: of the convolution, in tokens; odd.
-        tokens: with it, a learned position of that many tokens is added to k (begins at 0), as
-            FLatten does in place of a bias. Without, any number of tokens will do.
+        kernel: kernel size of the convolution in tokens, odd.
+        tokens: number of tokens. With it, a learned position embedding is added to k (initialised
+            to 0), as FLatten does in place of a bias. Without it, any number of tokens works.
 
     Raises:
-        ValueError: for options other than these.
+        ValueError: if a value is not as described.
     """
 
     def __init__(
@@ -106,9 +107,9 @@ class FocusedAttention(nn.Module):
     ) -> None:
         super().__init__()
         width = head_width(dim, heads)
-        if not _positive(power):
+        if not _is_positive(power):
             raise ValueError(f"power={power!r}: a number above 0")
-        if not _whole(kernel, 1) or kernel % 2 == 0:
+        if not _is_int(kernel, 1) or kernel % 2 == 0:
             raise ValueError(f"kernel={kernel!r}: an odd number of tokens")
         self.heads = heads
         self.power = power
@@ -137,34 +138,33 @@ class FocusedAttention(nn.Module):
         return [focus((F.relu(t) + 1e-6) / scale, self.power) for t in (q, k)]
 
     def weights(self, q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
-        """What each token takes of each, [B, heads, N, N], without the convolution's share."""
+        """Attention matrix without the convolution: [B, heads, N, d] -> [B, heads, N, N]."""
         q, k = (to_heads(t, self.heads) for t in self.focused(from_heads(q), from_heads(k)))
-        shares = q @ k.transpose(-2, -1)
-        return shares / shares.sum(-1, keepdim=True).clamp(min=1e-12)
+        scores = q @ k.transpose(-2, -1)
+        return scores / scores.sum(-1, keepdim=True).clamp(min=1e-12)
 
 
 class GatedAttention(nn.Module):
-    """Gated linear attention as the deck writes it (eq. 4-11), tokens in raster order.
+    """Gated linear attention as in the HoViT deck (eq. 4-11), tokens in raster order.
 
-    alpha and beta are sigmoid(x W + b)^(1/tau), W of low rank (as in the GLA paper); the output is
-    Swish(x W_r + b_r) * LN(o), LN on each head's. All but the projections of x runs in float32
-    whatever the autocast.
+    alpha and beta are sigmoid(x W + b)^(1/tau) with low-rank W, as in the GLA paper. The output is
+    Swish(x W_r + b_r) * LN(o), with LN on each head. Everything but the projections of x runs in
+    float32 even under autocast.
 
-    Gates under e^-0.9 a token are held there, in chunks or not (ours; chunks need it). At tau = 16
-    that is a pre-activation under -14, at 4 under -3.6; at 1 it is one under -0.38, a seventh of
-    a new module's gates, so that eq. 4-11 do not hold there.
+    Gates below e^-0.9 per token are clamped, in chunks or not (our choice; chunks need it). At
+    tau = 16 this affects pre-activations below -14, at tau = 4 below -3.6. At tau = 1 it affects
+    those below -0.38, a seventh of the gates of a new module, so eq. 4-11 do not hold there.
 
     Args:
         dim: channels of k and of v.
         heads: heads.
-        tau: the root of the gates (16, as in the GLA paper).
-        rank: of the gates' projections.
-        two_way: add a second scan, from the last token to the first (ours).
-        chunk: tokens whose pairs are taken at once, CHUNK at most; changes speed alone. 0: a
-            token at a time.
+        tau: root of the gates (16, as in the GLA paper).
+        rank: rank of the gate projections.
+        two_way: add a second scan, from the last token to the first (our addition).
+        chunk: tokens per chunk, at most CHUNK. Affects only speed. 0 processes one token at a time.
 
     Raises:
-        ValueError: for options other than these.
+        ValueError: if a value is not as described.
     """
 
     def __init__(
@@ -178,11 +178,11 @@ class GatedAttention(nn.Module):
     ) -> None:
         super().__init__()
         width = head_width(dim, heads)
-        if not _positive(tau):
+        if not _is_positive(tau):
             raise ValueError(f"tau={tau!r}: a number above 0")
-        if not _whole(rank, 1):
+        if not _is_int(rank, 1):
             raise ValueError(f"rank={rank!r}: a whole number, 1 at least")
-        if not _whole(chunk, 0) or chunk > CHUNK:
+        if not _is_int(chunk, 0) or chunk > CHUNK:
             raise ValueError(f"chunk={chunk!r}: 1 to {CHUNK} tokens, or 0 for one at a time")
         self.heads = heads
         self.tau = tau
@@ -199,7 +199,7 @@ class GatedAttention(nn.Module):
     ) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         logs = [
-            (F.logsigmoid(f(x).to(wide)) / self.tau).clamp(min=LEAST_GATE)
+            (F.logsigmoid(f(x).to(wide)) / self.tau).clamp(min=MIN_LOG_GATE)
             for f in (self.alpha, self.beta)
         ]
         with torch.autocast(x.device.type, enabled=False):
@@ -213,45 +213,32 @@ class GatedAttention(nn.Module):
         return (F.silu(self.gate(x)) * from_heads(out)).to(x.dtype)
 
 
-ATTENTIONS: dict[str, type[nn.Module]] = {
-    **dict.fromkeys(SIMILARITIES, SimilarityAttention),
-    "focused": FocusedAttention,
-    "gated": GatedAttention,
-}
-NOT_OPTIONS = ("dim", "heads", "similarity", "tokens")
-OPTIONS = {
-    name: [option for option in signature(form).parameters if option not in NOT_OPTIONS]
-    for name, form in ATTENTIONS.items()
-}
-ALL_OPTIONS = sorted({option for options in OPTIONS.values() for option in options})
-
-
 def check_attention(name: str, options: Iterable[str]) -> None:
-    """Whether there is such a form with such options.
+    """Check the name and the option names of a form.
 
     Raises:
-        ValueError: if not.
+        ValueError: for an unknown form, or an option that it does not take.
     """
-    if name not in ATTENTIONS:
-        raise ValueError(f"attention {name!r}: there are {', '.join(ATTENTIONS)}")
-    if unknown := [option for option in options if option not in OPTIONS[name]]:
-        known = ", ".join(OPTIONS[name]) or "no options"
-        raise ValueError(f"attention {name!r} does not take {', '.join(unknown)}; it takes {known}")
+    known = get_form(name).options
+    if unknown := [option for option in options if option not in known]:
+        takes = ", ".join(known) or "no options"
+        raise ValueError(f"attention {name!r} does not take {', '.join(unknown)}; it takes {takes}")
 
 
 def create_attention(
     name: str, dim: int, heads: int, tokens: int | None = None, **options: Any
 ) -> nn.Module:
-    """An attention form by name.
+    """Create an attention form by name.
 
     Args:
-        name: one of ATTENTIONS.
-        dim, heads: channels, and into how many heads they are split.
-        tokens: how many tokens there always are, if that is known.
-        options: the form's own (OPTIONS).
+        name: a key of ATTENTION_FORMS.
+        dim: channels.
+        heads: number of heads; divides `dim`.
+        tokens: number of tokens, if it is always the same.
+        options: options of the form.
 
     Raises:
-        ValueError: for a name, an option or a value of it that there is not.
+        ValueError: for an unknown name or option, or a value that an option does not take.
     """
     check_attention(name, options)
     if name == "focused":

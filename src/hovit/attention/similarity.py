@@ -1,14 +1,14 @@
 """Softmax attention under five similarities: softmax(t s(q, k) + bias) v.
 
-Seed: the HoViT deck (seeds/000), "01 Swin Based Approach" and "02 LeViT Based Approach", names
-Jaccard and Euclidean and prints J = |A & B| / |A | B| and d = sqrt(sum (x - y)^2). How a set is a
-vector, the scale and the temperature are ours; each docstring says its choice.
+Source: the HoViT deck (seeds/000), "01 Swin Based Approach" and "02 LeViT Based Approach". It names
+Jaccard and Euclidean and prints J = |A & B| / |A | B| and d = sqrt(sum (x - y)^2). How a vector
+represents a set, the softmax scale and the temperature are our choices, stated in each docstring.
 
-Scores are matrix products and a few passes over them. Without gradients the passes go over as many
-matrices at a time as fit the cores' own caches (`bench/attention_blocks.py` times other sizes, the
-study `attention_speed` the whole). `dot` and `sqeuclidean` run in PyTorch's fused kernel.
-FlexAttention is not used: on a CPU (torch 2.15) it has no backward pass, and a score_mod that reads
-the norms of q and k, compiled for each size by itself, is no faster at batch 32.
+Scores are matrix products followed by a few elementwise passes. Without gradients, the passes
+process as many matrices at a time as fit into the L2 caches (`bench/attention_blocks.py` times
+other sizes, the study `attention_speed` the whole). `dot` and `sqeuclidean` run in PyTorch's fused
+kernel. FlexAttention is not used: on a CPU (torch 2.15) it has no backward pass, and a score_mod
+that reads the norms of q and k, compiled separately for each size, is no faster at batch 32.
 """
 
 import math
@@ -18,43 +18,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 2**19  # scores at a time: 2 MiB in float32, as large as two cores' own caches here
+from .forms import get_form
+
+BLOCK = 2**19  # scores per block: 2 MiB in float32, two cores' L2 caches on our machine
 
 
 def dot(q: Tensor, k: Tensor) -> Tensor:
-    """q . k / sqrt(d): q [..., N, d] and k [..., M, d], dimensions before alike -> [..., N, M]."""
+    """q . k / sqrt(d): q [..., N, d] and k [..., M, d], same leading dimensions -> [..., N, M]."""
     return (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
 
 
 def euclidean(q: Tensor, k: Tensor) -> Tensor:
     """-|q - k| / sqrt(d), by |q - k|^2 = |q|^2 + |k|^2 - 2 q . k; shapes as for `dot`.
 
-    The divisor is ours, as in `dot`. Where q = k the root's slope is infinite; ours is finite.
+    We divide by sqrt(d), as `dot` does. The gradient is infinite at q = k; it is clamped.
 
-    Large terms cancel: in heads of at most 64, independent normal inputs whose mean is at most 8
-    times their deviation are right to 1e-5 in float32; at 100 times they are off by 1e-3. Taking
-    the mean key off both would mend it, at the price of more passes over q and k. A score that
-    should be 0, of a query that is a key, is off by up to 1e-3 of a deviation; the attention of
-    normal inputs is then right to 5e-4. float16 bears deviations of up to 100.
+    Large terms cancel. With at most 64 channels per head and independent normal inputs, float32 is
+    accurate to 1e-5 if the mean is at most 8 standard deviations, and to 1e-3 if it is 100.
+    Subtracting the mean key from both would help, but needs more passes over q and k. The score of
+    a query that equals a key should be 0 and is off by up to 1e-3 standard deviations; attention is
+    then accurate to 5e-4. float16 handles standard deviations of up to 100.
     """
     q, k, shape = _stacked(q, k)
-    scale = 1 / q.shape[-1]
+    inverse_d = 1 / q.shape[-1]
     norms = _mean_square(q)[..., None] + _mean_square(k)[..., None, :]
-    plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled(q.device.type))
-    into = norms if plain else None  # a copy less; neither gradients nor autocast know `out`
-    squares = torch.baddbmm(norms, q, k.transpose(-2, -1), alpha=-2 * scale, out=into)
-    roots = squares.clamp_(min=_least(squares)).sqrt_()
+    # Writing into `norms` saves a copy; neither autograd nor autocast supports `out`.
+    in_place = not (torch.is_grad_enabled() or torch.is_autocast_enabled(q.device.type))
+    out = norms if in_place else None
+    squares = torch.baddbmm(norms, q, k.transpose(-2, -1), alpha=-2 * inverse_d, out=out)
+    roots = squares.clamp_(min=_epsilon(squares)).sqrt_()
     return (-roots if roots.requires_grad else roots.neg_()).view(shape)
 
 
 def sqeuclidean(q: Tensor, k: Tensor) -> Tensor:
-    """(|q|^2 - |q - k|^2) / sqrt(d) (ours); shapes as for `dot`.
+    """(|q|^2 - |q - k|^2) / sqrt(d) (our addition); shapes as for `dot`.
 
     The similarity is -|q - k|^2 / sqrt(d). |q|^2 is the same for every key and cancels in the
-    softmax: what is left is 2 q . k - |k|^2, dot-product attention with a key bias.
+    softmax. This leaves 2 q . k - |k|^2: dot-product attention with a key bias.
 
-    Large terms cancel here too: a mean of at most twice the deviation is right to 1e-5, one of 100
-    times is off by 2e-2. float16 needs |k|^2 under 65,504.
+    Large terms cancel here too: the result is accurate to 1e-5 if the mean is at most 2 standard
+    deviations, and to 2e-2 if it is 100. float16 needs |k|^2 under 65,504.
     """
     return 2 * dot(q, k) + _key_bias(k)
 
@@ -67,30 +70,32 @@ def _key_bias(k: Tensor) -> Tensor:
 def jaccard(q: Tensor, k: Tensor) -> Tensor:
     """q . k / (|q|^2 + |k|^2 - q . k), from -1/3 to 1; shapes as for `dot`.
 
-    |A & B| is q . k and |A| is |q|^2 (ours). Zero vectors have 0, not 0 / 0. Both are divided by
-    d, so that float16 bears inputs of deviation 0.1 to 100.
+    |A & B| is q . k and |A| is |q|^2 (our choice). Zero vectors give 0, not 0 / 0. Both terms are
+    divided by d, so that float16 handles inputs with a standard deviation of 0.1 to 100.
     """
     q, k, shape = _stacked(q, k)
-    scale = 1 / q.shape[-1]
-    shared = torch.baddbmm(q.new_zeros(1), q, k.transpose(-2, -1), beta=0, alpha=scale)
-    union = (_mean_square(q)[..., None] + _least(q, scale)) + _mean_square(k)[..., None, :]
-    union = union.sub_(shared)
-    return (shared / union if shared.requires_grad else shared.div_(union)).view(shape)
+    inverse_d = 1 / q.shape[-1]
+    intersection = torch.baddbmm(q.new_zeros(1), q, k.transpose(-2, -1), beta=0, alpha=inverse_d)
+    union = (_mean_square(q)[..., None] + _epsilon(q, inverse_d)) + _mean_square(k)[..., None, :]
+    union = union.sub_(intersection)
+    scores = intersection / union if intersection.requires_grad else intersection.div_(union)
+    return scores.view(shape)
 
 
 def jaccard_minmax(q: Tensor, k: Tensor) -> Tensor:
-    """sum_i min(a_i, b_i) / sum_i max(a_i, b_i), a = softplus(q), b = softplus(k) (ours).
+    """sum_i min(a_i, b_i) / sum_i max(a_i, b_i), a = softplus(q), b = softplus(k) (our addition).
 
-    Jaccard of weighted sets: no matrix product, and O(N M d) memory. Likely what made the deck's
-    LeViT with Jaccard five times slower than its LeViT. Shapes as for `dot`.
+    Jaccard similarity of weighted sets, without a matrix product and with O(N M d) memory. It
+    probably explains why the deck reports LeViT with Jaccard as five times slower than LeViT.
+    Shapes as for `dot`.
     """
     a, b = F.softplus(q)[..., :, None, :], F.softplus(k)[..., None, :, :]  # [..., N, M, d]
-    shared = torch.minimum(a, b).sum(-1)
-    return shared / torch.maximum(a, b).sum(-1).clamp(min=_least(shared))
+    intersection = torch.minimum(a, b).sum(-1)
+    return intersection / torch.maximum(a, b).sum(-1).clamp(min=_epsilon(intersection))
 
 
 def _stacked(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """q [B, N, d] and k [B, M, d], the dimensions before taken as one; and their scores' shape."""
+    """Flatten the leading dimensions: q [B, N, d], k [B, M, d], and the shape of the scores."""
     lead = q.shape[:-2]
     count = math.prod(lead)
     shape = (*lead, q.shape[-2], k.shape[-2])
@@ -98,14 +103,14 @@ def _stacked(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
 
 
 def _mean_square(x: Tensor) -> Tensor:
-    """|x|^2 / d over the last dimension, summed and squared in float32 at least."""
+    """|x|^2 / d over the last dimension, computed in float32 or wider."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=-1, dtype=wide)  # one pass, where squares are two
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=wide)  # one pass; squares need two
     return (norm * x.shape[-1] ** -0.5).square().to(x.dtype)
 
 
-def _least(x: Tensor, scale: float = 1.0) -> float:
-    """What keeps a division by zero and a root's slope finite in x's precision."""
+def _epsilon(x: Tensor, scale: float = 1.0) -> float:
+    """Lower bound that keeps divisions and gradients of roots finite in the dtype of x."""
     return max(1e-12 * scale, torch.finfo(x.dtype).tiny)
 
 
@@ -125,43 +130,43 @@ def attention(
     """softmax(temperature * s(q, k) + bias) v.
 
     Args:
-        similarity: a name of SIMILARITIES.
+        similarity: a key of SIMILARITIES.
         q: [B, h, N, d].
         k: [B, h, M, d].
         v: [B, h, M, e].
-        bias: [W, h, N, M] with W dividing B (1, or the windows of an image in turn).
+        bias: [W, h, N, M], where W divides B (1, or the number of windows of an image).
         temperature: [h].
 
     Returns:
         [B, h, N, e].
     """
-    if similarity in ("dot", "sqeuclidean"):
+    form, score = get_form(similarity), SIMILARITIES[similarity]
+    if form.fused:
         return _fused(similarity, q, k, v, bias, temperature)
-    score = SIMILARITIES[similarity]
     if temperature is not None:
         temperature = temperature[:, None, None]
     batch, heads, n, d = q.shape
-    size = heads * n * k.shape[2] * (d if score is jaccard_minmax else 1)
+    size = heads * n * k.shape[2] * (d if form.pairwise else 1)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     step = batch if needs_grad else _step(batch, size, 1 if bias is None else len(bias))
 
-    def part(i: int) -> Tensor:
-        now = slice(i, i + step)
-        scores = score(q[now], k[now])  # [step, h, N, M]
+    def block(i: int) -> Tensor:
+        rows = slice(i, i + step)
+        scores = score(q[rows], k[rows])  # [step, h, N, M]
         if temperature is not None:
             scores = scores * temperature if needs_grad else scores.mul_(temperature)
         if bias is not None:
-            near = bias[i % len(bias) :][:step]
-            scores = (scores.unflatten(0, (-1, len(near))) + near).flatten(0, 1)
-        return scores.softmax(-1).to(v.dtype) @ v[now]
+            window = bias[i % len(bias) :][:step]
+            scores = (scores.unflatten(0, (-1, len(window))) + window).flatten(0, 1)
+        return scores.softmax(-1).to(v.dtype) @ v[rows]
 
-    first = part(0)
+    first = block(0)
     if step == batch:
         return first
-    out = first.new_empty(batch, n, heads, v.shape[-1]).transpose(1, 2)  # the fused kernel's layout
+    out = first.new_empty(batch, n, heads, v.shape[-1]).transpose(1, 2)  # as the fused kernel
     out[:step] = first
     for i in range(step, batch, step):
-        out[i : i + step] = part(i)
+        out[i : i + step] = block(i)
     return out
 
 
@@ -173,24 +178,24 @@ def _fused(
     bias: Tensor | None,
     temperature: Tensor | None,
 ) -> Tensor:
-    """`dot` and `sqeuclidean` by PyTorch's fused kernel."""
+    """`dot` and `sqeuclidean` in PyTorch's fused kernel."""
     if bias is not None and len(bias) > 1:
         bias = bias.repeat(len(q) // len(bias), 1, 1, 1)
-    keys = None
+    key_bias = None
     if similarity == "sqeuclidean":
-        q, keys = 2 * q, _key_bias(k)
+        q, key_bias = 2 * q, _key_bias(k)
     if temperature is not None:
-        scale = temperature[:, None, None]
-        q, keys = q * scale, None if keys is None else keys * scale
-    if keys is not None:
-        bias = keys.to(q.dtype) if bias is None else bias + keys
+        temperature = temperature[:, None, None]
+        q, key_bias = q * temperature, None if key_bias is None else key_bias * temperature
+    if key_bias is not None:
+        bias = key_bias.to(q.dtype) if bias is None else bias + key_bias
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 def _step(count: int, size: int, period: int) -> int:
-    """How many of `count` images with `size` scores each to take at a time.
+    """Images per block, out of `count` images with `size` scores each.
 
-    As many as make BLOCK; whole periods of the bias, or a whole fraction of one.
+    As many as fit into BLOCK, rounded to whole periods of the bias or a divisor of one.
     """
     step = max(1, min(count, BLOCK // size))
     if step >= period:

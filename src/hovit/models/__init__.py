@@ -1,5 +1,7 @@
-"""The models, registered with timm: importing this package is what makes
-`timm.create_model("hovit")` work. Nothing here knows of data, training or configuration."""
+"""The models. Importing this package registers them with timm, for `timm.create_model("hovit")`.
+
+Nothing here depends on data, training or configuration.
+"""
 
 from . import (
     attention_layer,

@@ -1,20 +1,29 @@
-"""A model's deploy form: the same function in evaluation mode, every BatchNorm folded away.
+"""Convert a model for inference: the same function in evaluation mode, without BatchNorm.
 
-`deploy(model)` looks at what a module's `forward` does (torch.fx), not at which model it is:
+Paper: `LeViT: a Vision Transformer in ConvNet's Clothing for Faster Inference`
+    - https://arxiv.org/abs/2104.01136
+`EfficientViT: Memory Efficient Vision Transformer with Cascaded Group Attention`
+    - https://arxiv.org/abs/2305.07027
+Both fold BatchNorm before timing. The identity inside a kernel is from
+`RepVGG: Making VGG-style ConvNets Great Again`
+    - https://arxiv.org/abs/2101.03697
+Upstream: the fusion formulas are PyTorch's (torch/nn/utils/fusion.py).
 
-1. conv -> BN and linear -> BN become one conv or linear, and so does BN -> linear (in heads);
+`deploy(model)` reads the graph of each module's `forward` (torch.fx):
+
+1. conv -> BN and linear -> BN become one conv or linear, as does BN -> conv or linear;
 2. x + conv(x) becomes one conv, with the identity in its kernel;
-3. an activation that alone reads what a conv or linear made works in place.
+3. an activation becomes in-place if it alone reads the output of a conv or linear.
 
-Then EfficientViT's parts become those below, which do the same in fewer and larger operations. BN
-is folded before timing in the papers of LeViT (arXiv 2104.01136) and EfficientViT (2305.07027); the
-identity in a kernel is RepVGG's (2101.03697); the rest is ours.
+Only exact types with default arguments are changed, and only if no other module uses them. After
+this the layers of EfficientViT are replaced by those of `efficientvit_deploy`.
 """
 
 import copy
+import inspect
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,193 +31,363 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_weights
 
-from .efficientvit import FFN, CascadedGroupAttention, InvertedResidual, Residual, WindowAttention
+from .efficientvit_deploy import DEPLOYED_PARTS, Parts
 
-Parts = Mapping[type, Callable[[Any], nn.Module]]
-NOTHING = (nn.Identity, nn.Dropout)  # what they do in evaluation mode
+NO_OPS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)  # in evaluation mode
+ACTIVATIONS = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.Hardtanh, nn.SiLU, nn.Mish,
+    nn.Hardswish, nn.Hardsigmoid,
+)  # fmt: skip
+CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # they have no forward of their own
 
 
 @torch.no_grad()
 def deploy(model: nn.Module, parts: bool = True) -> nn.Module:
-    """A copy for inference: evaluation mode, no gradients, no BatchNorm.
+    """Copy a model for inference: evaluation mode, no gradients, no BatchNorm.
 
-    It is called as the model is, and its output differs by rounding. Its state dict is not the
-    model's, and there is no way back: train the model, and deploy a copy of it.
+    The copy is called like the model; outputs differ by rounding only. Its state dict differs from
+    the model's, and the conversion cannot be undone: train the model and deploy a copy of it.
+
+    A module whose `forward` torch.fx cannot trace is assumed to call its children and to use none
+    of their parts.
 
     Args:
-        model: any module; left as it is. Without BatchNorm, only 2 and 3 are done.
-        parts: also build EfficientViT's parts anew, as below.
+        model: any module; it is not changed. Without BatchNorm, only steps 2 and 3 apply.
+        parts: also replace the layers of EfficientViT.
 
     Returns:
-        the copy, on the model's device and in its precision. The weights of its convolutions are
-        in channels-last order, and so is what they make of an image in any order.
+        the copy, on the device and in the dtype of the model, in channels-last order.
 
     Raises:
-        ValueError: for a BatchNorm that cannot be folded, by its name. None is left in silently: a
-            time would be taken for what it is not.
+        ValueError: if a BatchNorm cannot be folded; the message names it. No BatchNorm stays
+            unnoticed, as the measured time would be misleading. A folded BatchNorm1d raises it when
+            called, for an input of another rank than [B, C] (or [B, N, C] in timm's LinearNorm).
     """
-    for module in model.modules():  # timm's attention: tensors that may have a history, hence
-        getattr(module, "attention_bias_cache", {}).clear()  # cannot be copied
+    for module in model.modules():  # timm's caches can hold tensors that cannot be copied
+        getattr(module, "attention_bias_cache", {}).clear()
     net = copy.deepcopy(model).eval().requires_grad_(False)
-    parents = Counter(child for module in net.modules() for child in module.children())
-    shared = {module for module, n in parents.items() if n > 1}
-    made = INFERENCE if parts else {}
-    net = _simplified(net, "", shared, made, {}).to(memory_format=torch.channels_last)
+    net = _Deployment(net, DEPLOYED_PARTS if parts else {}).run()
+    net = net.to(memory_format=torch.channels_last)
     for linear in (m for m in net.modules() if isinstance(m, nn.Linear)):
         linear.weight = nn.Parameter(linear.weight.t().contiguous().t(), requires_grad=False)
     return net
 
 
-# Any model ---------------------------------------------------------------------------------------
+class FixedRankLinear(nn.Linear):
+    """A Linear with a folded BatchNorm1d. The fold is valid for inputs of one rank only.
+
+    Args:
+        linear: the layer to replace.
+        rank: number of dimensions of the input.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int) -> None:
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.rank = rank
+        self.weight, self.bias = linear.weight, linear.bias
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != self.rank:
+            raise ValueError(
+                f"BatchNorm1d was folded for inputs of rank {self.rank}, not {tuple(x.shape)}"
+            )
+        return F.linear(x, self.weight, self.bias)
 
 
-class _Shallow(fx.Tracer):
-    """Looks into no module but the one that it is given."""
+class _ShallowTracer(fx.Tracer):
+    """Traces the forward of one module; its children are single nodes."""
+
+    proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
 
-def _simplified(
-    module: nn.Module,
-    name: str,
-    shared: set[nn.Module],
-    parts: Parts,
-    done: dict[nn.Module, nn.Module],
-) -> nn.Module:
-    """The module with its parts simplified, or what takes its place; parts come first."""
-    if module in done:
-        return done[module]
-    for child_name, child in list(module.named_children()):
-        child_path = f"{name}.{child_name}".lstrip(".")
-        module.set_submodule(child_name, _simplified(child, child_path, shared, parts, done))
-    children = list(module.children())
-    norms = [n for n, m in module.named_children() if isinstance(m, _BatchNorm)]
-    acts = any(getattr(m, "inplace", None) is False for m in children)
-    result = module
-    if norms or acts or [type(m) for m in children] == [nn.Conv2d]:
-        try:
-            graph = _Shallow().trace(module)
-        except Exception as error:  # whatever a forward makes of a symbol
-            if norms:
-                why = str(error).strip().split("\n")[0]
-                what = f"{type(module).__name__}'s forward cannot be traced: {why}"
-                raise ValueError(f"BatchNorm {name}.{norms[0]} cannot be folded: {what}") from None
+def _trace(module: nn.Module) -> fx.Graph:
+    """Graph of a module's forward.
+
+    Raises:
+        ValueError: if there is none, or optional arguments could change it.
+    """
+    for parameter in inspect.signature(module.forward).parameters.values():
+        plain = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        if not plain or parameter.default is not parameter.empty:
+            raise ValueError(f"it has the optional argument {parameter.name}")
+    try:
+        return _ShallowTracer().trace(module)
+    except Exception as error:  # a forward can raise anything on symbolic inputs
+        raise ValueError(str(error).strip().split("\n")[0]) from None
+
+
+def _is_plain(module: nn.Module | None, types: tuple[type, ...]) -> bool:
+    """Whether a module has exactly one of these types, without hooks or a patched forward."""
+    if module is None or type(module) not in types or "forward" in vars(module):
+        return False
+    return not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def _attribute_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """Modules that a module holds in plain attributes, lists, tuples or dicts."""
+    for name, value in vars(module).items():
+        if name != "_modules":
+            values = value.values() if isinstance(value, dict) else value
+            candidates = values if isinstance(value, list | tuple | dict) else [value]
+            yield from (m for m in candidates if isinstance(m, nn.Module))
+
+
+def _called_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of the children, including those in containers."""
+    for name, child in module.named_children():
+        if isinstance(child, CONTAINERS):
+            yield from ((f"{name}.{n}", m) for n, m in _called_children(child))
         else:
-            result = _Rewriter(module, graph, name, shared).rewritten()
-    done[module] = parts.get(type(result), lambda m: m)(result)
-    return done[module]
+            yield name, child
+
+
+class _Deployment:
+    """Converts a network in place, children before parents.
+
+    Args:
+        net: the network, in evaluation mode.
+        parts: replacement functions by exact type, applied last.
+    """
+
+    def __init__(self, net: nn.Module, parts: Parts) -> None:
+        self.net, self.parts = net, parts
+        self.graphs: dict[str, fx.Graph | str] = {}  # by module name; a string says why not
+        self.names: dict[nn.Module, str] = {m: name for name, m in net.named_modules()}
+        self.results: dict[nn.Module, nn.Module] = {}
+        references = Counter(
+            child for m in net.modules() for child in (*m._modules.values(), *_attribute_modules(m))
+        )
+        # Modules with several users, or used other than by a call from their parent.
+        self.shared: set[Any] = {m for m, count in references.items() if count > 1}
+        self._trace_all()
+
+    def run(self) -> nn.Module:
+        return self.convert(self.net)
+
+    def _trace_all(self) -> None:
+        """Trace all modules of a copy, as a forward can store symbolic values in its module."""
+        tensors = [*self.net.parameters(), *self.net.buffers()]
+        traced = copy.deepcopy(self.net, {id(t): t for t in tensors})
+        for name, module in traced.named_modules():
+            if not module._modules:
+                continue
+            try:
+                graph = self.graphs[name] = _trace(module)
+            except ValueError as error:
+                self.graphs[name] = str(error)
+                continue
+            owner = self.net.get_submodule(name)
+            for node in graph.nodes:
+                if node.op in ("call_module", "get_attr"):
+                    # The parents along the path, and the owner of a parameter, are used directly.
+                    path = str(node.target).split(".")[:-1]
+                    for i in range(len(path)):
+                        self.shared.add(owner.get_submodule(".".join(path[: i + 1])))
+
+    def convert(self, module: nn.Module) -> nn.Module:
+        """Convert a module and everything in it; return it or its replacement."""
+        if module in self.results:
+            return self.results[module]
+        for child_name, child in list(module._modules.items()):
+            if child is not None:
+                module._modules[child_name] = self.convert(child)
+        name, result = self.names[module], module
+        if isinstance(module, CONTAINERS):
+            return module  # its parent calls what it holds
+        graph = self.graphs.get(name, "it has no children")
+        if module in self.shared:
+            graph = "other modules use it or its parts"
+        if isinstance(graph, fx.Graph):
+            result = _Rewriter(module, graph, name, self.shared).rewrite()
+        elif norms := [n for n, m in _called_children(module) if isinstance(m, _BatchNorm)]:
+            raise ValueError(
+                f"BatchNorm {name}.{norms[0]} cannot be folded: {type(module).__name__}'s forward "
+                f"cannot be traced, or not changed: {graph}"
+            )
+        if type(result) in self.parts:
+            result = self.parts[type(result)](result)
+        if module in self.shared:
+            self.shared.add(result)
+        self.results[module] = result
+        return result
 
 
 class _Rewriter:
-    """Simplifies one module by the graph of its forward, in which its children are nodes."""
+    """Rewrites one module by the graph of its forward.
 
-    def __init__(
-        self, module: nn.Module, graph: fx.Graph, name: str, shared: set[nn.Module]
-    ) -> None:
+    Args:
+        module: its children are replaced; its forward stays as it is.
+        graph: of the forward; it is used up.
+        name: of the module in the network.
+        shared: modules that must not change.
+    """
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, name: str, shared: set[Any]) -> None:
         self.module, self.graph, self.name, self.shared = module, graph, name, shared
         self.calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
 
-    def rewritten(self) -> nn.Module:
-        """The module, or the only layer that is left of it."""
-        self.drop_nothing()
-        self.fold_norms()
+    def rewrite(self) -> nn.Module:
+        """Rewrite the module; return it, or the only layer that is left of it."""
+        self._remove_no_ops()
+        for node in list(self.graph.nodes):
+            if isinstance(self._module_of(node), _BatchNorm):
+                self._fold(node)
+        self._remove_no_ops()
+        for name, child in _called_children(self.module):
+            if isinstance(child, _BatchNorm):
+                raise ValueError(f"BatchNorm {self.name}.{name} cannot be folded: it is not called")
         for node in self.graph.nodes:
-            act: Any = self.called(node)
-            if getattr(act, "inplace", None) is False and self.is_layer(node.all_input_nodes[0]):
-                act.inplace = (
-                    len(node.all_input_nodes[0].users) == 1 and self.calls[node.target] == 1
-                )
-        return self.only_layer() or self.module
+            if self._calls(node, ACTIVATIONS):
+                source = node.args[0]
+                if self._calls(source, (nn.Conv2d, nn.Linear, FixedRankLinear)):
+                    act: Any = self._module_of(node)
+                    act.inplace = act.inplace or set(source.users) == {node}
+        return self._only_layer() or self.module
 
-    def called(self, node: fx.Node) -> nn.Module | None:
+    def _module_of(self, node: fx.Node) -> nn.Module | None:
         """The module that a node calls, if it calls one."""
         return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
-    def is_layer(self, node: fx.Node) -> bool:
-        return isinstance(self.called(node), nn.Conv2d | nn.Linear)
+    def _calls(self, node: Any, types: tuple[type, ...]) -> bool:
+        """Whether a node is the only call of a plain module of these types, with one argument."""
+        if not isinstance(node, fx.Node) or not _is_plain(self._module_of(node), types):
+            return False
+        path = str(node.target).split(".")[:-1]
+        parents = [self.module.get_submodule(".".join(path[: i + 1])) for i in range(len(path))]
+        return (
+            all(isinstance(parent, CONTAINERS) for parent in parents)
+            and self.calls[node.target] == 1
+            and self._module_of(node) not in self.shared
+            and len(node.args) == 1
+            and isinstance(node.args[0], fx.Node)
+            and not node.kwargs
+        )
 
-    def replace(self, node: fx.Node, by: fx.Node) -> None:
-        node.replace_all_uses_with(by)
-        self.graph.erase_node(node)
+    def _remove_no_ops(self) -> None:
+        for node in list(self.graph.nodes):
+            if _is_plain(self._module_of(node), NO_OPS) and len(node.args) == 1 and not node.kwargs:
+                node.replace_all_uses_with(node.args[0])
+                self.graph.erase_node(node)
 
-    def drop_nothing(self) -> None:
-        """Take out Identity and Dropout, and reshapes around a BN of tokens.
+    def _fold(self, node: fx.Node) -> None:
+        """Fold the BatchNorm that a node calls into the layer before or after it.
 
-        timm's LinearNorm is reshape_as(bn(flatten(y, 0, 1)), y): a BN over the last dimension.
+        Raises:
+            ValueError: if there is no such layer.
         """
-        for node in list(self.graph.nodes):
-            if isinstance(self.called(node), NOTHING):
-                self.replace(node, node.all_input_nodes[0])
-            elif node.op == "call_method" and node.target == "reshape_as":
-                bn, like = node.args
-                flat = bn.args[0] if isinstance(self.called(bn), nn.BatchNorm1d) else None
-                wanted = ("flatten", (like, 0, 1))
-                if flat is not None and (flat.target, flat.args) == wanted:
-                    self.replace(node, bn)
-                    self.replace(flat, like)
-
-    def fold_norms(self) -> None:
-        for node in list(self.graph.nodes):
-            bn: Any = self.called(node)
-            if not isinstance(bn, _BatchNorm):
-                continue
-            before, readers = node.all_input_nodes[0], list(node.users)
-            single = self.calls[node.target] == 1 and bn.running_mean is not None
-            if single and self.fits(before, bn) and len(before.users) == 1:
-                layer: Any = self.called(before)
-                fuse: Any = (
-                    fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
-                )
-                self.module.set_submodule(str(before.target), fuse(layer, bn))
-            elif single and len(readers) == 1 and self.fits(readers[0], bn, reads=True):
-                layer = self.called(readers[0])
-                self.module.set_submodule(str(readers[0].target), _fuse_bn_into_next(bn, layer))
-            else:
-                raise ValueError(
-                    f"BatchNorm {self.name}.{node.target} cannot be folded: there is no conv or "
-                    f"linear of its own before or after it in {type(self.module).__name__}"
-                )
-            rest = (
-                nn.Sequential(bn.drop, bn.act) if isinstance(bn, BatchNormAct2d) else nn.Identity()
+        bn: Any = self._module_of(node)
+        known = (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d)
+        folded = False
+        if self._calls(node, known) and bn.running_mean is not None and not bn.training:
+            folded = self._fold_into_previous(node, bn) or self._fold_into_next(node, bn)
+        if not folded:
+            raise ValueError(
+                f"BatchNorm {self.name}.{node.target} cannot be folded: there is no conv or "
+                f"linear of its own before or after it in {type(self.module).__name__}"
             )
-            self.module.set_submodule(str(node.target), rest)
-        self.drop_nothing()
+        rest: list[nn.Module] = []
+        if isinstance(bn, BatchNormAct2d):
+            rest = [m for m in (bn.drop, bn.act) if not _is_plain(m, NO_OPS)]
+        replacement = nn.Identity() if not rest else rest[0] if len(rest) == 1 else None
+        self.module.set_submodule(str(node.target), replacement or nn.Sequential(*rest))
 
-    def fits(self, node: fx.Node, bn: nn.Module, reads: bool = False) -> bool:
-        """Whether a node is a layer into which a BN before (`reads`) or after it can be folded."""
-        layer = self.called(node)
-        if layer in self.shared or self.calls[node.target] != 1:
+    def _fold_into_previous(self, node: fx.Node, bn: Any) -> bool:
+        """layer -> BN, or linear -> flatten(0, 1) -> BN -> reshape_as in timm's LinearNorm."""
+        source: Any = node.args[0]
+        users, rank, view = {node}, 2, None
+        if source.op == "call_method" and (source.target, source.args[1:]) == ("flatten", (0, 1)):
+            view, source = source, source.args[0]
+            reshaped = next(iter(node.users)) if len(node.users) == 1 else node
+            pair = (reshaped.op, reshaped.target, reshaped.args)
+            if pair != ("call_method", "reshape_as", (node, source)) or set(view.users) != {node}:
+                return False
+            if view.kwargs or reshaped.kwargs:
+                return False
+            users, rank = {view, reshaped}, 3
+        if set(source.users) != users:
             return False
-        if isinstance(layer, nn.Linear):
-            return isinstance(bn, nn.BatchNorm1d)
-        if not isinstance(layer, nn.Conv2d) or not isinstance(bn, nn.BatchNorm2d):
+        layer: Any = self._module_of(source)
+        if isinstance(bn, nn.BatchNorm2d) and view is None and self._calls(source, (nn.Conv2d,)):
+            if layer.out_channels != bn.num_features:
+                return False
+            new: nn.Module = fuse_conv_bn_eval(layer, bn)
+        elif type(bn) is nn.BatchNorm1d and self._is_linear(source, layer, rank):
+            if layer.out_features != bn.num_features:
+                return False
+            new = FixedRankLinear(_fuse_linear(layer, bn), rank)
+        else:
             return False
-        whole = layer.padding == (0, 0) and layer.groups == 1 and not isinstance(bn, BatchNormAct2d)
-        return whole or not reads
+        self.module.set_submodule(str(source.target), new)
+        if view is not None:  # the reshapes stay in the forward; the graph skips them
+            reshaped.replace_all_uses_with(source)
+            node.replace_all_uses_with(source)
+            for used in (reshaped, node, view):
+                self.graph.erase_node(used)
+        return True
 
-    def only_layer(self) -> nn.Module | None:
-        """The layer y of a module that is y(x), or x + y(x) with a kernel that can hold x."""
+    def _fold_into_next(self, node: fx.Node, bn: Any) -> bool:
+        """BN -> linear, or BN -> conv without padding, which would not see the shift of the BN."""
+        if len(node.users) != 1:
+            return False
+        reader = next(iter(node.users))
+        layer: Any = self._module_of(reader)
+        if type(bn) is nn.BatchNorm2d and self._calls(reader, (nn.Conv2d,)):
+            if (layer.padding, layer.groups, layer.in_channels) != ((0, 0), 1, bn.num_features):
+                return False
+            new = _fuse_into_next(bn, layer)
+        elif type(bn) is nn.BatchNorm1d and self._is_linear(reader, layer, 2):
+            if layer.in_features != bn.num_features:
+                return False
+            new = FixedRankLinear(_fuse_into_next(bn, layer), 2)
+        else:
+            return False
+        self.module.set_submodule(str(reader.target), new)
+        return True
+
+    def _is_linear(self, node: fx.Node, layer: Any, rank: int) -> bool:
+        if not self._calls(node, (nn.Linear, FixedRankLinear)):
+            return False
+        return type(layer) is nn.Linear or layer.rank == rank
+
+    def _only_layer(self) -> nn.Module | None:
+        """The layer y of a module that computes y(x), or x + y(x) if a kernel can hold the x."""
         nodes = list(self.graph.nodes)
-        layers = [node for node in nodes if self.is_layer(node)]
-        if len(layers) != 1 or nodes[0].op != "placeholder":
+        if len(nodes) not in (3, 4) or [nodes[0].op, nodes[-1].op] != ["placeholder", "output"]:
             return None
-        x, y, out = nodes[0], layers[0], nodes[-1]
-        layer = self.called(y)
-        if layer in self.shared or y.args != (x,):
+        x, y, out = nodes[0], nodes[1], nodes[-1]
+        plain = _is_plain(self.module, (type(self.module),)) and self.module not in self.shared
+        # A parent can read other attributes of the module: keep it then.
+        attributes = vars(self.module).keys() - vars(nn.Module()).keys()
+        layers = (nn.Conv2d, nn.Linear, FixedRankLinear)
+        if not plain or attributes or y.args != (x,) or not self._calls(y, layers):
             return None
-        if nodes == [x, y, out]:
-            return layer
-        added = len(nodes) == 4 and nodes[2].target in (operator.add, torch.add)
-        if added and set(nodes[2].args) == {x, y} and isinstance(layer, nn.Conv2d):
-            return _with_identity(layer)
-        return None
+        layer: Any = self._module_of(y)
+        if len(nodes) == 3:
+            return layer if out.args == (y,) else None
+        total = nodes[2]
+        is_sum = total.target in (operator.add, torch.add) and total.args in ((x, y), (y, x))
+        if not is_sum or total.kwargs or out.args != (total,) or type(layer) is not nn.Conv2d:
+            return None
+        return _with_identity(layer)
 
 
-def _fuse_bn_into_next(bn: Any, layer: Any) -> nn.Module:
-    """layer(bn(x)) as one layer: of weight W diag(s) and bias b + W t, where bn(x) = s x + t."""
+def _fuse_linear(linear: Any, bn: Any) -> nn.Linear:
+    """bn(linear(x)) for x of rank 2 as one Linear."""
+    new = copy.deepcopy(linear)
+    new.weight, new.bias = fuse_linear_bn_weights(
+        linear.weight, linear.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+    )
+    return new
+
+
+def _fuse_into_next(bn: Any, layer: Any) -> Any:
+    """layer(bn(x)) as one layer: weight W diag(s) and bias b + W t, where bn(x) = s x + t."""
     scale = torch.rsqrt(bn.running_var + bn.eps)
     scale = scale if bn.weight is None else scale * bn.weight
     shift = -bn.running_mean * scale if bn.bias is None else bn.bias - bn.running_mean * scale
@@ -221,7 +400,7 @@ def _fuse_bn_into_next(bn: Any, layer: Any) -> nn.Module:
 
 
 def _with_identity(conv: nn.Conv2d) -> nn.Conv2d | None:
-    """x + conv(x) as one conv, if its output is as large as its input."""
+    """x + conv(x) as one conv, or None if the output differs in shape from the input."""
     middle = tuple(k // 2 for k in conv.kernel_size)
     same = conv.stride == conv.dilation == (1, 1) and conv.padding == middle
     odd = all(k % 2 for k in conv.kernel_size)
@@ -231,164 +410,3 @@ def _with_identity(conv: nn.Conv2d) -> nn.Conv2d | None:
     channel = torch.arange(conv.out_channels)
     new.weight[channel, channel % new.weight.shape[1], middle[0], middle[1]] += 1
     return new
-
-
-# EfficientViT ------------------------------------------------------------------------------------
-# Maps are in channels-last order, so that their tokens, [B, H, W, C], are a view: a 1 x 1 conv is
-# a Linear on them. Each part is built from one whose BN is folded already.
-
-
-def _are_layers(*modules: nn.Module) -> bool:
-    return all(isinstance(m, nn.Conv2d) for m in modules)
-
-
-def _linear(conv: Any) -> nn.Linear:
-    """A 1 x 1 convolution as a Linear on tokens."""
-    linear = nn.Linear(conv.in_channels, conv.out_channels, bias=conv.bias is not None)
-    linear.weight, linear.bias = nn.Parameter(conv.weight.flatten(1), False), conv.bias
-    return linear.requires_grad_(False)
-
-
-class TokenFFN(nn.Module):
-    """[x +] FFN(x)."""
-
-    residual = False
-
-    def __init__(self, ffn: FFN) -> None:
-        super().__init__()
-        self.pw1, self.pw2 = _linear(ffn.pw1), _linear(ffn.pw2)
-        self.act: Any = ffn.act
-        self.act.inplace = True
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C, H, W]
-        tokens = x.permute(0, 2, 3, 1)
-        y = self.pw2(self.act(self.pw1(tokens)))
-        return (y.add_(tokens) if self.residual else y).permute(0, 3, 1, 2)
-
-
-class TokenInvertedResidual(nn.Module):
-    """The inverted residual with its 1 x 1 convolutions, squeeze-excite's too, on tokens."""
-
-    def __init__(self, block: InvertedResidual) -> None:
-        super().__init__()
-        se: Any = block.se
-        self.conv1, self.conv2, self.conv3 = _linear(block.conv1), block.conv2, _linear(block.conv3)
-        self.fc1, self.fc2 = _linear(se.fc1), _linear(se.fc2)
-        self.act: Any = block.act
-        self.act.inplace = True
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C', H / 2, W / 2]
-        x = self.act(self.conv1(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
-        x = self.act(self.conv2(x)).permute(0, 2, 3, 1)  # [B, H / 2, W / 2, 4 C]
-        gate = self.fc2(self.act(self.fc1(x.mean(dim=(1, 2), keepdim=True)))).sigmoid_()
-        return self.conv3(x.mul_(gate)).permute(0, 3, 1, 2)
-
-
-class _Head(nn.Module):
-    """One head's constants: of Q, K, V; of the convolution on Q; and what its scores have added.
-
-    On a window of N tokens the convolution on Q is a matrix N x N for each channel. N is 49 at
-    most in the paper's models, and one batched product is quicker than a convolution.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    q_matrix: Tensor
-    q_bias: Tensor
-    scores: Tensor
-
-    def __init__(self, attn: CascadedGroupAttention, j: int) -> None:
-        super().__init__()
-        qkv: Any = attn.qkvs[j]
-        dw: Any = attn.dws[j]
-        window, n = attn.window, attn.window**2
-        at = torch.eye(n, device=qkv.weight.device, dtype=qkv.weight.dtype)  # one token each
-        at = at.view(n, 1, window, window).expand(-1, attn.qk_dim, -1, -1)
-        q_matrix = F.conv2d(at, dw.weight, None, padding=dw.padding, groups=dw.groups)
-        for name, value in {
-            "weight": qkv.weight.flatten(1),  # [2 qk + v, c]
-            "bias": qkv.bias,
-            "q_matrix": q_matrix.flatten(2).transpose(0, 1) * attn.scale,  # [qk, N from, N to]
-            "q_bias": dw.bias.view(-1, 1, 1) * attn.scale,
-            "scores": attn.bias()[j],  # [N, N]
-        }.items():
-            self.register_buffer(name, value.detach().contiguous())
-
-
-class TokenAttention(nn.Module):
-    """[x +] attention over windows of x; in a window, heads one after the other."""
-
-    residual = False
-
-    def __init__(self, old: WindowAttention) -> None:
-        super().__init__()
-        attn = old.attn
-        self.window = attn.window
-        self.dims = (attn.qk_dim, attn.qk_dim, attn.v_dim)
-        self.heads: Any = nn.ModuleList(_Head(attn, j) for j in range(attn.heads))
-        act: Any = attn.proj[0]
-        act.inplace = True
-        self.act = act
-        self.proj = _linear(attn.proj[1])
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C, H, W]
-        w, tokens = self.window, x.permute(0, 2, 3, 1)
-        b, height, width, c = tokens.shape
-        if (height, width) == (w, w):
-            y = self.proj(self.act(self.attend(tokens.reshape(-1, c)))).view(b, w, w, c)
-        else:
-            below, right = -height % w, -width % w
-            y = F.pad(tokens, (0, 0, 0, right, 0, below)) if below or right else tokens
-            y = y.unflatten(2, (-1, w)).unflatten(1, (-1, w)).transpose(2, 3)
-            shape = y.shape  # [B, nH, nW, w, w, C]
-            y = self.proj(self.act(self.attend(y.reshape(-1, c)))).view(shape)
-            y = y.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]
-        return (y.add_(tokens) if self.residual else y).permute(0, 3, 1, 2)
-
-    def attend(self, tokens: Tensor) -> Tensor:  # [windows N, C] -> [windows N, H v]
-        n = self.window**2
-        outs: list[Tensor] = []
-        shares = tokens.chunk(len(self.heads), dim=1)
-        for head, share in zip(self.heads, shares, strict=True):
-            feat = share + outs[-1].view(share.shape) if outs else share
-            qkv = F.linear(feat, head.weight, head.bias).view(-1, n, sum(self.dims))
-            q, k, v = qkv.split(self.dims, dim=2)  # [windows, N, d]
-            q = q.permute(2, 0, 1).contiguous()  # without it, bmm goes channel by channel
-            # Not baddbmm: with the next one, Inductor (torch 2.15, CPU) compiles the pair to NaN.
-            q = torch.bmm(q, head.q_matrix).add_(head.q_bias)  # [qk, windows, N]
-            scores = torch.baddbmm(head.scores, q.permute(1, 2, 0), k.transpose(1, 2))
-            outs.append(torch.bmm(scores.softmax(dim=-1), v))
-        return torch.cat(outs, dim=2).flatten(0, 1)
-
-
-def _ffn(ffn: FFN) -> nn.Module:
-    return TokenFFN(ffn) if _are_layers(ffn.pw1, ffn.pw2) else ffn
-
-
-def _inverted(block: InvertedResidual) -> nn.Module:
-    folded = _are_layers(block.conv1, block.conv2, block.conv3)
-    return TokenInvertedResidual(block) if folded else block
-
-
-def _attention(old: WindowAttention) -> nn.Module:
-    attn = old.attn
-    if not _are_layers(*attn.qkvs, *attn.dws, attn.proj[1]):
-        return old
-    as_published = attn.cascade and attn.heads * attn.v_dim == attn.proj[1].out_channels
-    return TokenAttention(old) if as_published else old
-
-
-def _residual(block: Residual) -> nn.Module:
-    if not isinstance(block.m, TokenFFN | TokenAttention):
-        return block
-    part: Any = block.m
-    part.residual = True
-    return block.m
-
-
-INFERENCE: Parts = {
-    FFN: _ffn,
-    InvertedResidual: _inverted,
-    WindowAttention: _attention,
-    Residual: _residual,
-}

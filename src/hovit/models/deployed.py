@@ -1,10 +1,14 @@
-"""A model as it is timed, as a rule with BatchNorm folded. Random weights do for a time.
+"""A model in its deploy form, registered so that it is measured like any other model.
 
     timm.create_model("deployed", of="efficientvit_paper_m0")
     timm.create_model("deployed", of="efficientvit_m0", by="timm", channels_last=True)
 
-Papers: LeViT (https://arxiv.org/abs/2104.01136) and EfficientViT (https://arxiv.org/abs/2305.07027)
-time their models so.
+Paper: `LeViT: a Vision Transformer in ConvNet's Clothing for Faster Inference`
+    - https://arxiv.org/abs/2104.01136
+`EfficientViT: Memory Efficient Vision Transformer with Cascaded Group Attention`
+    - https://arxiv.org/abs/2305.07027
+Both time models with BatchNorm folded.
+Upstream: `reparameterize_model` is timm's (timm/utils/model.py).
 """
 
 from collections.abc import Callable
@@ -18,7 +22,7 @@ from torch import nn
 
 from .deploy import deploy
 
-FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
+DEPLOY_FUNCTIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "hovit": deploy,
     "folding": lambda model: deploy(model, parts=False),
     "timm": reparameterize_model,
@@ -36,29 +40,36 @@ def deployed(
     channels_last: bool | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """A form of a model, the deploy form unless told, in evaluation mode.
+    """Create a model and convert it for inference; random weights are enough to measure time.
 
     Args:
-        pretrained: of the model.
-        of: its name.
-        by: `'hovit'`: `hovit.models.deploy`; `'folding'`: likewise, but EfficientViT's parts stay
-            as they are; `'timm'`: what timm fuses by itself; `'nothing'`: the model as it is.
-        channels_last: the order of the weights, which that of the maps follows; None: as it comes
-            (of ours, channels-last).
-        kwargs: the model's.
+        pretrained: load pretrained weights of the model.
+        of: name of the model.
+        by: `'hovit'`: `hovit.models.deploy`; `'folding'`: the same without EfficientViT's parts;
+            `'timm'`: timm's own fusion; `'nothing'`: no change.
+        channels_last: memory format of the weights, and thereby of the feature maps. None keeps
+            the format (`hovit` and `folding` produce channels-last).
+        kwargs: arguments of the model.
+
+    Returns:
+        the converted model in evaluation mode.
 
     Raises:
-        ValueError: for another `by` or order, or a BatchNorm that cannot be folded.
+        ValueError: for a missing `of`, an unknown `by` or format, or a BatchNorm that cannot be
+            folded.
+        RuntimeError: for `features_only`, which a converted model does not support.
     """
-    if by not in FORMS:
-        raise ValueError(f"by={by!r}: one of {', '.join(map(repr, FORMS))}")
+    if not of:
+        raise ValueError("of='': name the model to deploy")
+    if by not in DEPLOY_FUNCTIONS:
+        raise ValueError(f"by={by!r}: one of {', '.join(map(repr, DEPLOY_FUNCTIONS))}")
     if channels_last not in (True, False, None):
         raise ValueError(f"channels_last={channels_last!r}: true, false or left out")
-    known = {key: value for key, value in kwargs.items() if not key.startswith("pretrained_cfg")}
-    known.pop("cache_dir", None)
-    model = timm.create_model(of, pretrained=pretrained, **known).eval()
-    made = FORMS[by](model)
+    if kwargs.get("features_only"):
+        raise RuntimeError("features_only not implemented for deployed models.")
+    kwargs = {key: value for key, value in kwargs.items() if not key.startswith("pretrained_cfg")}
+    kwargs.pop("cache_dir", None)
+    model = DEPLOY_FUNCTIONS[by](timm.create_model(of, pretrained=pretrained, **kwargs).eval())
     if channels_last is None:
-        return made
-    order = torch.channels_last if channels_last else torch.contiguous_format
-    return made.to(memory_format=order)
+        return model
+    return model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

@@ -1,11 +1,15 @@
-"""The Launcher: a pretrained ResNet50 that paints the image which a backbone then classifies.
+"""The Launcher: a pretrained ResNet50 that generates the image that a backbone classifies.
 
-Seed: the HoViT slide deck (seeds/000), slides "03 Launcher Architecture". ResNet50 is timm's.
+Paper: none; the HoViT slide deck (seeds/000), slides "03 Launcher Architecture". ResNet50:
+`Deep Residual Learning for Image Recognition`
+    - https://arxiv.org/abs/1512.03385
+Upstream: none is published for the Launcher; ResNet50 is timm's (timm/models/resnet.py).
 
 ResNet50 without its classifier -> one pooled vector of 2,048 -> Linear to a 3 x 56 x 56 image ->
-ConvTranspose2d (4 x 4, stride 4) -> 3 x 224 x 224 -> the whole backbone, stem included. The image
-is a linear function of one vector: whatever the backbone reads, ResNet50 had to say in 2,048
-numbers. All of it is trained. It adds 42,785,171 parameters at 224 pixels.
+ConvTranspose2d (4 x 4, stride 4) -> 3 x 224 x 224 -> the whole backbone, including its stem. The
+generated image is a linear function of the pooled vector, so the backbone gets no more information
+than these 2,048 numbers. All parts are trained. The Launcher adds 42,785,171 parameters at 224
+pixels.
 """
 
 import math
@@ -14,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import timm
+import torch
 from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -21,12 +26,15 @@ from torch import Tensor, nn
 from . import hovit, levit_deck
 
 RESNET_FEATURES = 2048
+IMAGE_CHANNELS = 3  # of the generated image, whatever the channels of the input
 BACKBONES = (*levit_deck.default_cfgs, *hovit.default_cfgs, "levit_256")
 
 default_cfgs = generate_default_cfgs(
     {
         f"l_{name}": levit_deck.deck_cfg(
-            fixed_input_size=True, first_conv="resnet.conv1", classifier="backbone.head.linear"
+            fixed_input_size=True,
+            first_conv="resnet.conv1",
+            classifier=("backbone.head.linear", "backbone.head_dist.linear"),
         )
         for name in BACKBONES
     }
@@ -34,16 +42,19 @@ default_cfgs = generate_default_cfgs(
 
 
 class Launcher(nn.Module):
-    """A backbone behind ResNet50 and the image that it paints.
+    """ResNet50, an image generator and a backbone.
 
     Args:
         backbone: name of a timm model.
-        img_size: height and width of the painted image in pixels, multiples of 4 (224 in the deck;
-            smaller is ours, so that small scales stay small). The input itself may have any size.
         num_classes: outputs of the backbone.
+        img_size: height and width of the generated image in pixels, multiples of 4 (224 in the
+            deck; smaller sizes are our addition, for small scales). The input can have any size.
+        in_chans: channels of the input. The generated image always has 3.
+        device, dtype: of parameters and buffers.
+        kwargs: arguments of the backbone.
 
     Raises:
-        ValueError: for an `img_size` that 4 does not divide.
+        ValueError: if `img_size` is not a multiple of 4.
     """
 
     def __init__(
@@ -51,63 +62,118 @@ class Launcher(nn.Module):
         backbone: str,
         num_classes: int = 1000,
         img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
         height, width = to_2tuple(img_size)
         if height % 4 or width % 4:
-            raise ValueError(f"img_size={img_size}: the Launcher paints multiples of 4 pixels")
-        self.painted = (3, height // 4, width // 4)
-        self.resnet: Any = timm.create_model("resnet50", num_classes=0)
-        self.to_image = nn.Linear(RESNET_FEATURES, math.prod(self.painted))
-        self.upsample = nn.ConvTranspose2d(3, 3, kernel_size=4, stride=4)
+            raise ValueError(f"img_size={img_size}: the Launcher needs multiples of 4 pixels")
+        self.in_chans = in_chans
+        self.low_res_shape = (IMAGE_CHANNELS, height // 4, width // 4)
+        self.resnet: Any = timm.create_model("resnet50", num_classes=0, in_chans=in_chans)
+        self.to_image = nn.Linear(RESNET_FEATURES, math.prod(self.low_res_shape))
+        self.upsample = nn.ConvTranspose2d(IMAGE_CHANNELS, IMAGE_CHANNELS, kernel_size=4, stride=4)
         if timm.get_pretrained_cfg_value(backbone, "fixed_input_size"):
             kwargs["img_size"] = img_size
         self.backbone: Any = timm.create_model(backbone, num_classes=num_classes, **kwargs)
-        self.num_features = self.head_hidden_size = self.backbone.num_features
+        self.to(device=device, dtype=dtype)
 
     @property
     def num_classes(self) -> int:
         return self.backbone.num_classes
 
+    @property
+    def num_features(self) -> int:
+        return self.backbone.num_features
+
+    @property
+    def head_hidden_size(self) -> int:
+        return self.backbone.head_hidden_size
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        return self.backbone.feature_info
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the backbone's parameters without weight decay."""
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that group the parameters by depth: ResNet50 and the generator come first."""
+        groups = self.backbone.group_matcher(coarse)
+
+        def within(pattern: str) -> str:
+            return pattern.replace("^", r"^backbone\.", 1)
+
+        blocks = groups["blocks"]
+        if isinstance(blocks, str):
+            blocks = within(blocks)
+        else:
+            blocks = [(within(pattern), order) for pattern, order in blocks]
+        stem = rf"^(?:resnet|to_image|upsample)\.|{within(groups['stem'])}"
+        return {"stem": stem, "blocks": blocks}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in the backward pass, in ResNet50 and in the backbone."""
+        self.resnet.set_grad_checkpointing(enable)
+        self.backbone.set_grad_checkpointing(enable)
+
     def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
-        """The backbone's classifier."""
+        """The classifier of the backbone."""
         return self.backbone.get_classifier()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New classifier for the backbone; ResNet50 has none."""
+        """Replace the classifier of the backbone; ResNet50 has none."""
         self.backbone.reset_classifier(num_classes, global_pool)
 
     def set_distilled_training(self, enable: bool = True) -> None:
-        """With `enable`, training gives both of the backbone's heads."""
+        """With `enable`, a forward pass in training mode returns the logits of both heads."""
         self.backbone.set_distilled_training(enable)
 
-    def paint(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] -> the image that the backbone sees, [B, 3, img_size, img_size]."""
+    def generate_image(self, x: Tensor) -> Tensor:
+        """[B, in_chans, H, W] -> the input of the backbone, [B, 3, img_size, img_size]."""
         x = self.to_image(self.resnet(x))  # [B, 2048] -> [B, 3 * 56 * 56]
-        return self.upsample(x.unflatten(1, self.painted))
+        return self.upsample(x.unflatten(1, self.low_res_shape))
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Features of chosen stages of the backbone; arguments as in timm."""
+        return self.backbone.forward_intermediates(self.generate_image(x), *args, **kwargs)
+
+    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
+        """Remove the stages of the backbone that are not needed; arguments as in timm."""
+        return self.backbone.prune_intermediate_layers(*args, **kwargs)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] -> the backbone's features."""
-        return self.backbone.forward_features(self.paint(x))
+        """[B, in_chans, H, W] -> the features of the backbone."""
+        return self.backbone.forward_features(self.generate_image(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """The backbone's features -> [B, classes]."""
+        """Features of the backbone -> [B, classes]."""
         return self.backbone.forward_head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return self.forward_head(self.forward_features(x))
 
 
-def _launcher_before(backbone: str) -> Callable[..., Launcher]:
-    def entrypoint(pretrained: bool = False, **kwargs: Any) -> Launcher:
-        build = partial(Launcher, backbone)
-        return build_model_with_cfg(build, f"l_{backbone}", pretrained, **kwargs)
+def _register_launcher(backbone: str) -> Callable[..., Launcher]:
+    """Register `l_{backbone}`: the Launcher in front of this backbone."""
 
-    entrypoint.__name__ = entrypoint.__qualname__ = f"l_{backbone}"
-    entrypoint.__doc__ = f"The Launcher before `{backbone}`."
-    return entrypoint
+    def create_launcher(pretrained: bool = False, **kwargs: Any) -> Launcher:
+        return build_model_with_cfg(
+            partial(Launcher, backbone),
+            f"l_{backbone}",
+            pretrained,
+            feature_cfg={"out_indices": (0, 1, 2), "feature_cls": "getter"},
+            **kwargs,
+        )
+
+    create_launcher.__name__ = create_launcher.__qualname__ = f"l_{backbone}"
+    create_launcher.__doc__ = f"The Launcher in front of `{backbone}`."
+    return register_model(create_launcher)
 
 
 for _name in BACKBONES:
-    globals()[f"l_{_name}"] = register_model(_launcher_before(_name))
+    globals()[f"l_{_name}"] = _register_launcher(_name)

@@ -1,16 +1,20 @@
-"""Swin and DeiT with another share of attention layers, or with heads that read a split each.
+"""Swin and DeiT with a chosen share of attention layers, or with per-head channel splits.
 
 Paper: `EfficientViT: Memory Efficient Vision Transformer with Cascaded Group Attention`
     - https://arxiv.org/abs/2305.07027, sections 2.1 and 2.2 (figures 3 and 4).
-Seed: seeds/002, on memory and computation. How the attention layers are spread is ours: evenly over
-the depth, attention first, so that a share of 1/2 is timm's model with its own order.
+Source: seeds/002, on memory and computation.
+Upstream: none is published for this analysis; Swin and DeiT are timm's.
+
+How the attention layers are placed is our choice: evenly over the depth, attention first. A share
+of 1/2 is therefore timm's model with its own order of layers.
 """
 
+from functools import partial
 from typing import Any
 
 import timm
 import torch
-from timm.models import generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 
@@ -22,34 +26,41 @@ class AttentionLayer(nn.Module):
         block.norm2 = block.mlp = block.drop_path2 = block.ls2 = None
         self.block = block
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] in Swin, [B, N, C] in DeiT -> the same."""
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """Resize the windows of a Swin block; arguments as in timm."""
+        self.block.set_input_size(*args, **kwargs)
+
+    def forward(self, x: Tensor, **mask: Any) -> Tensor:
+        """[B, H, W, C] in Swin, [B, N, C] in DeiT -> the same; `mask` as in timm's ViT."""
         block: Any = self.block
         if hasattr(block, "_attn"):
             return x + block.drop_path1(block._attn(block.norm1(x)))
-        return x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
+        return x + block.drop_path1(block.ls1(block.attn(block.norm1(x), **mask)))
 
 
 class FeedForwardLayer(nn.Module):
-    """The other half: x + MLP(norm(x))."""
+    """The feed-forward half of a timm block: x + MLP(norm(x))."""
 
     def __init__(self, block: Any) -> None:
         super().__init__()
         self.norm, self.mlp, self.drop_path = block.norm2, block.mlp, block.drop_path2
         self.scale = getattr(block, "ls2", nn.Identity())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, ..., C] -> the same."""
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the layer works on any number of tokens."""
+
+    def forward(self, x: Tensor, **mask: Any) -> Tensor:
+        """[B, ..., C] -> the same; `mask` has no effect."""
         return x + self.drop_path(self.scale(self.mlp(self.norm(x))))
 
 
 class SplitQKV(nn.Module):
-    """Q, K and V of each head from a split of the channels of its own.
+    """Projection to Q, K and V in which each head reads its own split of the channels.
 
     Args:
-        dim: channels in and, for each of Q, K and V, out.
-        heads: splits.
-        bias: as the Linear's that it replaces.
+        dim: channels of the input, and of each of Q, K and V.
+        heads: number of splits.
+        bias: whether it has a bias.
     """
 
     def __init__(self, dim: int, heads: int, bias: bool) -> None:
@@ -67,14 +78,14 @@ class SplitQKV(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
-def places(layers: int, share: float) -> list[bool]:
-    """Which of so many layers are attention: round(layers * share) of them, evenly spread.
+def attention_layout(layers: int, share: float) -> list[bool]:
+    """For each layer, whether it is attention: round(layers * share) of them, evenly spaced.
 
     Raises:
-        ValueError: if share is not in [0, 1].
+        ValueError: if `share` is not in [0, 1].
     """
     if not 0 <= share <= 1:
-        raise ValueError(f"mhsa_share={share} is in [0, 1]")
+        raise ValueError(f"mhsa_share={share} is not in [0, 1]")
     n = round(layers * share)
     return [i * n % layers < n for i in range(layers)]
 
@@ -82,55 +93,57 @@ def places(layers: int, share: float) -> list[bool]:
 def with_mhsa_share(
     name: str, mhsa_share: float = 0.5, head_splits: bool = False, **kwargs: Any
 ) -> Any:
-    """A timm Swin, ViT or DeiT whose layers are attention to this share, the rest FFN.
+    """Build a timm Swin, ViT or DeiT with this share of attention layers; the others are FFNs.
 
-    Its depth, in layers of either kind, is the original's. With `head_splits`, each head reads a
-    split of the channels (section 2.2).
+    The number of layers, attention and FFN together, stays that of timm's model.
 
     Args:
-        name: timm's.
+        name: timm's name of the model.
         mhsa_share: attention layers over all layers; 0.5 is the original.
-        head_splits: see above.
-        kwargs: timm's, of the width for one.
+        head_splits: each head reads its own split of the channels (section 2.2).
+        kwargs: arguments of timm's model.
 
     Raises:
-        ValueError: for a share that is not in [0, 1], or a model of another kind.
+        ValueError: for a share outside [0, 1], or another architecture.
     """
-    plain: Any = timm.create_model(name, **kwargs)
-    swin = hasattr(plain, "layers")
-    if not swin and not isinstance(getattr(plain, "blocks", None), nn.Sequential):
+    model: Any = timm.create_model(name, **kwargs)
+    is_swin = hasattr(model, "layers")
+    if not is_swin and not isinstance(getattr(model, "blocks", None), nn.Sequential):
         raise ValueError(f"{name} is neither Swin, ViT nor DeiT")
-    places(1, mhsa_share)  # refuses what is no share
-    if mhsa_share == 0.5:  # timm's own order: its blocks stay whole
-        return _split_heads(plain) if head_splits else plain
-    depths = [len(stage.blocks) for stage in plain.layers] if swin else [len(plain.blocks)]
-    attends = iter(places(2 * sum(depths), mhsa_share))
-    slots = [[next(attends) for _ in range(2 * depth)] for depth in depths]
-    most = [max(sum(each), len(each) - sum(each)) for each in slots]
-    model: Any = timm.create_model(
-        name, **kwargs | ({"depths": tuple(most)} if swin else {"depth": most[0]})
-    )
-    for stage, each in zip(model.layers if swin else [model], slots, strict=True):
-        stage.blocks = nn.Sequential(*halves(list(stage.blocks), each))
+    depths = [len(stage.blocks) for stage in model.layers] if is_swin else [len(model.blocks)]
+    layout = attention_layout(2 * sum(depths), mhsa_share)
+    if mhsa_share != 0.5:  # at 0.5 timm's blocks stay whole
+        stages = [[layout.pop(0) for _ in range(2 * depth)] for depth in depths]
+        # Enough blocks to supply the attention layers and the FFNs of each stage.
+        blocks = [max(sum(stage), len(stage) - sum(stage)) for stage in stages]
+        depth = {"depths": tuple(blocks)} if is_swin else {"depth": blocks[0]}
+        model = timm.create_model(name, **kwargs | depth)
+        for stage, is_attention in zip(model.layers if is_swin else [model], stages, strict=True):
+            stage.blocks = nn.Sequential(*split_blocks(list(stage.blocks), is_attention))
+        if not is_swin:
+            info = model.feature_info[0]
+            model.feature_info = [
+                info | {"module": f"blocks.{i}"} for i in range(len(model.blocks))
+            ]
     return _split_heads(model) if head_splits else model
 
 
 def _split_heads(model: Any) -> Any:
     for attn in [m for m in model.modules() if hasattr(m, "qkv")]:
-        attn.qkv = SplitQKV(attn.proj.in_features, attn.num_heads, attn.qkv.bias is not None)
+        qkv = SplitQKV(attn.proj.in_features, attn.num_heads, attn.qkv.bias is not None)
+        attn.qkv = qkv.to(attn.proj.weight)  # its device and dtype
     return model
 
 
-def halves(blocks: list[Any], attends: list[bool]) -> list[nn.Module]:
-    """The k-th attention is the k-th block's, so that Swin's shifts alternate; FFN likewise."""
-    forward = [FeedForwardLayer(block) for block in blocks]  # before attention lets go of them
-    attention = [AttentionLayer(block) for block in blocks]
-    taken = [0, 0]
-    layers: list[nn.Module] = []
-    for attend in attends:
-        layers.append((attention if attend else forward)[taken[attend]])
-        taken[attend] += 1
-    return layers
+def split_blocks(blocks: list[Any], is_attention: list[bool]) -> list[nn.Module]:
+    """Split blocks into attention and FFN layers, and arrange them in this order.
+
+    The k-th attention layer comes from the k-th block, so that Swin's shifts alternate; likewise
+    the FFN layers.
+    """
+    ffns = iter([FeedForwardLayer(block) for block in blocks])  # first: AttentionLayer drops them
+    attentions = iter([AttentionLayer(block) for block in blocks])
+    return [next(attentions) if attention else next(ffns) for attention in is_attention]
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -143,31 +156,39 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
         "std": (0.229, 0.224, 0.225),
         "interpolation": "bicubic",
         "crop_pct": 0.9,
+        "first_conv": "patch_embed.proj",
     } | kwargs
 
 
+BASES = {
+    "mhsa_swin_tiny": "swin_tiny_patch4_window7_224",
+    "mhsa_deit_tiny": "deit_tiny_patch16_224",
+}
 default_cfgs = generate_default_cfgs(
     {
-        "mhsa_swin_tiny": _cfg(first_conv="patch_embed.proj", classifier="head.fc"),
-        "mhsa_deit_tiny": _cfg(first_conv="patch_embed.proj", classifier="head"),
+        "mhsa_swin_tiny": _cfg(classifier="head.fc"),
+        "mhsa_deit_tiny": _cfg(classifier="head"),
     }
 )
 
 
-def _named(base: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
-    if pretrained:
-        raise ValueError("no weights are published for another share of attention")
-    kwargs = {k: v for k, v in kwargs.items() if not k.startswith("pretrained_cfg")}
-    return with_mhsa_share(base, **kwargs)
+def _mhsa(variant: str, pretrained: bool, **kwargs: Any) -> Any:
+    return build_model_with_cfg(
+        partial(with_mhsa_share, BASES[variant]),
+        variant,
+        pretrained,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **kwargs,
+    )
 
 
 @register_model
 def mhsa_swin_tiny(pretrained: bool = False, **kwargs: Any) -> Any:
-    """Swin-T with `mhsa_share` and `head_splits`; `embed_dim` narrows it."""
-    return _named("swin_tiny_patch4_window7_224", pretrained, kwargs)
+    """Swin-T with `mhsa_share` and `head_splits`; `embed_dim` sets the width."""
+    return _mhsa("mhsa_swin_tiny", pretrained, **kwargs)
 
 
 @register_model
 def mhsa_deit_tiny(pretrained: bool = False, **kwargs: Any) -> Any:
-    """DeiT-T with `mhsa_share` and `head_splits`; `embed_dim` narrows it."""
-    return _named("deit_tiny_patch16_224", pretrained, kwargs)
+    """DeiT-T with `mhsa_share` and `head_splits`; `embed_dim` sets the width."""
+    return _mhsa("mhsa_deit_tiny", pretrained, **kwargs)

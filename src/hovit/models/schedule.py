@@ -1,7 +1,10 @@
-"""Where SkipViT drops tokens and where they come back, as the seed writes it. Imports no torch.
+"""Drop schedules of SkipViT: where tokens are dropped and where they return. Imports no torch.
 
-Seed: SkipViT (seeds/001), Table 1, column "Dropping": `6(45%)+11`, `4,7(30%,30%)+10`,
-`6(45%)+fused token`. Paper: https://arxiv.org/abs/2401.15293
+Paper: `SkipViT: Speeding Up Vision Transformers with a Token-Level Skip Connection`
+    - https://arxiv.org/abs/2401.15293
+Source: the SkipViT poster (seeds/001), Table 1, column "Dropping": `6(45%)+11`,
+`4,7(30%,30%)+10`, `6(45%)+fused token`.
+Upstream: none is published.
 """
 
 import re
@@ -9,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 _RATIO = r"\d{1,3}(?:\.\d{1,4})?\s*%"
-_SPELLING = re.compile(
+_NOTATION = re.compile(
     rf"\s*(?P<layers>\d+(?:\s*,\s*\d+)*)\s*"
     rf"\(\s*(?P<ratios>{_RATIO}(?:\s*,\s*{_RATIO})*)\s*\)\s*"
     r"\+\s*(?P<end>\d+|fused(?:\s+token)?)\s*",
@@ -21,12 +24,12 @@ _SPELLING = re.compile(
 class Schedule:
     """`4,7(30%,30%)+10`: drop 30 % in layer 4 and 30 % of the rest in layer 7, return in layer 10.
 
-    Layers count from 1, as in the seed ("the 6th transformer layer").
+    Layers count from 1, as on the poster ("the 6th transformer layer").
 
     Args:
-        layers: where tokens are dropped, ascending; none for a plain ViT.
-        ratios: for each, the dropped part of the patch tokens that are active there.
-        back: the layer at whose input they return; None where they never do but are fused.
+        layers: layers that drop tokens, ascending; empty for a plain ViT.
+        ratios: for each of them, the dropped fraction of the active patch tokens.
+        back: layer before which the tokens return; None if they are fused instead.
     """
 
     layers: tuple[int, ...] = ()
@@ -35,18 +38,18 @@ class Schedule:
 
     @classmethod
     def parse(cls, text: str, depth: int) -> "Schedule":
-        """The schedule that a text means, for a network of `depth` layers; `''` drops nothing.
+        """Parse a schedule for a network of `depth` layers; `''` drops nothing.
 
-        Both `+fused` and the seed's `+fused token` are read. A ratio of 0 % drops nothing.
+        Accepts both `+fused` and `+fused token` as on the poster. A ratio of 0 % drops nothing.
 
         Raises:
-            ValueError: for another notation, or a schedule that no such network can follow.
+            ValueError: for another notation, or a schedule that does not fit the depth.
         """
         if not isinstance(text, str):
             raise ValueError(f"schedule {text!r}: write a string, as in '6(45%)+11'")
         if not text.strip():
             return cls()
-        match = _SPELLING.fullmatch(text)
+        match = _NOTATION.fullmatch(text)
         if match is None:
             raise ValueError(
                 f"schedule {text!r}: write LAYERS(RATIOS)+LAYER or +fused, "
@@ -62,7 +65,7 @@ class Schedule:
         return schedule
 
     def _problem(self, depth: int) -> str:
-        """What is wrong with it, or ''."""
+        """Reason why the schedule does not fit this depth, or ''."""
         layers, back = self.layers, self.back
         if len(layers) != len(self.ratios):
             return f"{len(layers)} layers but {len(self.ratios)} ratios; give one for each"
@@ -80,11 +83,11 @@ class Schedule:
 
     @property
     def fused(self) -> bool:
-        """Whether the dropped tokens become one token instead of returning."""
+        """Whether the dropped tokens are fused into one token instead of returning."""
         return bool(self.layers) and self.back is None
 
     def kept(self, patches: int) -> tuple[int, ...]:
-        """The active patch tokens of `patches` after each layer that drops."""
+        """Number of active patch tokens after each layer that drops, out of `patches`."""
         counts = []
         for ratio in self.ratios:
             patches = keep_count(patches, ratio)
@@ -92,7 +95,7 @@ class Schedule:
         return tuple(counts)
 
     def __str__(self) -> str:
-        """The seed's notation, without spaces; `parse` reads it back."""
+        """The poster's notation without spaces; `parse` accepts it."""
         if not self.layers:
             return ""
         layers, ratios = ",".join(map(str, self.layers)), ",".join(map(percent, self.ratios))

@@ -1,11 +1,13 @@
-"""SkipViT: timm's ViT, of whose middle layers only the tokens matter that the class token looks at.
+"""SkipViT: a ViT whose middle layers process only the tokens with high class attention.
 
-Seed: SkipViT (seeds/001). Paper: `SkipViT: Speeding Up Vision Transformers with a Token-Level Skip
-Connection`
+Paper: `SkipViT: Speeding Up Vision Transformers with a Token-Level Skip Connection`
     - https://arxiv.org/abs/2401.15293
-No code was published. The algorithm is `token_skipping`, the notation `schedule`; this is the glue
-to timm. Ours, after EViT (https://arxiv.org/abs/2202.07800), where the seed is silent: tokens are
-dropped between a layer's attention and its FFN, and two drops compound.
+Source: the SkipViT poster (seeds/001).
+Upstream: no code is published; the ViT is timm's (timm/models/vision_transformer.py).
+
+The algorithm is in `token_skipping`, the notation in `schedule`; this file connects them to timm.
+Where the poster is silent we follow EViT (https://arxiv.org/abs/2202.07800): tokens are dropped
+between the attention and the FFN of a layer, and a second drop applies to the remaining tokens.
 
     timm.create_model("skipvit_small_patch16_224", schedule="6(45%)+11")
 """
@@ -27,52 +29,53 @@ from .token_skipping import choose, class_attention, fuse, put_back, take
 
 
 class SkipViT(VisionTransformer):
-    """timm's ViT that skips tokens. Its modules, parameters and their names are timm's.
+    """timm's ViT with token skipping. Modules, parameters and their names are those of timm.
 
-    With an empty schedule, in the warm-up, and where a ratio is too small to drop one token, it
-    is timm's to the bit. Otherwise it drops, in training and at evaluation alike. The warm-up is
-    of training alone: the epochs are compared as the model that is used in the end (ours).
+    With an empty schedule, during warm-up, and where a ratio is too small to drop one token, its
+    outputs are bit-identical to timm's. Otherwise it drops tokens in training and in evaluation.
+    The warm-up affects training only, so that every epoch is validated as the final model runs
+    (our choice).
 
     Args:
-        schedule: in the seed's notation (`Schedule.parse`); `''` drops nothing.
-        warmup: the part of all epochs in which nothing is dropped (seed: 15 of 100, that is 0.15).
-            It counts once `set_epoch` is told; a model that never was told an epoch drops.
-        kwargs: timm's.
+        schedule: in the poster's notation (`Schedule.parse`); `''` drops nothing.
+        warmup: fraction of all epochs in which nothing is dropped (poster: 15 of 100, or 0.15). It
+            takes effect through `set_epoch`; without such a call the model drops tokens.
+        kwargs: arguments of timm's ViT.
 
     Raises:
-        ValueError: for a schedule that is none or does not fit the depth, a warm-up outside 0 to 1,
-            or a ViT without a class token or with other blocks than timm's plain ones.
+        ValueError: for an invalid schedule or one that does not fit the depth, a warm-up outside 0
+            to 1, a ViT without a class token or with other blocks than timm's plain ones.
     """
 
     def __init__(self, schedule: str = "", warmup: float = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not isinstance(warmup, int | float) or not 0 <= warmup <= 1:
-            raise ValueError(f"warmup={warmup!r}: a part of all epochs, from 0 to 1")
+            raise ValueError(f"warmup={warmup!r}: a fraction of all epochs, from 0 to 1")
         self.schedule = Schedule.parse(schedule, len(self.blocks))
         self.ratios = dict(zip(self.schedule.layers, self.schedule.ratios, strict=True))
         self.warmup = warmup
         self.dropping = True
         blocks: list[Any] = [self.blocks[layer - 1] for layer in self.schedule.layers]
         if blocks and not self.has_class_token:
-            raise ValueError(f"schedule={schedule!r} needs a class token: its attention chooses")
+            raise ValueError(f"schedule={schedule!r} needs a class token to rank the patches")
         if any(type(b) is not Block or type(b.attn) is not Attention for b in blocks):
             raise ValueError(f"schedule={schedule!r} needs timm's plain Block and Attention")
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Drop from epoch `warmup * epochs` on, rounded to the nearest (a half up; ours).
+        """Drop from epoch `warmup * epochs` on, rounded to the nearest, a half up (our choice).
 
-        A function of its arguments alone: after a resume it is what it would have been.
+        The result depends only on the arguments, so a resumed run behaves the same.
 
         Args:
-            epoch: the one that begins, counted from 0.
-            epochs: all of them.
+            epoch: the epoch that begins, counted from 0.
+            epochs: number of all epochs.
         """
         self.dropping = epoch >= math.floor(Fraction(str(self.warmup)) * epochs + Fraction(1, 2))
 
     def forward_features(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """[B, 3, H, W] -> [B, N, C] tokens of the last layer: fewer than ViT's if none returned."""
+        """[B, 3, H, W] -> [B, N, C], the tokens of the last layer; fewer if none return."""
         if not self._drops():
             return super().forward_features(x, attn_mask, is_causal)
         if attn_mask is not None or is_causal:
@@ -80,30 +83,45 @@ class SkipViT(VisionTransformer):
         return self.norm(self._skip(self._embed(x)))
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """timm's, while nothing is dropped.
+        """Features of chosen layers, as in timm, while no tokens are dropped.
 
         Raises:
-            ValueError: while it drops: a layer in between has no grid of features.
+            RuntimeError: if the model drops tokens: the layers then have no grid of features.
         """
         if self._drops():
-            raise ValueError("no grid of features in a layer that skips tokens: use schedule=''")
+            raise RuntimeError(_NO_FEATURES)
         return super().forward_intermediates(x, *args, **kwargs)
+
+    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
+        """Remove layers that are not needed for features, as in timm.
+
+        Raises:
+            RuntimeError: if the model has a schedule.
+        """
+        if self.ratios:
+            raise RuntimeError(_NO_FEATURES)
+        return super().prune_intermediate_layers(*args, **kwargs)
 
     def _drops(self) -> bool:
         return bool(self.ratios) and (self.dropping or not self.training)
 
     def _embed(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, N, C], the first layer's input."""
+        """[B, 3, H, W] -> [B, N, C], the input of the first layer."""
         return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
 
     def _skip(self, x: Tensor, indices: dict[int, Tensor] | None = None) -> Tensor:
-        """All layers, [B, N, C] -> [B, N', C]; `indices` is given each dropping layer's."""
-        left: list[tuple[Tensor, Tensor]] = []  # the sequence and its index, drop by drop
-        fused = 0  # fused tokens so far, at the end; they are never ranked (ours)
+        """Run all layers, [B, N, C] -> [B, N', C].
+
+        Args:
+            x: output of `_embed`.
+            indices: filled with the index of kept tokens of each layer that drops.
+        """
+        dropped: list[tuple[Tensor, Tensor]] = []  # whole sequence and kept index, per drop
+        fused = 0  # fused tokens at the end of the sequence; never ranked (our choice)
         for layer, block in enumerate(self.blocks, start=1):
             if layer == self.schedule.back:
-                while left:
-                    x = put_back(*left.pop(), x)
+                while dropped:
+                    x = put_back(*dropped.pop(), x)
             patches = x.shape[1] - self.num_prefix_tokens - fused
             keep = keep_count(patches, self.ratios.get(layer, Fraction(0)))
             if keep == patches:
@@ -113,14 +131,18 @@ class SkipViT(VisionTransformer):
             if self.schedule.fused:
                 fused += 1
             else:
-                left.append((whole, index))
+                dropped.append((whole, index))
             if indices is not None:
                 indices[layer] = index
         return x
 
     def _drop(self, x: Tensor, block: Any, keep: int, fused: int) -> tuple[Tensor, Tensor, Tensor]:
-        """A layer that drops: the sequence after its attention, the index of what is kept, and that
-        (and what fuses the rest) after its FFN."""
+        """Run one layer that drops tokens.
+
+        Returns:
+            the sequence after attention [B, N, C], the index of kept tokens [B, K], and the kept
+            (and fused) tokens after the FFN [B, K (+ 1), C].
+        """
         out, scores = _attend(block.attn, block.norm1(x), self.schedule.fused)
         x = x + block.drop_path1(block.ls1(out))  # [B, N, C]
         index = choose(scores, keep, self.num_prefix_tokens, fused)
@@ -130,13 +152,16 @@ class SkipViT(VisionTransformer):
         return x, index, kept + block.drop_path2(block.ls2(block.mlp(block.norm2(kept))))
 
 
+_NO_FEATURES = "features_only not implemented for SkipViT models that drop tokens: use schedule=''"
+
+
 def _attend(attn: Any, x: Tensor, differentiable: bool) -> tuple[Tensor, Tensor]:
-    """timm's attention in a fused kernel, and beside it the class token's row.
+    """timm's attention in a fused kernel, and the attention of the class token.
 
     Args:
         attn: timm's `Attention`.
-        x: [B, N, C], normed.
-        differentiable: whether gradients pass through the row; choosing needs none.
+        x: [B, N, C], after the norm.
+        differentiable: whether gradients pass through the scores; ranking needs none.
 
     Returns:
         [B, N, C], and scores [B, N].
@@ -154,7 +179,7 @@ def _attend(attn: Any, x: Tensor, differentiable: bool) -> tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def kept_patches(model: SkipViT, x: Tensor) -> Tensor:
-    """Which patches of each image every layer's FFN works on.
+    """Patches that the FFN of each layer processes.
 
     Args:
         model: in evaluation mode.
@@ -164,7 +189,7 @@ def kept_patches(model: SkipViT, x: Tensor) -> Tensor:
         [B, depth, patches] booleans, patches in raster order.
 
     Raises:
-        ValueError: for a model in training mode, whose dropout would choose along.
+        ValueError: if the model is in training mode: dropout would affect the ranking.
     """
     if model.training:
         raise ValueError("kept_patches needs the model in evaluation mode: model.eval()")
@@ -173,16 +198,26 @@ def kept_patches(model: SkipViT, x: Tensor) -> Tensor:
     model._skip(x, indices)
     prefix, (batch, n, _) = model.num_prefix_tokens, x.shape
     kept = torch.ones(batch, len(model.blocks), n - prefix, dtype=torch.bool, device=x.device)
-    places = torch.arange(n, device=x.device).expand(batch, n)  # of each token, in the whole
+    positions = torch.arange(n, device=x.device).expand(batch, n)  # in the whole sequence
     for layer, index in indices.items():
-        places = places.gather(1, index)
-        active = torch.zeros(batch, n, dtype=torch.bool, device=x.device).scatter(1, places, True)
+        positions = positions.gather(1, index)
+        active = torch.zeros(batch, n, dtype=torch.bool, device=x.device)
+        active = active.scatter(1, positions, True)
         kept[:, layer - 1 : schedule.back and schedule.back - 1] = active[:, None, prefix:]
         if schedule.fused:
-            places = F.pad(places, (0, 1))  # a fused token is at no patch; place 0 is the class's
+            positions = F.pad(positions, (0, 1))  # a fused token is no patch: position 0
     return kept
 
 
+TINY: dict[str, Any] = {"embed_dim": 192, "num_heads": 3}
+SMALL: dict[str, Any] = {"embed_dim": 384, "num_heads": 6}
+MODEL_ARGS: dict[str, dict[str, Any]] = {
+    "skipvit_tiny_patch16_224": TINY,
+    "skipvit_tiny_patch8_224": TINY | {"patch_size": 8},
+    "skipvit_small_patch16_224": SMALL,
+    "skipvit_small_patch8_224": SMALL | {"patch_size": 8},
+    "skipvit_base_patch16_224": {},
+}
 default_cfgs = generate_default_cfgs(
     {
         name: {
@@ -197,46 +232,46 @@ default_cfgs = generate_default_cfgs(
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         }
-        for name in (
-            "skipvit_tiny_patch16_224",
-            "skipvit_tiny_patch8_224",
-            "skipvit_small_patch16_224",
-            "skipvit_small_patch8_224",
-            "skipvit_base_patch16_224",
-        )
+        for name in MODEL_ARGS
     }
 )
-TINY: dict[str, Any] = {"embed_dim": 192, "num_heads": 3}
-SMALL: dict[str, Any] = {"embed_dim": 384, "num_heads": 6}
+
+
+def _skipvit(variant: str, pretrained: bool, **kwargs: Any) -> SkipViT:
+    return build_model_with_cfg(
+        SkipViT,
+        variant,
+        pretrained,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **MODEL_ARGS[variant] | kwargs,
+    )
 
 
 @register_model
 def skipvit_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> SkipViT:
     """On timm's `vit_tiny_patch16_224`."""
-    return build_model_with_cfg(SkipViT, "skipvit_tiny_patch16_224", pretrained, **TINY | kwargs)
+    return _skipvit("skipvit_tiny_patch16_224", pretrained, **kwargs)
 
 
 @register_model
 def skipvit_tiny_patch8_224(pretrained: bool = False, **kwargs: Any) -> SkipViT:
     """The same with patches of 8 pixels."""
-    args = {**TINY, "patch_size": 8}
-    return build_model_with_cfg(SkipViT, "skipvit_tiny_patch8_224", pretrained, **args | kwargs)
+    return _skipvit("skipvit_tiny_patch8_224", pretrained, **kwargs)
 
 
 @register_model
 def skipvit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> SkipViT:
-    """On timm's `vit_small_patch16_224`: the seed's."""
-    return build_model_with_cfg(SkipViT, "skipvit_small_patch16_224", pretrained, **SMALL | kwargs)
+    """On timm's `vit_small_patch16_224`: the model of the poster."""
+    return _skipvit("skipvit_small_patch16_224", pretrained, **kwargs)
 
 
 @register_model
 def skipvit_small_patch8_224(pretrained: bool = False, **kwargs: Any) -> SkipViT:
     """On timm's `vit_small_patch8_224`."""
-    args = {**SMALL, "patch_size": 8}
-    return build_model_with_cfg(SkipViT, "skipvit_small_patch8_224", pretrained, **args | kwargs)
+    return _skipvit("skipvit_small_patch8_224", pretrained, **kwargs)
 
 
 @register_model
 def skipvit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> SkipViT:
-    """On timm's `vit_base_patch16_224`, whose width and heads are its class's defaults."""
-    return build_model_with_cfg(SkipViT, "skipvit_base_patch16_224", pretrained, **kwargs)
+    """On timm's `vit_base_patch16_224`, with timm's default width and heads."""
+    return _skipvit("skipvit_base_patch16_224", pretrained, **kwargs)

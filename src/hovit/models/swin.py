@@ -1,14 +1,16 @@
-"""Swin with another attention in its windows.
+"""Swin with another attention form in its windows.
 
 Paper: `Swin Transformer: Hierarchical Vision Transformer using Shifted Windows`
     - https://arxiv.org/abs/2103.14030
-Seed: the HoViT slide deck (seeds/000), slides "01 Swin Based Approach": Swin + FLatten
-Transformer, and Swin + Similarity on CIFAR-10. All but the attention is timm's.
+`FLatten Transformer: Vision Transformer using Focused Linear Attention`
+    - https://arxiv.org/abs/2308.00442
+Source: the HoViT slide deck (seeds/000), slides "01 Swin Based Approach": Swin + FLatten
+Transformer, and Swin + Similarity on CIFAR-10.
+Upstream: timm/models/swin_transformer.py; everything but the attention is unchanged.
 
-With `attention="dot"` it is timm's Swin and nothing else. A form without a softmax (`focused`,
-`gated`) knows neither position bias nor mask: its blocks have no bias and are not shifted, so that
-no window mixes two sides of the image. FLatten's own windows are the whole map, which has no shift
-either.
+With `attention="dot"` the model is timm's Swin. A form without a softmax (`focused`, `gated`) takes
+neither a position bias nor a mask: its blocks have no bias and no shift, so that no window mixes
+two sides of the image. FLatten's own windows cover the whole map and need no shift either.
 """
 
 import copy
@@ -18,17 +20,17 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from torch import Tensor
 
-from ..attention.modules import ALL_OPTIONS, check_attention, create_attention
-from ..attention.similarity import SIMILARITIES
+from ..attention.forms import ATTENTION_OPTIONS, get_form
+from ..attention.modules import check_attention, create_attention
 
 
-class FormAttention(WindowAttention):
+class SwinAttention(WindowAttention):
     """timm's window attention with another form in place of softmax(q k^T) v.
 
     Args:
-        old: the attention that it replaces; begins with its weights.
-        form: the form's name.
-        options: the form's own.
+        old: the attention to replace; its weights are copied.
+        form: name of the attention form.
+        options: options of the form.
     """
 
     def __init__(self, old: WindowAttention, form: str, **options: Any) -> None:
@@ -41,8 +43,8 @@ class FormAttention(WindowAttention):
             device=old.qkv.weight.device,
             dtype=old.qkv.weight.dtype,
         )
-        self.biased = form in SIMILARITIES
-        if not self.biased:
+        self.has_bias = get_form(form).softmax
+        if not self.has_bias:
             del self.relative_position_bias_table
         self.load_state_dict(old.state_dict(), strict=False)
         attend = create_attention(
@@ -51,73 +53,75 @@ class FormAttention(WindowAttention):
         self.attend = attend.to(old.qkv.weight)  # its device and dtype
 
     def set_window_size(self, window_size: tuple[int, int]) -> None:
-        """As timm's.
+        """Change the window size, as in timm.
 
         Raises:
-            ValueError: for another size of a window without softmax, which learned its positions.
+            ValueError: if the form has no softmax: its parameters fit one window size only.
         """
-        if self.biased:
+        if self.has_bias:
             super().set_window_size(window_size)
         elif tuple(window_size) != tuple(self.window_size):
             old, new = ("x".join(map(str, size)) for size in (self.window_size, window_size))
             raise ValueError(
-                f"a window of {new} for {old}: without softmax it stays as it was made"
+                f"a window of {new} for {old}: attention without softmax has a fixed window size"
             )
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B windows, N, C] -> the same; mask [windows, N, N] or None."""
         q, k, v = self.qkv(x).chunk(3, dim=2)
-        bias = self._get_rel_pos_bias() if self.biased else None  # [1, heads, N, N]
+        bias = self._get_rel_pos_bias() if self.has_bias else None  # [1, heads, N, N]
         if bias is not None and mask is not None:
             bias = bias + mask[:, None]  # [windows, heads, N, N]
         return self.proj_drop(self.proj(self.attend(q, k, v, x, self.window_size, bias)))
 
 
-class FormSwin(SwinTransformer):
-    """timm's Swin with another attention in some stages.
+class Swin(SwinTransformer):
+    """timm's Swin with another attention form in some stages.
 
     Args:
-        attention: the form's name, `dot` being timm's own.
-        form_stages: stages, counted from 0, that have it; all, unless told. FLatten-Swin has
-            focused attention in the first two.
-        kwargs: the form's own options, and timm's.
+        attention: name of the form; `dot` is timm's own attention.
+        attention_stages: stages, counted from 0, that use the form; by default all. FLatten-Swin
+            uses focused attention in the first two.
+        kwargs: options of the form, and arguments of timm's Swin.
 
     Raises:
-        ValueError: for a form, an option or a stage that there is not, or for attention dropout or
-            a head_dim in another form than `dot`.
+        ValueError: for an unknown form, option or stage; for attention dropout or a head_dim with
+            any form but `dot`.
     """
 
     def __init__(
         self,
         attention: str = "dot",
-        form_stages: tuple[int, ...] | None = None,
+        attention_stages: tuple[int, ...] | None = None,
         **kwargs: Any,
     ) -> None:
-        options = {name: kwargs.pop(name) for name in ALL_OPTIONS if name in kwargs}
+        options = {name: kwargs.pop(name) for name in ATTENTION_OPTIONS if name in kwargs}
         check_attention(attention, options)
         super().__init__(**kwargs)
         stages = range(len(self.layers))
-        form_stages = tuple(stages) if form_stages is None else form_stages
-        if unknown := [i for i in form_stages if i not in stages]:
-            raise ValueError(f"form_stages: no stage {unknown[0]!r}; they are 0 to {stages[-1]}")
+        attention_stages = tuple(stages) if attention_stages is None else attention_stages
+        if unknown := [i for i in attention_stages if i not in stages]:
+            raise ValueError(
+                f"attention_stages: no stage {unknown[0]!r}; they are 0 to {stages[-1]}"
+            )
         if attention == "dot":
             return
         for name, words in (("attn_drop_rate", "attention dropout"), ("head_dim", "head_dim")):
             if kwargs.get(name):
                 raise ValueError(f"attention={attention!r} has no {words}")
-        for i in form_stages:
+        for i in attention_stages:
             stage: Any = self.layers[i]
             for block in stage.blocks:
-                block.attn = FormAttention(block.attn, attention, **options)
-                if not block.attn.biased:
-                    block.shift_size = block.target_shift_size = (0, 0)  # now, and if resized
+                block.attn = SwinAttention(block.attn, attention, **options)
+                if not block.attn.has_bias:
+                    block.shift_size = block.target_shift_size = (0, 0)  # also after a resize
                     block.attn_mask = None
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        """As timm's, or nothing at all: a copy is resized first.
+        """Change the image, patch or window size, as in timm; on an error, change nothing.
 
         Raises:
-            ValueError: for a size that changes a window without softmax.
+            ValueError: for a size that changes a window of attention without softmax.
         """
         SwinTransformer.set_input_size(copy.deepcopy(self), *args, **kwargs)
         super().set_input_size(*args, **kwargs)
@@ -137,6 +141,16 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     } | kwargs
 
 
+TINY = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}
+CIFAR = {**TINY, "img_size": 32, "patch_size": 2}
+FLATTEN = {"attention": "focused", "attention_stages": (0, 1)}
+MODEL_ARGS: dict[str, dict[str, Any]] = {
+    "swin_tiny_patch2_window4_32": {**CIFAR, "window_size": 4},
+    "flatten_swin_tiny_patch2_window16_32": {**CIFAR, **FLATTEN, "window_size": 16},
+    "flatten_swin_tiny_patch4_window56_224": {
+        **TINY, **FLATTEN, "window_size": (56, 56, 7, 7), "drop_path_rate": 0.2,
+    },
+}  # fmt: skip
 default_cfgs = generate_default_cfgs(
     {
         "swin_tiny_patch2_window4_32": _cfg(input_size=(3, 32, 32)),
@@ -144,33 +158,27 @@ default_cfgs = generate_default_cfgs(
         "flatten_swin_tiny_patch4_window56_224": _cfg(input_size=(3, 224, 224)),
     }
 )
-TINY: dict[str, Any] = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}
+
+
+def _swin(variant: str, pretrained: bool, **kwargs: Any) -> Swin:
+    args = MODEL_ARGS[variant] | kwargs
+    feature_cfg = {"flatten_sequential": True, "out_indices": tuple(range(len(args["depths"])))}
+    return build_model_with_cfg(Swin, variant, pretrained, feature_cfg=feature_cfg, **args)
 
 
 @register_model
-def swin_tiny_patch2_window4_32(pretrained: bool = False, **kwargs: Any) -> FormSwin:
-    """Swin-T for CIFAR-10's 32 x 32 pixels: patch 2, window 4 (ours; the deck states neither)."""
-    args = {**TINY, "img_size": 32, "patch_size": 2, "window_size": 4}
-    return build_model_with_cfg(
-        FormSwin, "swin_tiny_patch2_window4_32", pretrained, **args | kwargs
-    )
+def swin_tiny_patch2_window4_32(pretrained: bool = False, **kwargs: Any) -> Swin:
+    """Swin-T for CIFAR-10's 32 x 32 pixels: patch 2, window 4 (our choice; not in the deck)."""
+    return _swin("swin_tiny_patch2_window4_32", pretrained, **kwargs)
 
 
 @register_model
-def flatten_swin_tiny_patch2_window16_32(pretrained: bool = False, **kwargs: Any) -> FormSwin:
-    """The same with focused attention in stages 1 and 2, whose windows are the whole map (ours)."""
-    focused = {"window_size": 16, "attention": "focused", "form_stages": (0, 1)}
-    args = {**TINY, "img_size": 32, "patch_size": 2, **focused}
-    return build_model_with_cfg(
-        FormSwin, "flatten_swin_tiny_patch2_window16_32", pretrained, **args | kwargs
-    )
+def flatten_swin_tiny_patch2_window16_32(pretrained: bool = False, **kwargs: Any) -> Swin:
+    """The same with focused attention over the whole map in stages 1 and 2 (our choice)."""
+    return _swin("flatten_swin_tiny_patch2_window16_32", pretrained, **kwargs)
 
 
 @register_model
-def flatten_swin_tiny_patch4_window56_224(pretrained: bool = False, **kwargs: Any) -> FormSwin:
+def flatten_swin_tiny_patch4_window56_224(pretrained: bool = False, **kwargs: Any) -> Swin:
     """FLatten-Swin-T: focused attention over the whole map in stages 1 and 2, softmax after."""
-    focused = {"window_size": (56, 56, 7, 7), "attention": "focused", "form_stages": (0, 1)}
-    args = {**TINY, **focused, "drop_path_rate": 0.2}
-    return build_model_with_cfg(
-        FormSwin, "flatten_swin_tiny_patch4_window56_224", pretrained, **args | kwargs
-    )
+    return _swin("flatten_swin_tiny_patch4_window56_224", pretrained, **kwargs)

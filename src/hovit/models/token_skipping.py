@@ -1,15 +1,18 @@
-"""SkipViT's algorithm on plain tensors: score the tokens, choose, take them out, put them back.
+"""The algorithm of SkipViT on plain tensors: score tokens, choose, drop them, put them back.
 
-Seed: SkipViT (seeds/001), "Identifying Important Patches" and "Skip Connection For Tokens".
-Paper: https://arxiv.org/abs/2401.15293. Where the seed is silent (the softmax row's mean over
-heads, the kept tokens' order, the fused token's weights) it follows EViT, on which it builds:
-https://arxiv.org/abs/2202.07800.
+Paper: `SkipViT: Speeding Up Vision Transformers with a Token-Level Skip Connection`
+    - https://arxiv.org/abs/2401.15293
+Source: the SkipViT poster (seeds/001), "Identifying Important Patches" and "Skip Connection For
+Tokens". Where it is silent (mean of the softmax row over heads, order of the kept tokens, weights
+of the fused token) we follow EViT, on which it builds
+    - https://arxiv.org/abs/2202.07800
+Upstream: none is published.
 
-A sequence is [B, N, C]: first `prefix` tokens that are never ranked (the class token, registers),
-then the active patches, last `suffix` tokens that are never ranked either (fused ones). An index
-is [B, K], ascending, into that sequence. Counts are Python's integers and nothing waits for a
-device. Rows are moved whole (`index_select`, `index_copy`): on a CPU that is two to three times
-faster, both ways, than `gather` and `scatter` over every element (bench/skipvit.py).
+A sequence is [B, N, C]: `prefix` tokens that are never ranked (class token, registers), then the
+active patches, then `suffix` tokens that are never ranked either (fused tokens). An index is
+[B, K], ascending, into that sequence. Counts are Python integers, so no call waits for a GPU.
+Whole rows are moved (`index_select`, `index_copy`). On a CPU, forward and backward are two to three
+times faster than `gather` and `scatter` over every element (bench/skipvit.py).
 """
 
 import torch
@@ -17,60 +20,60 @@ from torch import Tensor
 
 
 def class_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """What the class token, the first of N, attends to: one row of attention, mean over heads.
+    """Attention of the class token (the first of N) to all tokens, mean over heads.
 
-    The rest of the N x N scores is never made: a fused kernel beside this has them.
+    Computes only this row of the N x N attention matrix.
 
     Args:
         q, k: [B, heads, N, d].
-        scale: of the dot product, d ** -0.5.
+        scale: softmax scale, d ** -0.5.
 
     Returns:
-        [B, N] in float32, each row's sum 1.
+        [B, N] in float32; each row sums to 1.
     """
     row = (q[:, :, :1] * scale) @ k.transpose(-2, -1)  # [B, heads, 1, N]
     return row.float().softmax(-1).mean(dim=(1, 2))
 
 
 def choose(scores: Tensor, keep: int, prefix: int, suffix: int = 0) -> Tensor:
-    """The index of the `keep` patches that score highest, and of all that is never ranked.
+    """Index of the `keep` patches with the highest scores, and of all prefix and suffix tokens.
 
-    Equal scores keep the earlier token, so that the choice is the same on every device.
+    Of equal scores the earlier token is kept, so that the choice is the same on every device.
 
     Args:
         scores: [B, N].
 
     Returns:
-        [B, prefix + keep + suffix], ascending: kept tokens stay in their original order.
+        [B, prefix + keep + suffix], ascending.
     """
     n = scores.shape[1]
     order = scores[:, prefix : n - suffix].argsort(dim=1, descending=True, stable=True)
     kept = order[:, :keep].sort(dim=1).values + prefix
-    every = torch.arange(n, device=scores.device).expand(scores.shape[0], n)
-    return torch.cat([every[:, :prefix], kept, every[:, n - suffix :]], dim=1)
+    all_tokens = torch.arange(n, device=scores.device).expand(scores.shape[0], n)
+    return torch.cat([all_tokens[:, :prefix], kept, all_tokens[:, n - suffix :]], dim=1)
 
 
 def _rows(index: Tensor, n: int) -> Tensor:
-    """[B, K] into sequences of n -> [B * K] into all their rows."""
+    """Index into sequences of n tokens, [B, K] -> index into all B * n rows, [B * K]."""
     starts = torch.arange(index.shape[0], device=index.device) * n
     return (index + starts[:, None]).flatten()
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """The tokens of an index: [B, N, C] and [B, K] -> [B, K, C]."""
-    taken = x.flatten(0, 1).index_select(0, _rows(index, x.shape[1]))
-    return taken.unflatten(0, index.shape)
+    """Select the tokens of an index: [B, N, C] and [B, K] -> [B, K, C]."""
+    rows = x.flatten(0, 1).index_select(0, _rows(index, x.shape[1]))
+    return rows.unflatten(0, index.shape)
 
 
 def put_back(x: Tensor, index: Tensor, kept: Tensor) -> Tensor:
-    """The sequence that `take` left, with the taken tokens as they are now: the skip connection.
+    """Inverse of `take`: write the kept tokens back into the sequence (the skip connection).
 
-    A token that was dropped is at its original position with the features it left with.
+    Dropped tokens keep their original position and the features that they had when dropped.
 
     Args:
-        x: [B, N, C], the sequence when tokens were dropped.
-        index: [B, K], those that were kept.
-        kept: [B, K, C], what has become of them.
+        x: [B, N, C], the sequence before the drop.
+        index: [B, K], the kept tokens.
+        kept: [B, K, C], their current features.
 
     Returns:
         [B, N, C].
@@ -80,17 +83,17 @@ def put_back(x: Tensor, index: Tensor, kept: Tensor) -> Tensor:
 
 
 def fuse(x: Tensor, index: Tensor, scores: Tensor) -> Tensor:
-    """The one token that the dropped ones become: the sum of score * token over them.
+    """Fuse the dropped tokens into one: the sum of score * token.
 
-    As in EViT the scores are the class token's attention and are not made to sum to 1 again.
+    As in EViT, the scores are the attention of the class token and are not renormalised.
 
     Args:
         x: [B, N, C].
-        index: [B, K], those that are kept.
+        index: [B, K], the kept tokens.
         scores: [B, N].
 
     Returns:
         [B, 1, C].
     """
-    weights = scores.scatter(1, index, 0.0).to(x.dtype)  # [B, N], 0 for the kept
+    weights = scores.scatter(1, index, 0.0).to(x.dtype)  # [B, N], 0 for kept tokens
     return weights[:, None] @ x

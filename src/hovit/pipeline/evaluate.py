@@ -26,7 +26,7 @@ from ..config.tasks import EvaluateTask
 from ..data.decode import open_image, to_rgb
 from ..data.listing import list_images
 from ..data.loader import usable_workers
-from ..models.deployed import FORMS
+from ..models.deployed import DEPLOY_FUNCTIONS
 from ..records.record import Record, write_record
 from ..training.checkpoint import load_weights
 from ..training.pretrained import download_timm
@@ -221,7 +221,7 @@ def load_model(row: Row, path: Path) -> tuple[nn.Module, dict[str, Any]]:
     except RuntimeError as error:
         raise HovitError(f"{path}: not the weights of {name}: {one_line(error)}") from None
     form = row.model_args.get("by", "hovit") if row.model == "deployed" else "nothing"
-    return FORMS[str(form)](model.eval()), config
+    return DEPLOY_FUNCTIONS[str(form)](model.eval()), config
 
 
 def read_image(path: Path) -> Image.Image:
