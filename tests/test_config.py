@@ -1,4 +1,4 @@
-"""config/ as it stands, what is said about mistakes in it, and the plan that it comes to."""
+"""The committed config, messages about mistakes in it, and the plan made from it."""
 
 # ruff: noqa: E501 (tables: a mistake is a line)
 
@@ -37,19 +37,19 @@ def plans():
 
 @pytest.fixture
 def config(tmp_path):
-    """A copy of config/ to spoil."""
+    """A copy of config/ that tests may edit."""
     return shutil.copytree(CONFIG, tmp_path / "config", ignore=shutil.ignore_patterns("schema"))
 
 
 def edit(root: Path, file: str, old: str, new: str, times: int = 1) -> None:
     text = (root / file).read_text(encoding="utf-8")
-    assert old in text, f"{file} says {old!r} no more: mend the test"
+    assert old in text, f"{file} has no {old!r}: update the test"
     (root / file).write_text(text.replace(old, new, times), encoding="utf-8")
 
 
 def one_line(error: BaseException) -> str:
     text = str(error)
-    assert text.isprintable(), repr(text)  # neither a second line nor a terminal's codes
+    assert text.isprintable(), repr(text)  # no second line, no terminal codes
     assert text.strip()
     return text
 
@@ -60,10 +60,10 @@ def refused(root: Path) -> str:
     return one_line(error.value)
 
 
-# config/ as it stands ----------------------------------------------------------------------------
+# The committed config ----------------------------------------------------------------------------
 
 
-def test_every_file_of_config_is_read():
+def test_every_config_file_is_read():
     loaded = load_config(CONFIG)
     for kind in KINDS:
         files = {p.stem for p in (CONFIG / kind).iterdir()}
@@ -73,7 +73,7 @@ def test_every_file_of_config_is_read():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_schema_is_in_step(kind):
+def test_schema_is_up_to_date(kind):
     file = CONFIG / f"schema/{kind}.schema.json"
     assert json.loads(file.read_text()) == KINDS[kind].model_json_schema(), "run `hovit schema`"
 
@@ -87,13 +87,13 @@ def test_every_scale_has_a_plan(plans, scale):
 
 DEPTH, DECK, SMOKE = "studies/depth.yaml", "recipes/deck.yaml", "scales/smoke.yaml"
 COCO, DETECTION = "datasets/coco.yaml", "recipes/detection.yaml"
-# what is wrong: (file, text, its replacement, what the line must name)
+# mistake: (file, text, its replacement, part of the message)
 MISTAKES = {
     "unknown key": (DECK, "epochs:", "epoch:", "deck.yaml: epoch: unknown key; allowed: id, title, epochs, batch_size"),
     "unknown key, nested": (DEPTH, "ours: true", "our: true", "depth.yaml: rows[1].our: unknown key; allowed: id, label, model"),
-    "unknown key, no plain text": (DECK, "epochs: 50", "epochs: 50\n\"a\\nb\\e\": 1", "deck.yaml: 'a\\nb\\x1b': unknown key"),
+    "unknown key, not plain text": (DECK, "epochs: 50", "epochs: 50\n\"a\\nb\\e\": 1", "deck.yaml: 'a\\nb\\x1b': unknown key"),
     "a dataset's shares": ("datasets/digits.yaml", "val: 0.15", "val: 0.5", "digits.yaml: split: value error, train and val"),
-    "model_args that are not the row's": (DEPTH, "ours: true", "model_args: {checkpoint_path: x.pth}", "depth.yaml: rows[1].model_args: value error, checkpoint_path"),
+    "model_args that the study or scale sets": (DEPTH, "ours: true", "model_args: {checkpoint_path: x.pth}", "depth.yaml: rows[1].model_args: value error, checkpoint_path"),
     "missing key": (DECK, "epochs: 50\n", "", "deck.yaml: epochs: field required"),
     "out of range": (DECK, "epochs: 50", "epochs: 0", "deck.yaml: epochs: input should be greater than or equal to 1, not 0"),
     "out of range, in a list": (SMOKE, "seeds: [0]", "seeds: [0, -1]", "smoke.yaml: seeds[1]: input should be greater than or equal to 0, not -1"),
@@ -116,25 +116,25 @@ MISTAKES = {
     "unknown dataset": (SMOKE, "pets: digits", "pets: nosuch", "smoke.yaml: datasets.pets: 'nosuch' is not defined; allowed: cifar10"),
     "unknown metric": (DEPTH, "[parameters,", "[parametres,", "depth.yaml: columns[0]: input should be 'parameters'"),
     "unknown baseline": (DEPTH, "baseline: levit_deck", "baseline: nosuch", "depth.yaml: rows[1].baseline: 'nosuch' is not defined; allowed: levit_deck, levit_deck_fixed"),
-    "not the file's name": (DECK, "id: deck", "id: dock", "deck.yaml: id: must be the file's name, 'deck'"),
+    "an id that is not the file name": (DECK, "id: deck", "id: dock", "deck.yaml: id: must be the file's name, 'deck'"),
     "a row without a model": (DEPTH, "    model: levit_256\n", "", "depth.yaml: rows[2].model"),
     "weights from nowhere": (SMOKE, "{row: pretraining/resnet50}", "{}", "smoke.yaml: weights.resnet50: value error, give either `row: STUDY/ROW`"),
     "weights from no study": (SMOKE, "pretraining/", "nosuch/", "smoke.yaml: weights.resnet50.row: 'nosuch' is not defined; allowed: attention_gradients"),
     "weights from no row": (SMOKE, "/resnet50", "/nosuch", "smoke.yaml: weights.resnet50.row: 'nosuch' is not defined; allowed: resnet50"),
-    "weights from a row that needs them": (SMOKE, "pretraining/resnet50", "launcher/resnet50_linear", "smoke.yaml: weights.resnet50"),
-    "weights that are not given": (DEPTH, "pretrained: resnet50", "pretrained: vit", "smoke.yaml: weights.vit: not given"),
-    "no quotes": (DEPTH, '"13.78"', "13.78", "depth.yaml: rows[3].reported.top1: input should be a valid string, not 13.78"),
-    "printed, no number": (DEPTH, '"13.78"', '"13.78 %"', "depth.yaml: rows[3].reported.top1: string should match pattern"),
-    "a claim on no metric": ("claims/hovit.yaml", "of: hovit/levit_deck/parameters", "of: hovit/levit_deck/nosuch", "hovit.yaml: claims[0].of: 'nosuch' is not defined; allowed: parameters"),
+    "weights from a row that needs weights": (SMOKE, "pretraining/resnet50", "launcher/resnet50_linear", "smoke.yaml: weights.resnet50"),
+    "weights that the scale does not have": (DEPTH, "pretrained: resnet50", "pretrained: vit", "smoke.yaml: weights.vit: not given"),
+    "a reported number without quotes": (DEPTH, '"13.78"', "13.78", "depth.yaml: rows[3].reported.top1: input should be a valid string, not 13.78"),
+    "a reported text": (DEPTH, '"13.78"', '"13.78 %"', "depth.yaml: rows[3].reported.top1: string should match pattern"),
+    "a claim on an unknown metric": ("claims/hovit.yaml", "of: hovit/levit_deck/parameters", "of: hovit/levit_deck/nosuch", "hovit.yaml: claims[0].of: 'nosuch' is not defined; allowed: parameters"),
     "a claim twice": ("claims/hovit.yaml", "id: parameters-hovit", "id: parameters-levit", "hovit.yaml: claims[1].id: 'parameters-levit' is given twice"),
-    "one run, two meanings": (DEPTH, "    model: l_levit_deck\n    pretrained: resnet50\n", "    model: l_levit_deck\n", "l_levit_deck.pets.deck"),
-    "a GPU's own batches of a latency": (DEPTH, "columns:", "on_gpu: {batch: 64, precision: fp16 autocast}\ncolumns:", "depth.yaml: the whole file: value error, `on_gpu` belongs to a study of inference with `throughput` alone"),
-    "steps without detection": (DECK, "epochs: 50", "epochs: 50\nschedule: step", "deck.yaml: the whole file: value error, `schedule: step` and `detection` go together"),
-    "a classifier's key in detection": (DETECTION, "epochs: 12", "epochs: 12\nlabel_smoothing: 0.1", "detection.yaml: the whole file: value error, warmup_epochs, label_smoothing and augment"),
-    "detection of a classifier's images": (DEPTH, "columns:", "recipe: detection\ncolumns:", "depth.yaml: rows[0]: dataset coco and a recipe with `detection` go together"),
-    "objects for a classifier": ("studies/efficientvit_detection.yaml", "recipe: detection", "recipe: deck", "efficientvit_detection.yaml: rows[8]: dataset coco and a recipe"),
-    "a role of other images": (SMOKE, "pets: digits", "coco: digits, pets: digits", "smoke.yaml: datasets.coco: role and reader coco go together"),
-    "COCO without its images": (COCO, "files: [coco/annotations/instances_train2017.json, coco/train2017]", "files: [coco/train2017]", "coco.yaml: the whole file: value error, coco: `files` and `test_files` are each"),
+    "two runs of one id": (DEPTH, "    model: l_levit_deck\n    pretrained: resnet50\n", "    model: l_levit_deck\n", "l_levit_deck.pets.deck"),
+    "GPU settings in a latency study": (DEPTH, "columns:", "on_gpu: {batch: 64, precision: fp16 autocast}\ncolumns:", "depth.yaml: the whole file: value error, `on_gpu` belongs to a study of inference with `throughput` alone"),
+    "step schedule without detection": (DECK, "epochs: 50", "epochs: 50\nschedule: step", "deck.yaml: the whole file: value error, `schedule: step` and `detection` go together"),
+    "a key of classifiers in detection": (DETECTION, "epochs: 12", "epochs: 12\nlabel_smoothing: 0.1", "detection.yaml: the whole file: value error, warmup_epochs, label_smoothing and augment"),
+    "detection on classification images": (DEPTH, "columns:", "recipe: detection\ncolumns:", "depth.yaml: rows[0]: dataset coco and a recipe with `detection` go together"),
+    "a classifier on detection images": ("studies/efficientvit_detection.yaml", "recipe: detection", "recipe: deck", "efficientvit_detection.yaml: rows[8]: dataset coco and a recipe"),
+    "a role with the wrong images": (SMOKE, "pets: digits", "coco: digits, pets: digits", "smoke.yaml: datasets.coco: role and reader coco go together"),
+    "COCO without images": (COCO, "files: [coco/annotations/instances_train2017.json, coco/train2017]", "files: [coco/train2017]", "coco.yaml: the whole file: value error, coco: `files` and `test_files` are each"),
     "a share of COCO": (COCO, "train: 1", "train: 0.5", "coco.yaml: the whole file: value error, coco: `split: {train: 1}`"),
     "reported only, but with a model": (DEPTH, "ours: true", "reported_only: true", "depth.yaml: rows[1].reported_only: goes with `reported`, without a model"),
     "broken YAML": (DECK, "epochs: 50", "epochs: [50", ": not valid YAML: "),
@@ -155,18 +155,18 @@ def test_a_mistake_is_one_line_with_file_key_and_what_is_allowed(config, mistake
     [b"", b"\n# nothing\n", b"just text", b"- 1\n- 2", bytes(range(256)), b"\x7fELF\x00\x01", b"\xff\xfe"],
 )  # fmt: skip
 @pytest.mark.parametrize("file", [DEPTH, DECK, SMOKE])
-def test_what_is_no_catalogue_file_is_one_line(config, file, content):
+def test_a_file_that_is_not_config_is_one_line(config, file, content):
     (config / file).write_bytes(content)
     assert str(config / file) in refused(config)
 
 
-def test_the_line_of_a_yaml_mistake_is_named(config):
+def test_a_yaml_mistake_names_its_line(config):
     for text, line in (("id: deck\n\nlr: 1\nid: deck", 4), ("id: deck\nlr: {a: 1,\n  a: 2}", 3)):
         (config / DECK).write_text(text)
         assert f"deck.yaml:{line}: not valid YAML: key" in refused(config)
 
 
-def test_what_is_no_file_is_one_line(config):
+def test_a_missing_file_is_one_line(config):
     (config / "studies/folder.yaml").mkdir()
     assert "folder.yaml: cannot be read" in refused(config)
     with pytest.raises(HovitError, match="run from the top folder"):
@@ -179,7 +179,7 @@ def test_many_mistakes_are_counted(config):
     assert line.endswith("(and 1 more)")
 
 
-# Pieces of which YAML's reader, or ours, could choke on any.
+# Text on which the YAML reader, or our code, could fail.
 PIECES = [
     "id", "title", "rows", "columns", "model_args", "reported", "depth", "- ", ": ", "? ", ", ",
     "[", "]", "{", "}", "\n", "\n  ", "\n    ", "\t", "'", '"', "|", ">", "#", "%", "@", "`", "\\", "---",
@@ -276,7 +276,7 @@ def test_no_model_args_break_the_plan(value, tmp_path_factory):
         ("train NOSUCH --weights nosuch.safetensors", "nosuch.safetensors: cannot be read"),
     ],
 )
-def test_the_command_line_says_it_in_one_line(command, says):
+def test_the_command_line_prints_one_line(command, says):
     done = subprocess.run(
         [sys.executable, "-m", "hovit", *command.split()], capture_output=True, text=True, cwd=ROOT
     )
@@ -287,7 +287,7 @@ def test_the_command_line_says_it_in_one_line(command, says):
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_the_command_line_on_a_broken_catalogue(config):
+def test_the_command_line_on_broken_config(config):
     edit(config, DECK, "epochs: 50", "epochs: 0")
     done = subprocess.run(
         [sys.executable, "-m", "hovit", "list"], capture_output=True, text=True, cwd=config.parent
@@ -309,7 +309,7 @@ def citing(plan: Plan, run_id: str) -> list[str]:
 
 
 @pytest.mark.parametrize("scale", ["smoke", "paper"])
-def test_a_run_that_many_tables_cite_stands_once(plans, scale):
+def test_a_run_that_several_tables_cite_exists_once(plans, scale):
     plan, run_id = plans[scale], "levit_deck.pets.deck"
     assert len(citing(plan, run_id)) >= 6
     assert tuple(plan.runs[run_id]) == plan.scale.seeds
@@ -318,7 +318,7 @@ def test_a_run_that_many_tables_cite_stands_once(plans, scale):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_seeds_are_the_scales_and_folders_are_apart(plans, scale):
+def test_seeds_come_from_the_scale_and_folders_differ(plans, scale):
     plan = plans[scale]
     for run_id, by_seed in plan.runs.items():
         first = next(iter(by_seed.values()))
@@ -328,7 +328,7 @@ def test_seeds_are_the_scales_and_folders_are_apart(plans, scale):
         assert len({run.spec_hash for run in by_seed.values()}) == len(wanted)
     runs = [run for by_seed in plan.runs.values() for run in by_seed.values()]
     assert len({run.folder for run in runs}) == len(runs)
-    # at smoke the digits play every role
+    # at smoke, the digits have every role
     assert len({(run.role, run.spec_hash) for run in runs}) == len(runs)
 
 
@@ -341,7 +341,7 @@ def test_a_scale_shrinks_the_recipe(plans):
     assert smoke.pack.id == "digits-64px"
 
 
-def test_a_scale_may_say_a_recipes_epochs_itself(plans):
+def test_a_scale_may_set_the_epochs_of_a_recipe(plans):
     full, short = (
         plans[s].run("efficientvit_paper_m5-pretrained.pets.finetune") for s in ("paper", "mini")
     )
@@ -361,7 +361,7 @@ def test_a_scale_without_a_dataset_has_no_runs_of_it(plans):
 
 
 def hashes(root: Path) -> dict[str, str]:
-    """At smoke, of HoViT, the Launcher before it, and the ResNet50 inside it."""
+    """Spec hashes at smoke: HoViT, HoViT with the Launcher, and the ResNet50 of the Launcher."""
     plan = load_plan("smoke", root)
     return {
         name: plan.run(run_id).spec_hash
@@ -373,14 +373,14 @@ def hashes(root: Path) -> dict[str, str]:
     }
 
 
-EDITS = [  # file, text, its replacement, whose specs change
+EDITS = [  # file, text, its replacement, the specs that change
     (DECK, "lr: 0.001", "lr: 0.002", {"hovit", "launcher"}),
     (DECK, "epochs: 50", "epochs: 150", {"hovit", "launcher"}),
     (DECK, "adam\n", "adamw\n", {"hovit", "launcher"}),
     ("recipes/pretrain.yaml", "lr: 0.1", "lr: 0.2", {"resnet", "launcher"}),
     ("datasets/digits.yaml", "seed: 0", "seed: 1", {"hovit", "resnet", "launcher"}),
     (SMOKE, "{train: ", "{train: 1", {"hovit", "resnet", "launcher"}),
-    # ResNet50's recipe is for 64 px: a scale may shrink an image, not enlarge it.
+    # The recipe of ResNet50 uses 64 px: a scale may reduce the image size, not increase it.
     (SMOKE, "image_size: 64", "image_size: 96", {"hovit", "launcher"}),
     (SMOKE, "image_size: 64", "image_size: 32", {"hovit", "resnet", "launcher"}),
     (SMOKE, "seeds: [0]", "seeds: [1]", {"hovit", "resnet", "launcher"}),
@@ -407,7 +407,7 @@ def test_what_changes_a_spec(config, file, old, new, changed):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_launchers_start_from_the_scales_resnet50(plans, scale):
+def test_launchers_start_from_the_resnet50_of_the_scale(plans, scale):
     plan = plans[scale]
     launchers = [r for of in plan.runs.values() for r in of.values() if r.model.startswith("l_")]
     assert launchers
@@ -423,7 +423,7 @@ def test_launchers_start_from_the_scales_resnet50(plans, scale):
     assert plan.upstream(plan.run("hovit.pets.deck")) is None
 
 
-def test_weights_that_are_read_are_known(plans):
+def test_kept_weights_include_all_that_are_read(plans):
     plan = plans["smoke"]
     looked_into = plan.analyse_task(plan.analysis("taylor_pruning")).runs.values()
     assert (
@@ -432,7 +432,7 @@ def test_weights_that_are_read_are_known(plans):
     assert "hovit.pets.deck" not in plan.runs_with_kept_weights
 
 
-TIMM = {  # row's model -> timm's weights, at scale paper
+TIMM = {  # model of a row -> weights in timm, at scale paper
     "efficientvit_paper_m5": "efficientvit_m5.r224_in1k",
     "mobilenetv3_large_100": "mobilenetv3_large_100.ra_in1k",
     "vit_small_patch16_224": "vit_small_patch16_224.augreg_in1k",
@@ -469,7 +469,7 @@ def test_stand_ins_share_no_class_with_what_models_are_pretrained_on(plans, scal
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_stand_ins_name_the_seeds_images_of_every_role(plans, scale):
+def test_stand_ins_name_the_original_images_of_every_role(plans, scale):
     config, seeds = plans[scale].config.datasets, plans["paper"].scale.datasets
     for role, name in plans[scale].scale.datasets.items():
         own = config[seeds[role]].title if role in seeds else "ImageNet"
@@ -477,14 +477,14 @@ def test_stand_ins_name_the_seeds_images_of_every_role(plans, scale):
         assert own in re.split(", | and ", said), role
 
 
-def test_what_others_start_from_comes_first(plans):
+def test_upstream_runs_come_first(plans):
     plan = plans["mini"]
     needed = [(run.id, run.seed) for run in plan.needed([plan.study("launcher")])]
     assert needed[0] == (RESNET, 0)
     assert len(needed) == len(set(needed))
 
 
-def test_pretrained_and_not_are_two_runs(plans):
+def test_pretrained_and_from_scratch_are_two_runs(plans):
     assert "resnet50.pets.deck" in plans["smoke"].runs
     assert "resnet50-pretrained.pets.deck" in plans["smoke"].runs
 
@@ -494,7 +494,7 @@ def test_model_args_are_part_of_the_id(plans):
     assert ids == [f"levit_deck_dropout-drop_rate={p}.pets.deck" for p in (0.1, 0.3, 0.5)]
 
 
-def test_given_weights_stand_in_for_a_scales_resnet50(tmp_path):
+def test_given_weights_replace_the_resnet50_of_the_scale(tmp_path):
     file = tmp_path / "a.safetensors"
     file.write_bytes(b"1")
     plan = load_plan("smoke", CONFIG, file)
@@ -507,7 +507,7 @@ def test_given_weights_stand_in_for_a_scales_resnet50(tmp_path):
     assert one.spec_hash != two.spec_hash
 
 
-def test_a_folder_of_weights_has_each_models_own(tmp_path):
+def test_a_folder_of_weights_has_one_file_per_model(tmp_path):
     for name in ("resnet50", "efficientvit_m5"):
         (tmp_path / f"{name}.safetensors").write_bytes(name.encode())
     plan = load_plan("smoke", CONFIG, tmp_path)
@@ -544,14 +544,14 @@ def test_measure_spec_holds_what_decides_a_measurement(plans):
     assert plan.measure_task(plan.study("dropout")).spec["latency"] is None
 
 
-def test_models_are_timed_at_their_own_size_unless_the_scale_says_at_most(plans):
+def test_models_are_timed_at_their_own_size_up_to_the_limit_of_the_scale(plans):
     sizes = {"smoke": 64, "mini": 600, "paper": 600}
     for scale, size in sizes.items():
         row = plans[scale].measure_task(plans[scale].study("backbones")).spec["rows"]["effnet_b7"]
         assert (row["image_size"], row["latency_size"]) == (600, size)
 
 
-def test_the_learning_rate_goes_with_the_batch_where_the_recipe_says_so(plans):
+def test_the_learning_rate_scales_with_the_batch_if_the_recipe_says_so(plans):
     ablation, deck = "efficientvit_paper_m4.imagenet.efficientvit", "hovit.pets.deck"
     run = plans["mini"].run(ablation)
     assert (run.recipe.batch_size, run.recipe.lr) == (64, pytest.approx(1e-3 * 64 / 512))
@@ -562,7 +562,7 @@ def test_the_learning_rate_goes_with_the_batch_where_the_recipe_says_so(plans):
     assert "scale_lr" not in run.to_spec()["recipe"]
 
 
-def test_catalogue_objects_are_frozen():
+def test_config_objects_are_frozen():
     study = load_config(CONFIG).studies["hovit"]
     with pytest.raises(ValueError, match="frozen"):
         study.title = "other"

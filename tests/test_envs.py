@@ -1,4 +1,4 @@
-"""The locks, the conda and container recipes, pyproject.toml and the imports of src/ agree."""
+"""Lock files, conda and container recipes, pyproject.toml and the imports in src/ agree."""
 
 import ast
 import re
@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 LOCKS = ["requirements.lock", "bootstrap.lock"]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-# Fabric also ships inside `lightning`: code may fall back to it where the lock is not installed.
+# `lightning` includes Fabric: code may fall back to it where the lock file is not installed.
 OPTIONAL = {"lightning"}
 
 
@@ -31,7 +31,7 @@ def wanted() -> set[str]:
 
 
 def locked(name: str) -> list[tuple[Requirement, list[str]]]:
-    """Every entry of a lock with its hashes."""
+    """Every entry of a lock file, with its hashes."""
     joined = re.sub(r"^\s*#.*\n", "", env_text(name), flags=re.M).replace("\\\n", " ")
     entries = []
     for line in filter(str.strip, joined.splitlines()):
@@ -77,7 +77,7 @@ def test_bootstrap_is_the_locked_uv_alone():
 
 
 def test_build_backend_is_locked():
-    """The package is built without isolation, so its backend comes from the lock."""
+    """The package is built without isolation, so the build backend comes from the lock file."""
     assert set(PYPROJECT["build-system"]["requires"]) <= wanted()
 
 
@@ -86,7 +86,7 @@ def test_recipe_python_is_what_the_lock_was_compiled_for(recipe):
     python = recipe_pythons()[recipe]
     admitted = SpecifierSet(PYPROJECT["project"]["requires-python"])
     assert python in admitted
-    # `make lock` compiles for the lowest version admitted
+    # `make lock` compiles for the lowest version allowed
     assert admitted == SpecifierSet(f">={python}")
     here = {"python_version": python, "python_full_version": f"{python}.0"}
     linux = here | {"sys_platform": "linux", "platform_machine": "x86_64"}
@@ -117,7 +117,7 @@ def test_makefile_installs_the_locks_with_hashes():
 
 
 def imported_modules() -> dict[str, str]:
-    """Every top-level module that src/ imports, and one file that does."""
+    """Every top-level module that src/ imports, with one file that imports it."""
     found = {}
     for path in sorted((ROOT / "src").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -132,7 +132,7 @@ def imported_modules() -> dict[str, str]:
 
 
 def test_every_import_is_a_named_requirement():
-    """Not merely locked: a module that only another package pulls in may vanish with it."""
+    """A module that is only a dependency of another package may disappear with that package."""
     providers = packages_distributions()
     ours = {"hovit"} | OPTIONAL | set(sys.stdlib_module_names)
     third_party = {m: path for m, path in imported_modules().items() if m not in ours}

@@ -1,4 +1,4 @@
-"""What the profiles make of the DAG's jobs, asked of Snakemake itself."""
+"""Resources and concurrency of Snakemake jobs under each profile."""
 
 import re
 import shutil
@@ -11,8 +11,8 @@ import yaml
 from conftest import ROOT
 
 CARD = 78000
-# In place of hovit's commands: a job that makes its files and says what else ran meanwhile. A
-# training waits for company, so that no other pace of the machine makes it miss any.
+# Replaces the commands of hovit: a job that writes its files and logs which jobs ran meanwhile.
+# A training waits for other jobs, so that the test does not depend on the speed of the machine.
 STAND_IN = """
 import os, re, sys, time
 from pathlib import Path
@@ -43,7 +43,7 @@ def snakemake(root: Path, *args: str) -> subprocess.CompletedProcess[str]:
 
 
 def planned(*args: str) -> list[dict[str, str]]:
-    """Every job of a dry run: its rule and its resources."""
+    """Every job of a dry run, with its rule and resources."""
     done = snakemake(ROOT, "-n", "--forceall", "results/tables/hovit.md", *args)
     assert done.returncode == 0, done.stderr
     jobs = []
@@ -60,23 +60,23 @@ def profile(name: str) -> dict:
 
 
 @pytest.mark.slow
-def test_a_card_takes_several_trainings_or_one_measurement() -> None:
+def test_a_gpu_runs_several_trainings_or_one_measurement() -> None:
     limit = dict(entry.split("=") for entry in profile("gpu")["resources"])
     assert int(limit["gpu_mb"]) == CARD
     jobs = planned("--workflow-profile", "profiles/gpu", "--config", "scale=proxy")
     claims = {job["rule"]: int(job["gpu_mb"]) for job in jobs if "gpu_mb" in job}
-    assert claims["train"] * 2 <= CARD  # two at once, at least
-    assert claims["measure"] == CARD  # beside nothing
+    assert claims["train"] * 2 <= CARD  # at least two at once
+    assert claims["measure"] == CARD  # nothing else
     assert {"train", "measure"} <= {job["rule"] for job in jobs}
     assert all("gpu_mb" not in job for job in jobs if job["rule"] in ("table", "data"))
 
 
 @pytest.mark.slow
-def test_trainings_share_the_card_and_a_measurement_is_alone_on_it(tmp_path: Path) -> None:
-    """The DAG with jobs that only make their files: what Snakemake lets run side by side."""
+def test_trainings_share_the_gpu_and_a_measurement_runs_alone(tmp_path: Path) -> None:
+    """With jobs that only write their files: which jobs Snakemake runs at the same time."""
     for name in ("profiles", "config"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    # Threads would keep a measurement alone too: only the card is to do it here.
+    # Threads would also keep a measurement alone; here only GPU memory must.
     text = re.sub(r"    threads: .*\n", "    threads: 1\n", (ROOT / "Snakefile").read_text())
     text = re.sub(r'"python -m hovit', r'"MAKES=\'{output}\' python stand_in.py', text)
     (tmp_path / "Snakefile").write_text(text)
@@ -94,7 +94,7 @@ def test_trainings_share_the_card_and_a_measurement_is_alone_on_it(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_slurm_jobs_ask_for_memory_time_and_a_card() -> None:
+def test_slurm_jobs_request_memory_time_and_a_gpu() -> None:
     jobs = planned("--workflow-profile", "profiles/slurm", "--config", "scale=proxy")
     by_rule = {job["rule"]: job for job in jobs}
     assert by_rule["train"]["gpu"] == "1"
@@ -109,8 +109,8 @@ def test_slurm_jobs_ask_for_memory_time_and_a_card() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["README.md", "profiles/slurm/config.yaml"])
-def test_account_and_partition_take_no_default_away(text: str) -> None:
-    """On the command line, --default-resources replaces the profile's: all must be said again."""
+def test_setting_account_and_partition_keeps_the_defaults(text: str) -> None:
+    """On the command line, --default-resources replaces that of the profile: repeat all values."""
     said = re.search(r"--default-resources ((?: ?\w+=\w+)+)", (ROOT / text).read_text())
     assert said
     given = dict(pair.split("=") for pair in said[1].split())
