@@ -270,6 +270,7 @@ class Scale(Strict):
     memory_mb: Annotated[int, Field(ge=500)] = 3000  # of one training run
     gpu_memory_mb: Annotated[int, Field(ge=500)] = 12000  # likewise, of a card (profiles/gpu)
     latency: Latency
+    analysis_images: Annotated[int, Field(ge=1)] | None = None  # at most; None: the analysis's
     # Which of the inexact metrics claims may judge here: smoke can judge none of them.
     judges: frozenset[Literal["top1", "val_top1", "loss", "latency"]]
 
