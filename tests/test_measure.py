@@ -84,7 +84,7 @@ def test_without_a_backward_pass_nothing_is_computed(monkeypatch):
 
 
 def evidence_of_costs():
-    """Every third row of each committed measurement on a CPU, with what its record counts.
+    """Every sixth row of each committed measurement on a CPU, with what its record counts.
 
     The records of the H200 are by torch 2.11, which counts no multiply-add of fused attention on a
     CPU.
@@ -92,13 +92,13 @@ def evidence_of_costs():
     for path in sorted((ROOT / "results/evidence/amd-epyc").glob("*/measure/*.json")):
         record = json.loads(path.read_text())
         spec = record["spec"]
-        for name, row in list(spec["rows"].items())[::3]:
+        for name, row in list(spec["rows"].items())[::6]:
             size = row.get("image_size", spec["image_size"])
             setting = (row["model"], row["model_args"], spec["num_classes"], size, row["part"])
             yield pytest.param(setting, record["results"]["rows"][name], id=f"{path.stem}/{name}")
 
 
-@pytest.mark.parametrize(("setting", "row"), evidence_of_costs())
+@pytest.mark.parametrize(("setting", "row"), list(evidence_of_costs()))
 def test_costs_are_those_of_the_committed_records(setting, row):
     found = cost(*setting, backward="activations" in row)
     assert found == {key: row[key] for key in found}
@@ -182,7 +182,7 @@ def test_macs_of_levit_deck_are_the_decks():
 def test_models_of_any_share_of_attention_have_the_multiply_adds_that_their_table_says():
     rows = {row.id: row for row in load_plan("smoke", ROOT / "config").study("mhsa_share").rows}
     counts = {
-        name: macs(timm.create_model(row.model, **row.model_args), 224)
+        name: cost(row.model, row.model_args, 1000, 224, backward=False)["macs"]
         for name, row in rows.items()
     }
     for name, row in rows.items():
