@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from hovit.config.plan import load_plan
+from hovit.pipeline import worker
 from hovit.records.evidence import evidence_digest
 from hovit.report.figures.draw import FIGURES
 from hovit.report.metrics import metrics_files
@@ -47,6 +48,13 @@ SETTINGS = {
 }
 EXPORTS = " ".join(f"{key}={shlex.quote(value)}" for key, value in SETTINGS.items())
 shell.prefix(f"set -euo pipefail; export {EXPORTS}; ")
+
+
+# Jobs on this machine run as forks of one process that has imported torch once.
+onstart:
+    if workflow.is_main_process and workflow.local_exec:
+        worker.start()
+
 
 # Tasks know their records, specs, code hashes and inputs; the rules below only ask them.
 STUDIES = PLAN.config.studies
@@ -219,13 +227,17 @@ use rule train as train_detector with:
         run=one_of(DETECTORS),
 
 
-# Latency wants the machine for itself: all cores, and the card.
+# Latency wants the machine for itself: all cores, and the card. Where no claim is judged by it,
+# it shares the cores.
+ALL_CORES = workflow.resource_settings.cores or PLAN.scale.threads
+
+
 rule measure:
     output:
         f"results/runs/{SCALE}/measure/{{study}}.json",
     log:
         f"logs/measure/{SCALE}/{{study}}.log",
-    threads: workflow.resource_settings.cores or PLAN.scale.threads
+    threads: ALL_CORES if "latency" in PLAN.scale.judges else PLAN.scale.latency.threads
     resources:
         gpu=1,
         gpu_mb=PLAN.scale.gpu_memory_mb,

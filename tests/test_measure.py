@@ -13,12 +13,13 @@ import torch
 from conftest import ROOT
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import hovit.models  # noqa: F401 (registers)
 from hovit.config.plan import Plan, load_plan
 from hovit.config.runs import protocol
 from hovit.config.schema import Latency, OnGpu
-from hovit.measure.cost import cost, macs
+from hovit.measure.cost import FLASH_ON_CPU, _counter, cost, macs
 from hovit.measure.latency import forward_ms, gradients_ms, measure_latency, summary
 from hovit.pipeline import measure as study_module
 from hovit.pipeline.measure import measure_study
@@ -72,6 +73,44 @@ def test_cost_of_a_tiny_model_by_hand():
 def test_without_a_backward_pass_only_what_a_forward_pass_tells():
     found = cost("tiny_of_test_measure", {"width": 10}, 5, 32, backward=False)
     assert found == {"parameters": 443, "macs": 16 * 16 * 27 * 10 + 10 * 5}
+
+
+def test_without_a_backward_pass_nothing_is_computed(monkeypatch):
+    seen = []
+    forward = Tiny.forward
+    monkeypatch.setattr(Tiny, "forward", lambda self, x: seen.append(x) or forward(self, x))
+    cost("tiny_of_test_measure", {}, 5, 4096, backward=False)
+    assert [(type(x), x.shape) for x in seen] == [(FakeTensor, (1, 3, 4096, 4096))]
+
+
+def evidence_of_costs():
+    """Every sixth row of each committed measurement on a CPU, with what its record counts.
+
+    The records of the H200 are by torch 2.11, which counts no multiply-add of fused attention on a
+    CPU.
+    """
+    for path in sorted((ROOT / "results/evidence/amd-epyc").glob("*/measure/*.json")):
+        record = json.loads(path.read_text())
+        spec = record["spec"]
+        for name, row in list(spec["rows"].items())[::6]:
+            size = row.get("image_size", spec["image_size"])
+            setting = (row["model"], row["model_args"], spec["num_classes"], size, row["part"])
+            yield pytest.param(setting, record["results"]["rows"][name], id=f"{path.stem}/{name}")
+
+
+@pytest.mark.parametrize(("setting", "row"), list(evidence_of_costs()))
+def test_costs_are_those_of_the_committed_records(setting, row):
+    found = cost(*setting, backward="activations" in row)
+    assert found == {key: row[key] for key in found}
+    assert {"parameters", "macs"} <= set(found)
+
+
+def test_fused_attention_is_counted_whatever_the_version_of_torch():
+    q = torch.randn(1, 2, 5, 8)
+    with _counter() as counter:
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    assert counter.get_total_flops() == 2 * 2 * (2 * 5 * 5 * 8)
+    assert FLASH_ON_CPU[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu]
 
 
 def test_what_takes_no_image_is_measured_by_its_own_inputs():
@@ -143,7 +182,7 @@ def test_macs_of_levit_deck_are_the_decks():
 def test_models_of_any_share_of_attention_have_the_multiply_adds_that_their_table_says():
     rows = {row.id: row for row in load_plan("smoke", ROOT / "config").study("mhsa_share").rows}
     counts = {
-        name: macs(timm.create_model(row.model, **row.model_args), 224)
+        name: cost(row.model, row.model_args, 1000, 224, backward=False)["macs"]
         for name, row in rows.items()
     }
     for name, row in rows.items():

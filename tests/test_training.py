@@ -143,7 +143,7 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path: Path) -> None:
     scale = tmp_path / "config/scales/smoke.yaml"
     scale.write_text(
         scale.read_text().replace(
-            "{train: 256, val: 64, test: 128}", "{train: 128, val: 33, test: 41}"
+            "{train: 64, val: 16, test: 32}", "{train: 128, val: 33, test: 41}"
         )
     )
     run = "vit_small_patch16_224.pets.deck"

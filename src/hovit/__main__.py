@@ -1,5 +1,12 @@
-"""`python -m hovit`: the same as the `hovit` command."""
+"""`python -m hovit`: the same as the `hovit` command, by the pipeline's worker if there is one."""
 
-from .cli import main
+import sys
 
-main()
+from .pipeline.worker import hand_over
+
+code = hand_over(sys.argv[1:])
+if code is None:
+    from .cli import main
+
+    main()
+sys.exit(code)

@@ -187,8 +187,10 @@ class Plan:
         if not runs:
             return None
         packs = self._analysis_packs(analysis, runs)
+        images = min(analysis.images, self.scale.analysis_images or analysis.images)
+        scaled = analysis.model_copy(update={"images": images})
         return self._task(
-            "analysis", analysis, lambda: AnalyseTask(analysis, self.scale, runs, packs)
+            "analysis", analysis, lambda: AnalyseTask(scaled, self.scale, runs, packs)
         )
 
     def _task(self, kind: str, subject: object, make: Callable[[], T]) -> T:

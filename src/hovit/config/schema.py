@@ -254,6 +254,7 @@ class Scale(Strict):
     memory_mb: Annotated[int, Field(ge=500)] = 3000  # of one training run
     gpu_memory_mb: Annotated[int, Field(ge=500)] = 12000  # of a GPU (profiles/gpu)
     latency: Latency
+    analysis_images: Annotated[int, Field(ge=1)] | None = None  # maximum; None: the analysis's
     # Inexact metrics that claims may judge at this scale; smoke can judge none of them.
     judges: frozenset[Literal["top1", "val_top1", "loss", "latency"]]
 

@@ -1,0 +1,157 @@
+"""The pipeline's worker and its display: commands in forks of one process, a line for each job."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from hovit.pipeline import worker
+
+LIST = [sys.executable, "-m", "hovit", "list"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder with the config, in which a worker runs."""
+    (tmp_path / "config").symlink_to(ROOT / "config")
+    (tmp_path / ".snakemake").mkdir()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "hovit.pipeline.worker"], cwd=tmp_path, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    yield tmp_path
+    said, _ = server.communicate(timeout=60)  # the end of its input is the end of it
+    assert server.returncode == 0
+    assert said.startswith("cpu ")
+    assert not (tmp_path / worker.SOCKET).exists()
+
+
+def handed_over(folder: Path, command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=folder, env=os.environ | {worker.VARIABLE: worker.SOCKET} | env,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def test_a_command_says_and_returns_what_it_does_alone(folder: Path) -> None:
+    alone = subprocess.run(LIST, cwd=folder, capture_output=True, text=True, check=True)
+    done = handed_over(folder, LIST)
+    assert (done.returncode, done.stdout) == (0, alone.stdout)
+    wrong = handed_over(folder, [*LIST, "--scale", "nosuch"])
+    assert wrong.returncode == 1
+    assert wrong.stderr.startswith("error: no scale 'nosuch'")
+    assert handed_over(folder, [*LIST, "--nosuch"]).returncode == 2  # typer's
+
+
+def test_a_command_has_its_own_environment(folder: Path) -> None:
+    for root in ("one", "two"):
+        done = handed_over(
+            folder,
+            [sys.executable, "-m", "hovit", "data", "tiny-imagenet-37-96px"],
+            HOVIT_DATA=root,
+        )
+        assert done.returncode == 1
+        assert f"{root}/" in done.stderr
+
+
+def test_a_log_ends_with_the_cpu_time(folder: Path) -> None:
+    with open(folder / "log", "w") as log:
+        env = os.environ | {worker.VARIABLE: worker.SOCKET}
+        subprocess.run(LIST, cwd=folder, env=env, stdout=log, stderr=log, check=True)
+    assert (folder / "log").read_text().splitlines()[-1].startswith("cpu ")
+
+
+def test_a_killed_command_ends_its_fork(folder: Path) -> None:
+    """A fork that waits on a pipe nobody writes to ends with the command that asked for it."""
+    os.mkfifo(folder / "pipe.safetensors")
+    env = os.environ | {worker.VARIABLE: worker.SOCKET, "HOVIT_WEIGHTS": "pipe.safetensors"}
+    command = [sys.executable, "-m", "hovit", "train", "l_hovit.pets.deck"]
+    process = subprocess.Popen(command, cwd=folder, env=env)
+
+    def forks() -> list[str]:
+        listed = subprocess.run(["pgrep", "-f", "hovit.pipeline.worker"], capture_output=True)
+        return [
+            pid
+            for pid in listed.stdout.decode().split()
+            if os.readlink(f"/proc/{pid}/cwd") == str(folder)
+        ]
+
+    until = time.monotonic() + 60
+    while len(forks()) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=20)
+    while len(forks()) > 1:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def test_without_a_worker_a_command_runs_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(worker.VARIABLE, raising=False)
+    assert worker.hand_over(["list"]) is None
+    monkeypatch.setenv(worker.VARIABLE, "gone.sock")
+    monkeypatch.setattr(worker, "PATIENCE", 0.1)
+    assert worker.hand_over(["list"]) is None
+
+
+# Display -----------------------------------------------------------------------------------------
+
+SNAKEFILE = """
+rule all:
+    input: "results/made.txt", "results/wrong.txt"
+rule make:
+    output: "results/made.txt"
+    shell: "echo {wildcards} > {output}"
+rule break_down:
+    output: "results/{name}.txt"
+    log: "{name}.log"
+    shell: "for i in $(seq 40); do echo line $i; done > {log}; false"
+ruleorder: make > break_down
+"""
+
+
+def run_snakemake(folder: Path, *args: str) -> str:
+    (folder / "Snakefile").write_text(SNAKEFILE)
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", *args, "--logger", "hovit"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    return done.stderr
+
+
+def test_in_a_pipe_a_job_is_a_line_and_a_failure_the_end_of_its_log(tmp_path: Path) -> None:
+    said = run_snakemake(tmp_path, "--keep-going")
+    assert "3 jobs: " in said
+    assert "[1/3] make, 0 s" in said or "[1/3] make, 1 s" in said
+    failure = said[said.index("failed: break wrong") :].splitlines()
+    assert failure[1] == "    line 26"
+    assert failure[15] == "    line 40"
+    assert failure[16] == "    (all of it: wrong.log)"
+    assert "Select jobs" not in said
+
+
+def test_a_dry_run_says_what_snakemake_says(tmp_path: Path) -> None:
+    said = run_snakemake(tmp_path, "-n")
+    assert "rule break_down:" in said
+    assert "output: results/wrong.txt" in said
+
+
+def test_at_the_end_stands_where_to_look_and_what_was_found(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/made.txt").touch()
+    (tmp_path / "results/claims.json").write_text('{"tally": "3 reproduced"}')
+    (tmp_path / "results/index.html").touch()
+    lines = run_snakemake(tmp_path, "results/made.txt").splitlines()
+    assert lines[-2:] == [
+        "results/index.html and results/tables/index.md show the results", "claims: 3 reproduced"
+    ]  # fmt: skip
