@@ -1,6 +1,7 @@
 """Command line: `hovit COMMAND`, or `python -m hovit COMMAND` without installation.
 
-Commands import torch only if they train or measure.
+Commands import what they need when they run: `hovit --help` reads no config, and torch is imported
+only by commands that train or measure.
 """
 
 import sys
@@ -12,14 +13,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .config.load import load_config
-from .config.plan import all_packs, load_plan
-from .config.runs import Run
-from .config.schema import KINDS
 from .utils.errors import HovitError
 from .utils.files import write_json
 
 if TYPE_CHECKING:
+    from .config.plan import Plan
+    from .config.runs import Run
     from .training.trainer import Options
 
 app = typer.Typer(
@@ -42,6 +41,13 @@ DataRoot = Annotated[
     typer.Option(envvar="HOVIT_DATA", help="Folder with downloads and archives."),
 ]
 Accelerator = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def load_plan(scale: str = "smoke", weights_file: Path | None = None) -> "Plan":
+    """`hovit.config.plan.load_plan` of the config here, imported when it is called."""
+    from .config.plan import load_plan
+
+    return load_plan(scale, weights_file=weights_file)
 
 
 def main() -> None:
@@ -101,6 +107,7 @@ def data(
     data_root: DataRoot = Path("data"),
 ) -> None:
     """Decode a dataset once, split it, and store it under data/packed; COCO is only checked."""
+    from .config.plan import all_packs
     from .pipeline.train import prepare_pack
 
     packs = all_packs()
@@ -140,7 +147,7 @@ def train(
 
 
 @contextmanager
-def _watching(run: Run, quiet: bool = False) -> "Iterator[Options]":
+def _watching(run: "Run", quiet: bool = False) -> "Iterator[Options]":
     """Options that show progress: a bar on a terminal, else a line for each epoch."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -264,7 +271,7 @@ def sweep(
     # The last checkpoint and the way out take time too.
     deadline = began + seconds - max(10.0, 0.05 * seconds)
 
-    def options(run: Run, deadline: float) -> Options:
+    def options(run: "Run", deadline: float) -> Options:
         return Options(
             deadline=deadline,
             weights_file=weights,
@@ -409,6 +416,7 @@ def evidence_add(
     sources: Annotated[list[Path], typer.Argument(help="results/runs of another machine.")],
 ) -> None:
     """Verify finished records and copy them to results/evidence/DEVICE/."""
+    from .config.load import load_config
     from .pipeline.evidence import add
 
     taken = add(load_config(), sources)
@@ -420,6 +428,7 @@ def evidence_add(
 @evidence.command("verify")
 def evidence_verify() -> None:
     """Verify every record under results/evidence; exit code 1 if one fails."""
+    from .config.load import load_config
     from .pipeline.evidence import verify
 
     count, problems = verify(load_config())
@@ -433,6 +442,7 @@ def evidence_verify() -> None:
 @app.command()
 def schema() -> None:
     """Write the JSON Schemas of config/'s files and of records."""
+    from .config.schema import KINDS
     from .records.record import Record
 
     for kind, model in (KINDS | {"record": Record}).items():
