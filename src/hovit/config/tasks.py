@@ -40,9 +40,9 @@ class Task(ABC):
         """Scale of the task."""
 
     @property
-    @abstractmethod
     def path(self) -> Path:
         """Its record, relative to the top folder of the artifact."""
+        return RUNS / self.scale_id / self.kind / f"{self.id}.json"
 
     @property
     @abstractmethod
@@ -161,12 +161,11 @@ class TrainTask(Task):
 
 
 @dataclass(frozen=True)
-class MeasureTask(Task):
-    """Count a study's parameters and multiply-adds, and time its models in turn."""
+class StudyTask(Task):
+    """A task about all rows of a study."""
 
     study: Study
     scale: Scale
-    kind = "measure"
 
     @property
     def id(self) -> str:
@@ -176,9 +175,12 @@ class MeasureTask(Task):
     def scale_id(self) -> str:
         return self.scale.id
 
-    @property
-    def path(self) -> Path:
-        return RUNS / self.scale.id / "measure" / f"{self.study.id}.json"
+
+@dataclass(frozen=True)
+class MeasureTask(StudyTask):
+    """Count a study's parameters and multiply-adds, and time its models in turn."""
+
+    kind = "measure"
 
     @property
     def models(self) -> list[str]:
@@ -246,24 +248,10 @@ class MeasureTask(Task):
 
 
 @dataclass(frozen=True)
-class EvaluateTask(Task):
+class EvaluateTask(StudyTask):
     """Evaluate given weights of a study that trains nothing, on ImageNet's validation images."""
 
-    study: Study
-    scale: Scale
     kind = "evaluation"
-
-    @property
-    def id(self) -> str:
-        return self.study.id
-
-    @property
-    def scale_id(self) -> str:
-        return self.scale.id
-
-    @property
-    def path(self) -> Path:
-        return RUNS / self.scale.id / "evaluation" / f"{self.study.id}.json"
 
     @cached_property
     def spec(self) -> dict[str, Any]:
@@ -305,10 +293,6 @@ class AnalyseTask(Task):
     @property
     def scale_id(self) -> str:
         return self.scale.id
-
-    @property
-    def path(self) -> Path:
-        return RUNS / self.scale.id / "analysis" / f"{self.analysis.id}.json"
 
     @cached_property
     def spec(self) -> dict[str, Any]:
