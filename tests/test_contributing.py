@@ -271,11 +271,13 @@ def test_a_model_is_two_files(copy: Copy) -> None:
     assert "148" in (copy.root / "results/tables/another.md").read_text()
 
 
-def test_an_attention_form_is_one_file(copy: Copy) -> None:
+def test_an_attention_form_is_two_files(copy: Copy) -> None:
     modules = "src/hovit/attention/modules.py"
+    copy.edit("src/hovit/attention/forms.py", "ATTENTION_FORMS = {\n",
+              'ATTENTION_FORMS = {\n    "mean": AttentionForm(softmax=False),\n')  # fmt: skip
     copy.edit(
         modules,
-        "ATTENTIONS: dict[str, type[nn.Module]] = {\n",
+        "def check_attention(",
         '''class MeanAttention(nn.Module):
     """The mean of all values, times a learned gain."""
 
@@ -289,9 +291,7 @@ def test_an_attention_form_is_one_file(copy: Copy) -> None:
         return v.mean(1, keepdim=True).expand_as(v) * self.gain
 
 
-ATTENTIONS: dict[str, type[nn.Module]] = {
-    "mean": MeanAttention,
-''',
+def check_attention(''',
     )
     copy.edit(modules, '    if name == "focused":\n',
               '    if name == "mean":\n        return MeanAttention(dim, heads)\n'
