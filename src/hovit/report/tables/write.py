@@ -81,7 +81,7 @@ def to_csv(sources: Sources, table: Table, facts: dict[str, str]) -> str:
         line |= {name.lower().replace(" ", "_"): facts.get(name, "") for name in IN_CSV}
         line["evidence"] = "; ".join(str(results.folder) for results in table.evidence.values())
         lines.append(line)
-    return pd.DataFrame(lines).to_csv(index=False)
+    return pd.DataFrame(lines, dtype=object).to_csv(index=False)  # integers stay integers
 
 
 def _evidence_numbers(
