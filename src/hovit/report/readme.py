@@ -108,12 +108,15 @@ def picture(sources: Sources) -> bytes:
     content = BytesIO()
     with plt.rc_context(style.RC):
         canvas, ax = plt.subplots(figsize=(style.WIDTH, 0.26 * len(DRAWN) + 0.8))
-        for y, name in enumerate(DRAWN):
+        titles = []
+        for y, (name, title) in enumerate(DRAWN.items()):
             claim = claims[name][0]
             printed = _ratio(claim, float(claim.reported or "nan"))
             ax.plot(printed, y, "o", mfc="white", mec=style.REPORTED, ms=6, label="paper")
-            if sides := _sides(sources, claim):
-                number, noise = against("ratio", *sides)
+            sides = _sides(sources, claim)
+            titles.append(f"{title} ({sides[2]})" if sides else title)
+            if sides:
+                number, noise = against("ratio", *sides[:2])
                 ax.plot([printed, number], [y, y], "-", color="#999999", marker="", lw=0.8)
                 ax.errorbar(
                     number, y, xerr=noise, fmt="D", color=style.OURS, ms=4, label="measured"
@@ -122,18 +125,14 @@ def picture(sources: Sources) -> bytes:
         ax.set_xscale("log")
         ax.set_xticks([0.5, 0.7, 1, 1.5, 2, 3, 5], ["0.5", "0.7", "1", "1.5", "2", "3", "5"])
         ax.xaxis.set_minor_locator(plt.NullLocator())
-        ax.set_yticks(range(len(DRAWN)), DRAWN.values())
+        ax.set_yticks(range(len(DRAWN)), titles)
         ax.invert_yaxis()
         ax.set_xlabel("ratio")
         handles, labels = ax.get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
         ax.legend(unique.values(), unique.keys(), loc="lower right")
-        devices = dict.fromkeys(r.base.name for r in sources.evidence)
-        canvas.supxlabel(
-            f"evidence of {', '.join(devices)}; error bars: the rounds' interquartile range",
-            fontsize=5.5,
-            color="#555555",
-        )
+        note = "committed evidence; error bars: inter-quartile range over rounds"
+        canvas.supxlabel(note, fontsize=5.5, color="#555555")
         canvas.savefig(content, format="png", metadata={"Software": None})
         plt.close(canvas)
     return content.getvalue()
@@ -144,12 +143,12 @@ def _ratio(claim: Claim, number: float) -> float:
     return 1 - number / 100 if claim.kind == "reduction" else number
 
 
-def _sides(sources: Sources, claim: Claim) -> tuple[Value, Value] | None:
-    """Both sides of a claim, by the first evidence that has them."""
+def _sides(sources: Sources, claim: Claim) -> tuple[Value, Value, str] | None:
+    """Both sides of a claim and their device, by the first evidence that has them."""
     for results in sources.evidence:
         values = claim_values(results, claim)
         if not isinstance(values, Missing) and len(values) == 2:
-            return values[0], values[1]
+            return values[0], values[1], results.base.name
     return None
 
 
