@@ -1,21 +1,22 @@
-"""Does training wait for its input? Speed of the loader, and of training on real and fixed input.
+"""Does training wait for its input? Throughput of the loader, and of training on real input.
 
-Measured, in images a second, over the pack of the `hovit` study's dataset at a scale:
+Measured in images/s, on the pack of the `hovit` study's data set at a scale:
 
-1. the loader alone: batches off the pack (`fetch`), and batches made into the network's input on
-   the device, augmentation included (`input`);
-2. training a model, by rounds of STEPS steps that take turns: `real` input from the pack, then the
-   baseline, `synthetic`: one fixed batch that is already on the device. Forward, loss, backward,
-   clipping and optimizer are the training loop's, at the scale's size, batch and precision.
+1. loader alone: reading batches from the pack (`fetch`), and turning them into model input on the
+   device, augmentation included (`input`);
+2. training a model, in alternating rounds of STEPS steps: with `real` input from the pack, and with
+   `synthetic` input, one fixed batch on the device, as the baseline. Forward, loss, backward,
+   clipping and optimizer are those of the training loop, at the size, batch and precision of the
+   scale.
 
-Told of each: median and quartiles over the rounds. `real / synthetic` is of each round and its
-neighbour, so that a machine that slows down hits both; 1 means that input costs nothing. On a CPU,
-where nothing runs ahead, `input share` is also told: what part of the `real` rounds' own time went
-by in making input. Another process's load hits both parts of it, so on a busy machine that is the
-figure to trust: real / synthetic should come to 1 less it.
+Reports median and quartiles over rounds. `real / synthetic` is computed per pair of adjacent
+rounds, so that a slow phase of the machine affects both; 1 means that input costs nothing. On a
+CPU, where nothing is prefetched, `input share` is the part of a `real` round spent on making input.
+Other load on the machine affects both parts of it alike, so it is the more reliable number on a
+busy machine; real / synthetic should be about 1 - input share.
 
-Where worker processes read ahead (accelerator, pack too large for it), up to four batches are ready
-when a real round starts, so STEPS should be well above four.
+Where workers prefetch (GPU, and a pack too large for it), up to four batches are ready when a real
+round starts, so STEPS should be well above four.
 
     python bench/loader.py
     python bench/loader.py --scale mini --data-root ../shared/data --model levit_deck
@@ -51,7 +52,7 @@ Step = tuple[tuple[int, ...], Tensor, Tensor]  # (seed, epoch, step, rank), imag
 def endless(
     run: Run, images: PackedImages, train: np.ndarray, device: torch.device
 ) -> Iterator[Step]:
-    """Epoch after epoch of batches off the pack, on the device, still uint8."""
+    """Yield batches of the pack on the device, as uint8, epoch after epoch."""
     epoch = 0
     while True:
         batches = epoch_batches(train, run.recipe.batch_size, run.seed, epoch)
@@ -62,13 +63,13 @@ def endless(
 
 
 def as_input(run: Run, batches: Iterator[Step]) -> Iterator[Step]:
-    """The same, as the network's input."""
+    """Turn batches into model input."""
     for seed, x, y in batches:
         yield seed, augment(to_input(x, run.image_size), run.recipe.augment, seed), y
 
 
 def trainer(run: Run, fabric: Any) -> Callable[[Step], None]:
-    """One training step of a new model, as the training loop does it."""
+    """Return a function that does one training step of a new model, as the training loop does."""
     torch.manual_seed(run.seed)
     net = create_model(run.model, run.dataset.num_classes, run.image_size, **run.model_args)
     if hasattr(net, "set_distilled_training"):
@@ -95,9 +96,9 @@ def speed(
     device: torch.device,
     shares: list[float] | None = None,
 ) -> float:
-    """Images a second of `steps` batches, until the device has done them.
+    """Images/s over `steps` batches, until the device has finished.
 
-    `shares` gets the part of the time that went by before the batches were there.
+    Appends to `shares` the part of the time spent waiting for batches.
     """
     images, waited = 0, 0.0
     _wait(device)
@@ -126,7 +127,7 @@ def repeat(batch: Step) -> Iterator[Step]:
 
 
 def rounds(kinds: dict[str, Callable[[], float]], n: int) -> dict[str, list[float]]:
-    """Each kind `n` times, taking turns; a first round of each is thrown away."""
+    """Measure each kind `n` times in alternation, after one discarded round of each."""
     taken: dict[str, list[float]] = {kind: [] for kind in kinds}
     for i in range(n + 1):
         for kind, measure in kinds.items():
@@ -141,38 +142,101 @@ def show(name: str, figures: dict[str, Any], unit: str = " images/s") -> None:
     print(f"  {name:18} {median}{unit} ({q1} to {q3})", flush=True)
 
 
-def main(argv: list[str] | None = None) -> None:
+def bench_loader(
+    run: Run, images: PackedImages, train: np.ndarray, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Throughput of the loader alone."""
+    device = torch.device(options.device)
+    fetch = endless(run, images, train, device)
+    made = as_input(run, endless(run, images, train, device))
+    many = options.steps * 5  # these steps are short
+
+    def nothing(_: Step) -> None:
+        pass
+
+    taken = rounds(
+        {
+            "fetch": lambda: speed(fetch, many, nothing, device),
+            "input": lambda: speed(made, many, nothing, device),
+        },
+        options.rounds,
+    )
+    print("loader alone")
+    result = {kind: summary(values) for kind, values in taken.items()}
+    for kind, figures in result.items():
+        show(kind, figures)
+    return result
+
+
+def bench_training(
+    run: Run, fabric: Any, images: PackedImages, train: np.ndarray, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Throughput of training one model on real and on synthetic input."""
+    device = torch.device(options.device)
+    step = trainer(run, fabric)
+    real = as_input(run, endless(run, images, train, device))
+    fixed = repeat(next(real))
+    shares: list[float] = []
+    taken = rounds(
+        {
+            "real": lambda: speed(real, options.steps, step, device, shares),
+            "synthetic": lambda: speed(fixed, options.steps, step, device),
+        },
+        options.rounds,
+    )
+    ratios = [a / b for a, b in zip(taken["real"], taken["synthetic"], strict=True)]
+    figures = {kind: summary(values) for kind, values in taken.items()}
+    figures["ratio"] = summary(ratios)
+    if device.type == "cpu":
+        figures["input_share"] = summary(shares[1:])
+    print(f"training {run.model}")
+    show("real", figures["real"])
+    show("synthetic", figures["synthetic"])
+    show("real / synthetic", figures["ratio"], "")
+    if "input_share" in figures:
+        show("input share", figures["input_share"], "")
+    return figures
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--scale", default="smoke")
     parser.add_argument("--data-root", type=Path, default=Path("data"))
     parser.add_argument(
-        "--model", action="append", help="of the hovit study; again for more (default hovit)"
+        "--model", action="append", help="model of the hovit study; repeatable (default hovit)"
     )
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=20, help="of each round (default 20)")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU (default 2)")
+    parser.add_argument("--steps", type=int, default=20, help="steps per round (default 20)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--accelerator", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, default=Path("results/bench/loader.json"))
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
     plan = load_plan(options.scale)
     study = plan.study("hovit")
     runs = {row.model: plan.runs_of(study, row)[0] for row in plan.rows_run(study)}
     models = options.model or ["hovit"]
     if unknown := set(models) - set(runs):
-        raise HovitError(f"--model {unknown.pop()}: not of {', '.join(map(str, runs))}")
+        raise HovitError(f"--model {unknown.pop()}: must be one of {', '.join(map(str, runs))}")
 
     torch.set_num_threads(options.threads)
     run = runs[models[0]]
     fabric = make_fabric(run.precision, accelerator=options.accelerator)
-    device = fabric.device
+    options.device = fabric.device
     prepare(run.pack, options.data_root)
     packed = open_pack(run.pack)
-    images, train = PackedImages(packed, device), limit_splits(packed, run)["train"]
-    where = describe_device(device)
-    result: dict[str, Any] = {
+    images, train = PackedImages(packed, fabric.device), limit_splits(packed, run)["train"]
+    where = describe_device(fabric.device)
+    print(
+        f"{run.pack.id} at {run.image_size} px, batch {run.recipe.batch_size}, {run.precision}, "
+        f"n = {options.rounds} rounds of {options.steps} steps\non {where}, threads {where.threads}"
+    )
+    result = {
         "scale": plan.scale.id,
         "device": where.model_dump(),
         "torch": torch.__version__,
@@ -182,56 +246,11 @@ def main(argv: list[str] | None = None) -> None:
         "batch_size": run.recipe.batch_size,
         "precision": run.precision,
         "steps": options.steps,
-        "training": {},
-    }
-    print(
-        f"{run.pack.id} at {run.image_size} px, batch {run.recipe.batch_size}, {run.precision}, "
-        f"n = {options.rounds} rounds of {options.steps} steps\non {where}, threads {where.threads}"
-    )
-
-    def nothing(_: Step) -> None:
-        pass
-
-    # A thousand batches of the loader take about as long as one round of training.
-    fetch = endless(run, images, train, device)
-    made = as_input(run, endless(run, images, train, device))
-    many = options.steps * 5
-    taken = rounds(
-        {
-            "fetch": lambda: speed(fetch, many, nothing, device),
-            "input": lambda: speed(made, many, nothing, device),
+        "loader": bench_loader(run, images, train, options),
+        "training": {
+            name: bench_training(runs[name], fabric, images, train, options) for name in models
         },
-        options.rounds,
-    )
-    result["loader"] = {kind: summary(values) for kind, values in taken.items()}
-    print("loader alone")
-    for kind, figures in result["loader"].items():
-        show(kind, figures)
-
-    for name in models:
-        step = trainer(runs[name], fabric)
-        real = as_input(run, endless(run, images, train, device))
-        fixed = repeat(next(real))
-        shares: list[float] = []
-        taken = rounds(
-            {
-                "real": lambda: speed(real, options.steps, step, device, shares),  # noqa: B023
-                "synthetic": lambda: speed(fixed, options.steps, step, device),  # noqa: B023
-            },
-            options.rounds,
-        )
-        ratios = [a / b for a, b in zip(taken["real"], taken["synthetic"], strict=True)]
-        figures = {kind: summary(values) for kind, values in taken.items()}
-        figures["ratio"] = summary(ratios)
-        if device.type == "cpu":
-            figures["input_share"] = summary(shares[1:])
-        result["training"][name] = figures
-        print(f"training {name}")
-        show("real", figures["real"])
-        show("synthetic", figures["synthetic"])
-        show("real / synthetic", figures["ratio"], "")
-        if "input_share" in figures:
-            show("input share", figures["input_share"], "")
+    }
     write_json(options.out, result)
     print(f"written to {options.out}")
 

@@ -2,8 +2,11 @@
 
 import io
 import os
+import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +21,8 @@ from hovit.config.runs import Pack
 from hovit.config.schema import Dataset
 from hovit.data.decode import OTHER_SUFFIXES, SUFFIXES, open_image, to_rgb
 from hovit.data.listing import list_images
-from hovit.data.pack import open_pack, prepare
+from hovit.data.pack import decode_image, open_pack, prepare
+from hovit.data.readers import Item, _numbered
 from hovit.utils.errors import HovitError
 
 RAMP = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))  # [64, 64], 64 levels
@@ -179,8 +183,6 @@ def test_photographs_are_turned_and_published_sets_are_not(tmp_path: Path) -> No
             Image.fromarray(RAMP).save(tmp_path / f"tree/{c}/{i}.jpg", exif=exif, quality=100)
     pixels = open_pack(*packed(tmp_path, "tree")).images[0].astype(int)
     assert np.abs(pixels[..., 0] - RAMP.T).max() <= 2
-    from hovit.data.readers import _numbered
-
     item = _numbered(tmp_path / "tree/0/0.jpg", 0, ["a"], "train")
     assert not item.orient
 
@@ -339,6 +341,31 @@ FORMS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")
 CASES = int(os.environ.get("HOVIT_FUZZ", "60"))  # of each kind
 
 
+FUZZ = settings(
+    max_examples=CASES, deadline=None, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+
+
+def one_line_or(call: Callable[[], Any], path: Path) -> Any:
+    """What the call gives; None after a HovitError of one line that names the path."""
+    try:
+        return call()
+    except HovitError as error:
+        said = str(error)
+    assert "\n" not in said
+    assert str(path) in said
+    return None
+
+
+def fuzzed(content: bytes, data: st.DataObject) -> bytes:
+    """The bytes with a few of them changed, and sometimes cut."""
+    changed = bytearray(content)
+    for _ in range(data.draw(st.integers(0, 4))):
+        changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))
+    return bytes(changed[: data.draw(st.sampled_from([len(changed)] * 3 + [len(changed) // 2]))])
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_damaged_image_is_one_error_or_an_rgb_image(form: str, tmp_path: Path) -> None:
     """Never a crash, another mode or another size; `HOVIT_FUZZ=1000` for more cases."""
@@ -352,17 +379,10 @@ def test_a_damaged_image_is_one_error_or_an_rgb_image(form: str, tmp_path: Path)
         Image.fromarray(NOISE).convert(mode).save(file, form, **options)
         contents.append(file.getvalue())
 
-    @settings(
-        max_examples=CASES, deadline=None, derandomize=True, database=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )  # fmt: skip
+    @FUZZ
     @given(data=st.data())
     def run(data: st.DataObject) -> None:
-        content = bytearray(data.draw(st.sampled_from(contents)))
-        for _ in range(data.draw(st.integers(1, 4))):
-            at = data.draw(st.integers(0, len(content) - 1))
-            content[at] = data.draw(st.integers(0, 255))
-        content = content[: data.draw(st.sampled_from([len(content), len(content) // 2, 60]))]
+        content = fuzzed(data.draw(st.sampled_from(contents)), data)
         path = tmp_path / "image"
         path.write_bytes(content)
         orient = data.draw(st.booleans())
@@ -374,5 +394,89 @@ def test_a_damaged_image_is_one_error_or_an_rgb_image(form: str, tmp_path: Path)
         except Exception:  # `decode_image` makes one line of it
             return
         assert (rgb.mode, np.asarray(rgb).dtype, np.asarray(rgb).ndim) == ("RGB", np.uint8, 3)
+
+    run()
+
+
+NAME = st.text("ab.\\/_ \n\0é:~" + "".join(SUFFIXES), min_size=1, max_size=12) | st.sampled_from(
+    [
+        "__MACOSX/a/1.png",
+        ".a/1.png",
+        "a\\1.png",
+        "a/1.heic",
+        "../a/1.png",
+        "/a/1.png",
+        "a/",
+        "a/1.png",
+    ]
+)
+
+
+def test_a_zip_of_any_names_and_damage_is_read_or_one_line(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.fromarray(NOISE).save(file, "PNG")
+    png, path = file.getvalue(), tmp_path / "a.zip"
+
+    @FUZZ
+    @given(names=st.lists(NAME, min_size=1, max_size=5, unique=True), data=st.data())
+    def run(names: list[str], data: st.DataObject) -> None:
+        with zipfile.ZipFile(path, "w", data.draw(st.sampled_from([0, 8]))) as archive:
+            for name in names:
+                archive.writestr(zipfile.ZipInfo(name), png)
+        path.write_bytes(fuzzed(path.read_bytes(), data))
+        found = one_line_or(lambda: list(list_images(path)), path)
+        for member, load in found or []:
+            parts = member.split("/")
+            assert ".." not in parts
+            assert "\\" not in member
+            assert not any(part.startswith(".") and part != "." for part in parts)
+            item = Item(f"{path}/{member}", "a", load)
+            pixels = one_line_or(lambda item=item: decode_image(item, 8), path)
+            assert pixels is None or (pixels.shape, pixels.dtype) == ((8, 8, 3), np.uint8)
+
+    run()
+
+
+def test_a_folder_of_any_names_is_read_or_one_line(tmp_path: Path) -> None:
+    """What is not listed is hidden or does not look like an image."""
+    file = io.BytesIO()
+    Image.fromarray(NOISE).save(file, "PNG")
+    contents = [file.getvalue(), b"", b"text"]
+    name = st.binary(min_size=1, max_size=8) | st.text("ab. \n\\é", min_size=1, max_size=6).map(
+        str.encode
+    )
+
+    @FUZZ
+    @given(
+        files=st.dictionaries(
+            st.tuples(name, st.sampled_from([b"", b".png", b".jpg", b".txt", b".heic"])),
+            st.sampled_from(contents), min_size=1, max_size=5,
+        )
+    )  # fmt: skip
+    def run(files: dict[tuple[bytes, bytes], bytes]) -> None:
+        root = tmp_path / "tree"
+        shutil.rmtree(root, ignore_errors=True)
+        (root / "a").mkdir(parents=True)
+        expected, refused = set(), False
+        for (stem, suffix), content in files.items():
+            full = stem + suffix
+            if b"/" in full or b"\0" in full or full in (b".", b".."):
+                continue
+            with open(os.path.join(os.fsencode(root), b"a", full), "wb") as out:
+                out.write(content)
+            text = os.fsdecode(full)
+            if text.startswith("."):
+                continue
+            read = Path(text).suffix.lower() in SUFFIXES
+            expected |= {f"a/{text}"} if read else set()
+            other = Path(text).suffix.lower() in OTHER_SUFFIXES or content == contents[0]
+            refused |= not read and other
+        if refused:
+            with pytest.raises(HovitError, match="looks like an image") as caught:
+                members(root)
+            assert "\n" not in str(caught.value)
+            str(caught.value).encode()
+        else:
+            assert set(members(root)) == expected
 
     run()

@@ -138,7 +138,7 @@ def test_training_learns(plan: Plan, packed: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_give_the_loss_curve_of_one(tmp_path: Path) -> None:
-    """Gloo on CPU, through torchrun; ViT, because BatchNorm sees only its own process's images."""
+    """Gloo on CPU, started by torchrun and by srun; a ViT, as BatchNorm sees one process."""
     shutil.copytree(ROOT / "config", tmp_path / "config")
     scale = tmp_path / "config/scales/smoke.yaml"
     scale.write_text(
@@ -152,16 +152,35 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path: Path) -> None:
     train_run = [*hovit, "train", run, "--threads", "1", "--accelerator", "cpu"]
     subprocess.run([sys.executable, *hovit, "data", "digits-64px"], cwd=tmp_path, check=True)
     curves = []
-    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
-        subprocess.run([sys.executable, *launcher, *train_run], cwd=tmp_path, env=env, check=True)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for launcher in ([], torchrun, "srun"):
+        if launcher == "srun":
+            run_as_srun([sys.executable, *train_run], 2, cwd=tmp_path, env=env)
+        else:
+            command = [sys.executable, *launcher, *train_run]
+            subprocess.run(command, cwd=tmp_path, env=env, check=True)
         folder = tmp_path / "results/runs/smoke" / run / "seed0"
         curves.append(pd.read_csv(folder / "history.csv"))
         predictions = pd.read_csv(folder / "predictions.csv.gz")
         assert len(predictions) == 41
         assert predictions["index"].is_unique
         shutil.rmtree(folder)
-    np.testing.assert_allclose(curves[0]["train_loss"], curves[1]["train_loss"], rtol=2e-4)
-    np.testing.assert_allclose(curves[0]["val_loss"], curves[1]["val_loss"], rtol=5e-3)
+    for curve in curves[1:]:
+        np.testing.assert_allclose(curves[0]["train_loss"], curve["train_loss"], rtol=2e-4)
+        np.testing.assert_allclose(curves[0]["val_loss"], curve["val_loss"], rtol=5e-3)
+
+
+def run_as_srun(command: list[str], tasks: int, cwd: Path, env: dict[str, str]) -> None:
+    """Start a command with the variables that srun sets for each task of a step."""
+    step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0",
+            "SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_STEP_NUM_NODES": "1"}  # fmt: skip
+    started = [
+        subprocess.Popen(
+            command, cwd=cwd, env=env | step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
+        )
+        for i in range(tasks)
+    ]
+    assert [task.wait(timeout=300) for task in started] == [0] * tasks
 
 
 STRAYS = {

@@ -107,7 +107,7 @@ def _scale_16_bits(image: Image.Image) -> Image.Image:
 
 def _on_white(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and max(image.info["transparency"]) > 255:
-        raise ValueError("a transparent colour of 16 bits cannot be told apart in 8 bits")
+        raise ValueError("a transparent colour of 16 bits cannot be matched in 8 bits")
     if image.mode == "La":  # premultiplied; Pillow converts it in two steps
         image = image.convert("LA")
     rgba = image.convert("RGBA")

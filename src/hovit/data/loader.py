@@ -59,8 +59,8 @@ def _free_memory(device: torch.device) -> int:
 def usable_workers(wanted: int, batch_bytes: int) -> int:
     """Number of DataLoader workers whose batches fit into shared memory, at most `wanted`.
 
-    Workers pass batches through /dev/shm, of which a container often has 64 MB. If it is full, a
-    worker dies of a bus error. States on stderr when fewer workers are used.
+    Workers pass batches through /dev/shm, which is 64 MB by default in a container. A worker fails
+    if it is full. Prints a line to stderr when fewer workers are used.
 
     Args:
         wanted: number of workers if there is enough memory.

@@ -147,7 +147,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        HovitError: if the file is missing, no JSON (NaN and infinity are none), or not an object.
+        HovitError: if the file is missing, invalid JSON (NaN, infinity), or not an object.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -171,15 +171,15 @@ def _finite(text: str) -> float:
 
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:
-    """Write `value` as JSON, atomically, with its digest as `sha256`."""
+    """Write `value` as JSON, atomically, with its digest added as `sha256`."""
     write_json(path, value | {"sha256": digest(value)})
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Read a file of `write_sealed`, without the seal.
+    """Read a file of `write_sealed`, without the `sha256`.
 
     Raises:
-        HovitError: as `read_json`, and if the seal does not match.
+        HovitError: as `read_json`, or if the contents do not match the digest.
     """
     value = read_json(path)
     if value.pop("sha256", None) != digest(value):
@@ -190,13 +190,13 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def digest(value: Any) -> str:
-    """sha256, in hex, of a JSON value in its canonical form."""
+    """sha256 in hex of a JSON value in canonical form."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """sha256, in hex, of a file's bytes.
+    """sha256 in hex of the bytes of a file.
 
     Raises:
         HovitError: if the file cannot be read.
