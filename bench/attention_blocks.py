@@ -1,8 +1,8 @@
-"""How many scores at a time are best for Jaccard and Euclidean attention without gradients.
+"""Best block size, in scores, for Jaccard and Euclidean attention without gradients.
 
-All sizes of block take turns on the same inputs. Told of each: its time over that of the whole
-batch at once (median of the rounds' ratios, quartiles, n). `hovit.attention.similarity.BLOCK` is
-the size in use.
+All block sizes run in turn on the same inputs. Reported for each: its time over the time of the
+whole batch in one block (median of the ratios in each round, quartiles, n). The size in use is
+`hovit.attention.similarity.BLOCK`.
 
     python bench/attention_blocks.py
     python bench/attention_blocks.py --tokens 49 --threads 1
@@ -23,11 +23,11 @@ from hovit.utils.errors import HovitError
 from hovit.utils.files import write_json
 
 FORMS = ("jaccard", "euclidean")
-WHOLE = 63  # log2 of more scores than there are
+WHOLE = 63  # log2 of a size that no batch exceeds
 
 
 class Blocks(nn.Module):
-    """One form in blocks of 2^log2 scores."""
+    """One attention form in blocks of 2^log2 scores."""
 
     def __init__(self, form: str, log2: int, tokens: int, heads: int = 4, dim: int = 64) -> None:
         super().__init__()

@@ -1,20 +1,20 @@
-"""What each step of `hovit.models.deploy` buys EfficientViT, against timm's model as timm fuses it.
+"""Speed of each step of `hovit.models.deploy` on EfficientViT, against timm's fused model.
 
-Every form of a model carries the same weights, and its outputs are checked against timm's to 1e-4
-first. Each round times all forms in turn, in another order every time; told is each form's speed
-over that of timm's fusion in the same round (median of the rounds' ratios, quartiles, n):
+All forms of a model have the same weights, and their outputs are first checked against timm's to
+1e-4. Each round times all forms in random order. Reported is the speed of each form over timm's
+fused model in the same round (median of the ratios, quartiles, n):
 
-    timm            timm's model as it is
+    timm            timm's model without changes
     timm fused      the baseline: timm.utils.reparameterize_model
     timm fused cl   the baseline with weights and images in channels-last order
-    folded          ours: BatchNorm and identities folded, activations in place
-    folded cl       ours, likewise in channels-last order
-    deployed        ours, whole: 1 x 1 convolutions as linears, the convolution on Q as a product
+    folded          our model: BatchNorm and identities folded, activations in place
+    folded cl       the same in channels-last order
+    deployed        our deploy form: also 1 x 1 convolutions as linears, convolution on Q as product
     ... compiled    after torch.compile (--compile)
     ... graph       on a GPU: a CUDA graph of the same kernels
-    vit_base        on a GPU: ViT-B/16 as it is; at batch 1 users found M0 no faster there
+    vit_base        on a GPU: ViT-B/16 without changes; users report that M0 is no faster at batch 1
 
-A shared machine disturbs single rounds: trust the median, and its quartiles.
+A shared machine disturbs single rounds: use the median and its quartiles.
 
     python bench/efficientvit_deploy.py --model m0 --model m5 --rounds 30
     python bench/efficientvit_deploy.py --model m0 --batch 1 --compile
@@ -43,13 +43,13 @@ from hovit.utils.errors import HovitError
 from hovit.utils.files import write_json
 
 BASELINE = "timm fused"
-TOLERANCE = 1e-4  # of the outputs' norm
-MADE_FASTER = (BASELINE, f"{BASELINE} cl", "folded", "deployed")  # compiled, and as graphs
+TOLERANCE = 1e-4  # relative to the norm of the outputs
+MADE_FASTER = (BASELINE, f"{BASELINE} cl", "folded", "deployed")  # also compiled and as CUDA graphs
 
 
 @torch.no_grad()
 def as_trained(model: nn.Module) -> nn.Module:
-    """BN weights that hide nothing, and statistics of images: outputs then follow the image."""
+    """Random BN weights, and BN statistics of images, so that outputs depend on the image."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -60,7 +60,7 @@ def as_trained(model: nn.Module) -> nn.Module:
 
 
 def forms(size: str, device: torch.device) -> dict[str, nn.Module]:
-    """Every form of a model, with the same weights; the names end in `cl` if channels-last."""
+    """All forms of a model with the same weights; names end in `cl` for channels-last."""
     torch.manual_seed(0)
     theirs = as_trained(timm.create_model(f"efficientvit_{size}")).to(device)
     ours = timm.create_model(f"efficientvit_paper_{size}").eval().to(device)
@@ -78,11 +78,11 @@ def forms(size: str, device: torch.device) -> dict[str, nn.Module]:
 
 
 def graph(model: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
-    """A model's kernels on x as one CUDA graph: to be called with that x alone."""
+    """Capture the kernels of a model on x as one CUDA graph; call it with the same x only."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
-        for _ in range(3):  # libraries choose their kernels, and take their memory
+        for _ in range(3):  # libraries choose kernels and allocate memory
             model(x)
     torch.cuda.current_stream().wait_stream(aside)
     captured = torch.cuda.CUDAGraph()
@@ -99,10 +99,10 @@ def graph(model: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Te
 def runner(
     name: str, model: Callable[[Tensor], Tensor], x: Tensor, expected: Tensor
 ) -> Callable[[], Any]:
-    """One pass of a model, once it has been seen to give the expected outputs.
+    """Function that runs one pass of a model, after a check of its outputs.
 
     Raises:
-        HovitError: if it does not.
+        HovitError: if the outputs differ from the expected ones.
     """
     error = float((model(x) - expected).norm() / expected.norm())
     if not error <= TOLERANCE:
@@ -111,7 +111,7 @@ def runner(
 
 
 def milliseconds(run: Callable[[], Any], passes: int, device: torch.device) -> float:
-    """Wall time of one of some passes, until the device has done them."""
+    """Wall time of one pass, as the mean of `passes` passes on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begin = time.perf_counter()
@@ -124,7 +124,7 @@ def milliseconds(run: Callable[[], Any], passes: int, device: torch.device) -> f
 
 @torch.inference_mode()
 def compare(size: str, batch: int, options: argparse.Namespace, device: torch.device) -> Any:
-    """Milliseconds a pass of every form, and its speed over the baseline's, by form."""
+    """Milliseconds per pass and speed over the baseline, by form."""
     x = torch.randn(batch, 3, options.image_size, options.image_size, device=device)
     orders = {True: x.contiguous(memory_format=torch.channels_last), False: x}
     models: dict[str, Callable[[Tensor], Tensor]] = {**forms(size, device)}
@@ -154,7 +154,7 @@ def compare(size: str, batch: int, options: argparse.Namespace, device: torch.de
 
 
 def above_zero(kind: type[int] | type[float]) -> Callable[[str], float]:
-    """What reads an option that is a finite number above 0."""
+    """Parser of an option that is a finite number above 0."""
 
     def read(text: str) -> float:
         try:
@@ -163,7 +163,7 @@ def above_zero(kind: type[int] | type[float]) -> Callable[[str], float]:
             value = kind(0)
         if not 0 < value < math.inf:
             name = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text!r} is no {name} above 0")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {name} above 0")
         return value
 
     return read

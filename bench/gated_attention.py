@@ -1,12 +1,12 @@
-"""How much faster gated attention is in chunks than token by token, and what bounds that.
+"""Speed of gated attention in chunks over the recurrence, and its upper bound.
 
-Recurrence, chunks and, for a bound, the chunks' matrix products alone (all else free) take turns on
-the same inputs. Told of the two latter: how many times as fast as the recurrence (median of the
-rounds' ratios, quartiles, n).
+The recurrence, the chunks and, as a bound, only the matrix products of the chunks run in turn on
+the same inputs. Reported for the last two: speed-up over the recurrence (median of the ratios in
+each round, quartiles, n).
 
-What was tried on the chunks without gain (AMD EPYC, 2 threads, fp32): longer chunks, cumulative
-sums as products with a triangle, passes in place. Not taken: a few images at a time, at batch 32
-faster on one thread and slower on two.
+Tried on the chunks without gain (AMD EPYC, 2 threads, fp32): longer chunks, cumulative sums as
+products with a triangular matrix, in-place passes. Not used: a few images at a time; at batch 32
+this is faster on one thread and slower on two.
 
     python bench/gated_attention.py
     python bench/gated_attention.py --batches 1 --tokens 196 4096 --accelerator cuda
@@ -28,7 +28,7 @@ from hovit.utils.files import write_json
 
 
 class Scan(nn.Module):
-    """One way to scan, on inputs as one image has them."""
+    """Base class: inputs of the scan for a batch of images."""
 
     def __init__(self, tokens: int, heads: int = 4, dim: int = 64) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Chunks(Scan):
 
 
 class Products(Scan):
-    """The four matrix products of the chunks: pairs, their values, states in and states out."""
+    """The four matrix products of the chunks: q k^T, its product with v, k^T v, and q S."""
 
     def example_inputs(self, batch: int) -> tuple[Tensor, ...]:
         heads, tokens, dim = self.shape
@@ -80,18 +80,18 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     device = pick_device(options.accelerator)
-    ways = (Recurrence, Chunks, Products)
+    scans = (Recurrence, Chunks, Products)
     found = {}
     for tokens in options.tokens:
         samples = measure_latency(
-            {way.__name__: way(tokens) for way in ways}, device, image_size=None,
+            {scan.__name__: scan(tokens) for scan in scans}, device, image_size=None,
             batches=tuple(options.batches), rounds=options.rounds, warmup=2,
         )  # fmt: skip
         for batch in map(str, options.batches):
             base = np.array(samples["Recurrence"][batch])
             ratios = {
-                way.__name__: summary(list(base / np.array(samples[way.__name__][batch])))
-                for way in ways[1:]
+                scan.__name__: summary(list(base / np.array(samples[scan.__name__][batch])))
+                for scan in scans[1:]
             }
             found[f"{tokens} tokens, batch {batch}"] = ratios
             for name, ratio in ratios.items():

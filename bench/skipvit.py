@@ -1,21 +1,23 @@
-"""How much of what skipped tokens save arrives: whole optimiser steps, against timm's ViT.
+"""Training speed of SkipViT against timm's ViT: how much of the saved computation becomes speed.
 
-Forward, cross-entropy, backward and AdamW step on synthetic images that lie on the device. Each
-schedule of the seed's Table 1 takes turns with the baseline, timm's own ViT of the same shape, step
-by step, and which of the two goes first alternates. Told of each schedule: the speed-up that its
-floating-point operations imply (`torch.utils.flop_counter`, forward and backward), the one reached
-(median of the pairs' ratios, quartiles, n), how much of the implied gain that is, and the seed's
-(Ascend 910A, ViT-S). A shared machine disturbs single steps: trust the median, and its quartiles.
+One step is forward, cross-entropy, backward and AdamW on synthetic images on the device. Each
+schedule of Table 1 of the poster alternates with the baseline, timm's ViT of the same shape, step
+by step and in alternating order. Reported for each schedule: the speed-up implied by the
+floating-point operations (`torch.utils.flop_counter`, forward and backward), the measured one
+(median of the ratios of the pairs, quartiles, n), the measured share of the implied gain, and the
+poster's speed-up (Ascend 910A, ViT-S). A shared machine disturbs single steps: use the median and
+its quartiles.
 
-What was tried (ViT-Ti/16, batch 64, fp32, AMD EPYC, 2 threads):
+Findings (ViT-Ti/16, batch 64, fp32, AMD EPYC, 2 threads):
 
-- `gather` and `scatter` over every element for the tokens that leave and come back: replaced by
-  whole rows (`index_select`, `index_copy`), two to three times as fast in both directions.
-- All N x N scores for the ranking: replaced by the class token's row beside the fused kernel.
-- More was reached than is implied where the allocator maps large activations anew in every step: of
-  6(55%)+11 the baseline's step took 319,000 page faults, ours 123,000. With `MALLOC_MMAP_MAX_=0`
-  neither took any, and of an implied 1.272 there was 1.269 (without: 1.301; n = 7 rounds, a busy
-  machine). This script keeps freed memory since.
+- `gather` and `scatter` over every element, to drop and return tokens, are replaced by operations
+  on whole rows (`index_select`, `index_copy`), two to three times as fast in both directions.
+- All N x N scores for the ranking are replaced by the row of the class token, next to the fused
+  kernel.
+- The measured speed-up exceeds the implied one if the allocator maps large activations again in
+  every step: with 6(55%)+11 a step takes 319,000 page faults in the baseline and 123,000 in
+  SkipViT. With `MALLOC_MMAP_MAX_=0` neither takes any, and the speed-up is 1.269 of an implied
+  1.272 (without: 1.301; n = 7 rounds, a busy machine). This script therefore keeps freed memory.
 
     python bench/skipvit.py --model tiny --rounds 15
     python bench/skipvit.py --model small --batch 256 --precision bf16-mixed --compile --steps 20
@@ -42,7 +44,7 @@ from hovit.utils.device import describe_device, keep_freed_memory, pick_device
 from hovit.utils.errors import HovitError
 from hovit.utils.files import write_json
 
-SEED = {  # Table 1: throughput gained over ViT-S's 4,503 images/s, in percent
+POSTER = {  # Table 1: throughput gained over ViT-S's 4,503 images/s, in percent
     "6(45%)+fused": 10.23,
     "4,7(30%,30%)+10": 13.1,
     "4,7(30%,30%)+11": 16.09,
@@ -65,7 +67,7 @@ def flops(model: nn.Module, x: Tensor) -> int:
 
 
 def trainer(model: nn.Module, x: Tensor, y: Tensor, precision: str) -> Callable[[], None]:
-    """One optimiser step of a model."""
+    """Function that runs one training step of a model."""
     dtype = AUTOCAST[precision]
     scaler = torch.amp.GradScaler(x.device.type, enabled=dtype is torch.float16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05)
@@ -82,7 +84,7 @@ def trainer(model: nn.Module, x: Tensor, y: Tensor, precision: str) -> Callable[
 
 
 def seconds(step: Callable[[], None], steps: int, device: torch.device) -> float:
-    """Wall time of some steps, until the device has done them."""
+    """Wall time of `steps` steps, until the device has finished them."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -97,7 +99,7 @@ def seconds(step: Callable[[], None], steps: int, device: torch.device) -> float
 
 
 def build(options: argparse.Namespace, schedule: str | None) -> nn.Module:
-    """SkipViT with a schedule, or timm's ViT for None; the same weights each."""
+    """SkipViT with a schedule, or timm's ViT for None; all with the same weights."""
     torch.manual_seed(0)
     name = f"vit_{options.model}_patch{options.patch}_224"
     size: dict[str, Any] = {"img_size": options.image_size}
@@ -107,10 +109,10 @@ def build(options: argparse.Namespace, schedule: str | None) -> nn.Module:
 
 
 def check(schedules: list[str], options: argparse.Namespace) -> None:
-    """Whether every schedule drops something.
+    """Check that every schedule drops tokens.
 
     Raises:
-        HovitError: if one does not, or is none.
+        HovitError: if one is invalid or drops none.
     """
     patches = (options.image_size // options.patch) ** 2
     for text in schedules:
@@ -132,7 +134,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=9, help="pairs of each schedule (default 9)")
     parser.add_argument("--steps", type=int, default=1, help="of each measurement (default 1)")
-    parser.add_argument("--schedule", action="append", help="again for more (default: the seed's)")
+    parser.add_argument(
+        "--schedule", action="append", help="again for more (default: the poster's)"
+    )
     parser.add_argument("--threads", type=int, default=2, help="of the CPU (default 2)")
     parser.add_argument("--precision", default="32-true", choices=list(AUTOCAST))
     parser.add_argument("--compile", action="store_true")
@@ -140,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("results/bench/skipvit.json"))
     options = parser.parse_args(argv)
 
-    schedules = options.schedule or list(SEED)
+    schedules = options.schedule or list(POSTER)
     check(schedules, options)
     torch.set_num_threads(options.threads)
     keep_freed_memory()
@@ -172,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
 
     baseline = [options.steps * options.batch / b for pairs in taken.values() for b, _ in pairs]
     print(f"baseline {np.median(baseline):.4g} images/s (n = {len(baseline)})")
-    print(f"{'schedule':18}{'implied':>9}{'reached':>9}  (quartiles)      of gain   seed")
+    print(f"{'schedule':18}{'implied':>9}{'reached':>9}  (quartiles)      of gain poster")
     rows: dict[str, Any] = {}
     for schedule, pairs in taken.items():
         speedup = summary([b / s for b, s in pairs])
@@ -180,10 +184,10 @@ def main(argv: list[str] | None = None) -> None:
         share = (speedup["median"] - 1) / (promised - 1)
         rows[schedule] = {"implied": promised, "reached": speedup, "share_of_gain": share}
         quartiles = f"({speedup['q1']:.3f} to {speedup['q3']:.3f})"
-        seed = f"{1 + SEED[schedule] / 100:.4f}" if schedule in SEED else "-"
+        reported = f"{1 + POSTER[schedule] / 100:.4f}" if schedule in POSTER else "-"
         print(
             f"{schedule:18}{promised:9.3f}{speedup['median']:9.3f}  {quartiles:17}{share:6.0%}"
-            f"{seed:>9}"
+            f"{reported:>9}"
         )
     asked = {key: value for key, value in vars(options).items() if key != "out"}
     result = {"options": asked, "device": where.model_dump(), "torch": torch.__version__}

@@ -1,4 +1,4 @@
-"""The deploy form gives the model's outputs, without a BatchNorm."""
+"""The deploy form has the same outputs as the model, and no BatchNorm."""
 
 import copy
 import runpy
@@ -23,7 +23,7 @@ OTHERS = ["resnet18", "mobilenetv2_100", "mobilenetv3_small_100", "efficientvit_
 
 
 @pytest.fixture(autouse=True)
-def _one_core_and_one_seed():
+def _one_thread_and_fixed_seed():
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
@@ -50,18 +50,18 @@ def agree(model: nn.Module, deployed: nn.Module, x: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILY + LEVIT + OTHERS)
-def test_outputs_are_the_models_to_1e_4_without_batch_norm(name):
+def test_outputs_agree_to_1e_4_without_batch_norm(name):
     model = lively(timm.create_model(name, num_classes=10))
     before = copy.deepcopy(model.state_dict())
     deployed = deploy(model)
     assert norms(deployed) == []
     agree(model, deployed, torch.randn(2, 3, 224, 224))
-    assert norms(model)  # the model stays what it was
+    assert norms(model)  # the model is unchanged
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["l_hovit", "l_levit_deck"])
-def test_a_launcher_too(name):
+def test_launchers(name):
     model = lively(timm.create_model(name, num_classes=10, img_size=64))
     deployed = deploy(model)
     assert norms(deployed) == []
@@ -88,14 +88,14 @@ def test_larger_images(px):
 
 
 @pytest.mark.slow
-def test_compiled_too():
-    """Inductor once gave NaN for two chained baddbmm, at batches of more than one."""
+def test_compiled_model():
+    """Inductor compiles two chained baddbmm to NaN at batches of more than one."""
     model = timm.create_model("efficientvit_paper_m0", num_classes=10)
     for m in model.modules():
         if isinstance(m, _BatchNorm):
             nn.init.uniform_(m.weight, 0.5, 1.5)
             m.momentum = None
-    with torch.no_grad():  # the images' own statistics: outputs then follow the image
+    with torch.no_grad():  # BN statistics of these images, so that outputs depend on the image
         model.train()(torch.randn(8, 3, 224, 224))
     deployed = deploy(model)
     x = torch.randn(2, 3, 224, 224)
@@ -106,7 +106,7 @@ def test_compiled_too():
 
 def test_a_batch_norm_that_cannot_be_folded_is_named():
     class Late(nn.Module):
-        """BN after something that is no layer."""
+        """BN after an activation."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -136,7 +136,7 @@ def test_a_deployed_model_by_name(args):
 
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("by", ["folding", "timm", "nothing"])
-def test_the_weights_order_is_the_maps(by, channels_last):
+def test_memory_format_of_weights_and_maps(by, channels_last):
     of = "efficientvit_m0" if by == "timm" else "efficientvit_paper_m0"
     model = timm.create_model("deployed", of=of, by=by, channels_last=channels_last)
     order = torch.channels_last if channels_last else torch.contiguous_format
@@ -144,7 +144,7 @@ def test_the_weights_order_is_the_maps(by, channels_last):
     assert maps.is_contiguous(memory_format=order)
 
 
-def test_folding_leaves_the_parts_as_they_are():
+def test_folding_keeps_the_layers_of_efficientvit():
     model = timm.create_model("deployed", of="efficientvit_paper_m0", by="folding")
     assert norms(model) == []
     kinds = {type(m) for m in model.modules()}
@@ -152,12 +152,12 @@ def test_folding_leaves_the_parts_as_they_are():
     assert TokenFFN not in kinds
 
 
-def test_folding_alone_agrees_too():
+def test_outputs_agree_after_folding_only():
     model = lively(timm.create_model("efficientvit_paper_m0", num_classes=10))
     agree(model, deploy(model, parts=False), torch.randn(2, 3, 224, 224))
 
 
-def test_a_deployed_model_by_nobody_is_refused():
+def test_unknown_ways_to_deploy_are_refused():
     with pytest.raises(ValueError, match="by='me'"):
         timm.create_model("deployed", of="efficientvit_m0", by="me")
     with pytest.raises(ValueError, match="channels_last='no'"):
@@ -166,9 +166,9 @@ def test_a_deployed_model_by_nobody_is_refused():
 
 @pytest.mark.parametrize("option", ["batch", "rounds", "threads", "image-size", "seconds"])
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "x"])
-def test_the_bench_refuses_what_is_no_number_above_zero(option, value, capsys):
+def test_the_bench_refuses_values_that_are_not_above_zero(option, value, capsys):
     main = runpy.run_path(str(ROOT / "bench/efficientvit_deploy.py"))["main"]
     with pytest.raises(SystemExit):
         main([f"--{option}={value}"])
     said = capsys.readouterr().err.splitlines()[-1]
-    assert f"argument --{option}: {value!r} is no " in said
+    assert f"argument --{option}: {value!r} is not a " in said

@@ -11,6 +11,7 @@ its own output projection.
 
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -52,6 +53,11 @@ def _is_int(value: Any, minimum: int) -> bool:
 
 def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and 0 < value < math.inf
+
+
+def full_precision(x: Tensor) -> Any:
+    """Context without autocast on the device of x; the meta device has no autocast."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class SimilarityAttention(nn.Module):
@@ -121,7 +127,7 @@ class FocusedAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, size: Size, bias: Tensor | None = None
     ) -> Tensor:
         v = to_heads(v, self.heads)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             q, k = (to_heads(t, self.heads) for t in self.focused(q, k))
             mixed = linear_attention(q, k, v.to(q.dtype))
         local = v.flatten(0, 1).transpose(1, 2).unflatten(2, size)  # [B heads, d, H, W]
@@ -202,7 +208,7 @@ class GatedAttention(nn.Module):
             (F.logsigmoid(f(x).to(wide)) / self.tau).clamp(min=MIN_LOG_GATE)
             for f in (self.alpha, self.beta)
         ]
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             q, k, v, *logs = (to_heads(t.to(wide), self.heads) for t in (q, k, v, *logs))
             out = self.scan(q, k, v, logs[0], logs[1])
             if self.two_way:

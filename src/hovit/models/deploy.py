@@ -241,7 +241,7 @@ class _Rewriter:
         self._remove_no_ops()
         for name, child in _called_children(self.module):
             if isinstance(child, _BatchNorm):
-                raise ValueError(f"BatchNorm {self.name}.{name} cannot be folded: it is not called")
+                raise ValueError(f"BatchNorm {self._path(name)} cannot be folded: it is not called")
         for node in self.graph.nodes:
             if self._calls(node, ACTIVATIONS):
                 source = node.args[0]
@@ -253,6 +253,10 @@ class _Rewriter:
     def _module_of(self, node: fx.Node) -> nn.Module | None:
         """The module that a node calls, if it calls one."""
         return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def _path(self, target: Any) -> str:
+        """Name of a child in the network."""
+        return f"{self.name}.{target}".lstrip(".")
 
     def _calls(self, node: Any, types: tuple[type, ...]) -> bool:
         """Whether a node is the only call of a plain module of these types, with one argument."""
@@ -288,7 +292,7 @@ class _Rewriter:
             folded = self._fold_into_previous(node, bn) or self._fold_into_next(node, bn)
         if not folded:
             raise ValueError(
-                f"BatchNorm {self.name}.{node.target} cannot be folded: there is no conv or "
+                f"BatchNorm {self._path(node.target)} cannot be folded: there is no conv or "
                 f"linear of its own before or after it in {type(self.module).__name__}"
             )
         rest: list[nn.Module] = []

@@ -47,8 +47,12 @@ def choose(scores: Tensor, keep: int, prefix: int, suffix: int = 0) -> Tensor:
         [B, prefix + keep + suffix], ascending.
     """
     n = scores.shape[1]
-    order = scores[:, prefix : n - suffix].argsort(dim=1, descending=True, stable=True)
-    kept = order[:, :keep].sort(dim=1).values + prefix
+    ranked = scores[:, prefix : n - suffix]
+    if torch.onnx.is_in_onnx_export():  # no stable sort there; its TopK keeps the earlier index
+        best = ranked.topk(keep, dim=1).indices
+    else:
+        best = ranked.argsort(dim=1, descending=True, stable=True)[:, :keep]
+    kept = best.sort(dim=1).values + prefix
     all_tokens = torch.arange(n, device=scores.device).expand(scores.shape[0], n)
     return torch.cat([all_tokens[:, :prefix], kept, all_tokens[:, n - suffix :]], dim=1)
 
