@@ -21,7 +21,7 @@ ROUTINE = (
     "Using workflow specific profile", "Assuming unrestricted shared filesystem", "Using shell",
     "Building DAG of jobs", "Provided ", "Rules claiming more threads", "Job stats",
     "Singularity containers", "Conda environments", "Select jobs to execute", "Execute ",
-    "Finished job", "Complete log", "Elapsed time", "host: ",
+    "Finished job", "Complete log", "Elapsed time", "host: ", "Removing temporary output",
     "Shutting down, this might take some time", "Exiting because a job execution failed",
 )  # fmt: skip
 INDEX = Path("results/tables/index.md")
