@@ -8,7 +8,7 @@ DATA =
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup tables page paper claims test lint format lock dag clean
+.PHONY: help setup tables page paper claims test test-all lint format lock dag clean
 
 MIN_PYTHON = $(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
 IN_VENV = PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -17,7 +17,7 @@ COMPILE = .venv/bin/uv pip compile --quiet --universal --python-version $(MIN_PY
 	--no-emit-index-url --no-emit-find-links --no-header $(if $(UPGRADE),--upgrade)
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-8s %s\n", $$1, $$2}' Makefile
 
 setup: .venv/.synced ## Make .venv from the hash-checked locks in envs/
 
@@ -45,6 +45,9 @@ claims: setup ## Judge the claims; fails where one is not as results/verdicts.js
 
 test: lint ## Lint, then run the tests; at the end, what was skipped and why
 	$(IN_VENV) pytest -n 2 -rs
+
+test-all: lint ## As `make test`, and the tests that repeat over every registered model
+	$(IN_VENV) pytest -n 2 -rs -m ""
 
 lint: setup ## Check style, types and the Snakefile
 	$(IN_VENV) ruff check

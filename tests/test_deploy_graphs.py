@@ -369,7 +369,7 @@ def test_models_of_timm_with_other_patterns_are_refused(name):
         deploy(built[0])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("module", timm.list_modules())
 def test_one_model_of_every_module_of_timm_is_exact_or_refused(module):
     for name in sorted(timm.list_models(module=module), key=lambda name: (len(name), name)):

@@ -34,14 +34,14 @@ SMALL: dict[str, dict[str, Any]] = {  # by module, or by name
 MODULES = {
     name: module for module in hovit.models.__all__ for name in timm.list_models(module=module)
 }
-# One per structure. The others differ in sizes, or are larger: they run as slow tests.
+# One per structure. The others differ in sizes, or are larger: `make test-all` runs them.
 DISTINCT = ("attention_layer", "efficientvit_paper_m1", "levit_deck_checkerboard",
             "levit_deck_checkerboard_drop", "mhsa_deit_tiny", "skipvit_tiny_patch16_224",
             "swin_tiny_patch2_window4_32")  # fmt: skip
 # The same for tests that need no export.
 CHEAP = (*DISTINCT, "deployed", "flatten_swin_tiny_patch2_window16_32", "hovit", "levit_deck",
          "l_levit_deck_2blocks", "mhsa_swin_tiny")  # fmt: skip
-REGISTRY = [n if n in DISTINCT else pytest.param(n, marks=pytest.mark.slow) for n in MODULES]
+REGISTRY = [n if n in DISTINCT else pytest.param(n, marks=pytest.mark.exhaustive) for n in MODULES]
 
 
 class TinyResNet(nn.Sequential):

@@ -39,7 +39,7 @@ from hovit.pipeline.evidence import check
 from hovit.pipeline.measure import _resume
 from hovit.records.predictions import read_predictions, write_predictions
 from hovit.records.record import read_record, write_record
-from hovit.report.results import _counts
+from hovit.report.results import _image_counts
 from hovit.training.checkpoint import State, load_state, load_weights, save_state, save_weights
 from hovit.training.classification import train
 from hovit.training.trainer import Options, make_fabric
@@ -597,7 +597,7 @@ def read_pack(path: Path) -> Any:
     found = open_pack(PACK, path.parent)
     assert prepare(PACK, Path(), path.parent) == found.meta
     splits = {name: index.tolist() for name, index in found.splits.items()}
-    return found.meta, splits, found.labels.tolist(), found.images.tobytes(), _counts(path.parent)
+    return found.meta, splits, found.labels.tolist(), found.images.tobytes(), _image_counts(path.parent)
 
 
 BEGUN = {"spec_hash": "0" * 64, "code": "1" * 64, "device": {"kind": "cpu", "name": "x"}}

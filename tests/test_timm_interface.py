@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 
 def each(*excluded: str) -> list[Any]:
-    """All registered models; models that repeat a structure are slow tests."""
+    """All registered models; those that repeat a structure are left to `make test-all`."""
     names = [name for name in MODULES if name not in excluded]
-    return [n if n in CHEAP else pytest.param(n, marks=pytest.mark.slow) for n in names]
+    return [n if n in CHEAP else pytest.param(n, marks=pytest.mark.exhaustive) for n in names]
 
 
 NAMES = each()
