@@ -597,7 +597,8 @@ def read_pack(path: Path) -> Any:
     found = open_pack(PACK, path.parent)
     assert prepare(PACK, Path(), path.parent) == found.meta
     splits = {name: index.tolist() for name, index in found.splits.items()}
-    return found.meta, splits, found.labels.tolist(), found.images.tobytes(), _image_counts(path.parent)
+    counts = _image_counts(path.parent)
+    return found.meta, splits, found.labels.tolist(), found.images.tobytes(), counts
 
 
 BEGUN = {"spec_hash": "0" * 64, "code": "1" * 64, "device": {"kind": "cpu", "name": "x"}}
