@@ -298,7 +298,7 @@ def test_weights_of_another_model_in_a_folder_are_named(
     given = load_plan("smoke", ROOT / "config", tmp_path)
     name = "l_hovit" if launcher else "resnet50"
     run = given.run("l_hovit.pets.deck" if launcher else "resnet50-pretrained.pets.deck")
-    part = "l_hovit's ResNet50" if launcher else "resnet50"
+    part = "the front of l_hovit" if launcher else "resnet50"
     with pytest.raises(HovitError, match=f"resnet50.safetensors: not the weights of {part} at"):
         load_pretrained(timm.create_model(name, num_classes=10), run, tmp_path, tmp_path)
     path.unlink()

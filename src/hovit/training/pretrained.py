@@ -69,7 +69,7 @@ def load_pretrained(model: Any, run: Run, root: Path, weights_file: Path | None)
     """
     assert run.weights is not None
     path = _locate(run, run.weights, root, weights_file)
-    part = getattr(model, "resnet", model)
+    part = getattr(model, "front_module", model)
     heads = _classifier_prefixes(part)
     expected = {k: v.shape for k, v in part.state_dict().items() if not k.startswith(heads)}
     # Older files also hold buffers that the model computes itself.
@@ -80,7 +80,7 @@ def load_pretrained(model: Any, run: Run, root: Path, weights_file: Path | None)
     wrong = [k for k in expected if k not in given or given[k].shape != expected[k]]
     wrong += [k for k in given if k not in expected]
     if wrong:
-        owner = run.model if part is model else f"{run.model}'s ResNet50"
+        owner = run.model if part is model else f"the front of {run.model}"
         reason = "missing or of another shape" if wrong[0] in expected else "not part of it"
         raise HovitError(
             f"{path}: not the weights of {owner} at {run.image_size} px: {wrong[0]} is {reason} "
