@@ -32,7 +32,16 @@ else:  # literals, so that the message for a wrong name lists the right ones
     MetricName = Literal[tuple(METRICS)]
     AnalysisKindName = Literal[tuple(ANALYSIS_KINDS)]
 Role = Literal[
-    "pets", "cifar10", "cifar100", "flowers", "cars", "imagenet", "coco", "pretrain", "upstream"
+    "pets",
+    "photographs",
+    "cifar10",
+    "cifar100",
+    "flowers",
+    "cars",
+    "imagenet",
+    "coco",
+    "pretrain",
+    "upstream",
 ]
 Plain = StrictBool | StrictInt | FiniteFloat | StrictStr
 Argument = Plain | tuple[Plain, ...]  # of a model
@@ -49,6 +58,13 @@ class Split(InSpec):
 
     The rest is the test split, or the validation split if the source has its own test set. A source
     with its own validation set keeps it; then the seed only shuffles.
+
+    Args:
+        train, val: shares.
+        seed: random seed of the draw.
+        stratify: whether the shares hold within each class.
+        per_run: whether each run draws its own splits, from its random seed, so that several seeds
+            test on more images than one.
     """
 
     always = frozenset({"train", "val", "seed"})
@@ -56,6 +72,8 @@ class Split(InSpec):
     train: Annotated[float, Field(gt=0, le=1)]
     val: Annotated[float, Field(ge=0, lt=1)] = 0.0
     seed: Annotated[int, Field(ge=0)] = 0
+    stratify: bool = False
+    per_run: bool = False
 
     @model_validator(mode="after")
     def _shares(self) -> "Split":
@@ -74,6 +92,9 @@ class Split(InSpec):
             return train, total - train, 0
         val = int(total * self.val + 1e-9)
         return train, val, total - train - val
+
+
+OWN_SPLIT = ("digits", "oxford_iiit_pet", "image_folder")  # readers without a published test set
 
 
 class Dataset(InSpec):
@@ -118,6 +139,8 @@ class Dataset(InSpec):
 
     @model_validator(mode="after")
     def _pairs(self) -> "Dataset":
+        if self.split.per_run and (self.test_files or self.reader not in OWN_SPLIT):
+            raise ValueError("`split.per_run` is for images without a published test set")
         if self.reader == "coco":
             if len(self.files) != 2 or len(self.test_files) != 2:
                 raise ValueError("coco: `files` and `test_files` are each [annotations, images]")

@@ -17,6 +17,7 @@ from ..config.runs import Run
 from ..config.schema import Recipe
 from ..data.loader import PackedImages, augment, eval_batches, make_loader, to_input
 from ..data.pack import Packed, open_pack
+from ..data.split import splits_of
 from ..records.predictions import metrics, predictions_digest, write_predictions
 from ..records.record import Record
 from ..utils.create_model import create_model
@@ -171,12 +172,13 @@ class ClassificationTrainer(Trainer):
 
 
 def limit_splits(packed: Packed, run: Run) -> dict[str, np.ndarray]:
-    """Image indices of each split, at most as many as the scale allows.
+    """Image indices of each split of a run, at most as many as the scale allows.
 
     Raises:
         HovitError: if a split is empty.
     """
-    splits = {name: indices[: getattr(run.limit, name)] for name, indices in packed.splits.items()}
+    splits = splits_of(run, packed)
+    splits = {name: indices[: getattr(run.limit, name)] for name, indices in splits.items()}
     empty = [name for name, indices in splits.items() if not len(indices)]
     if empty:
         raise HovitError(f"{run.dataset.id}: its {empty[0]} split is empty")
