@@ -32,17 +32,9 @@ else:  # literals, so that the message for a wrong name lists the right ones
     MetricName = Literal[tuple(METRICS)]
     AnalysisKindName = Literal[tuple(ANALYSIS_KINDS)]
 Role = Literal[
-    "pets",
+    "pets", "cifar10", "cifar100", "flowers", "cars", "imagenet", "coco", "pretrain", "upstream",
     "photographs",
-    "cifar10",
-    "cifar100",
-    "flowers",
-    "cars",
-    "imagenet",
-    "coco",
-    "pretrain",
-    "upstream",
-]
+]  # fmt: skip
 Plain = StrictBool | StrictInt | FiniteFloat | StrictStr
 Argument = Plain | tuple[Plain, ...]  # of a model
 # Arguments of timm.create_model that the study, the scale or other keys of the row set.
@@ -195,6 +187,8 @@ class Recipe(InSpec):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     augment: Literal["none", "crop_flip"] = "none"
+    # The pretrained front of the model keeps its weights and statistics (hovit/models/front.py).
+    frozen_front: bool = False
     detection: Detection | None = None  # None: a classifier
 
     @model_validator(mode="after")
@@ -204,6 +198,8 @@ class Recipe(InSpec):
         for_classifiers = (self.warmup_epochs, self.label_smoothing, self.augment != "none")
         if self.detection and any(for_classifiers):
             raise ValueError("warmup_epochs, label_smoothing and augment are for classifiers only")
+        if self.frozen_front and (self.detection or self.augment != "none"):
+            raise ValueError("`frozen_front` is for classifiers without augmentation")
         return self
 
 
