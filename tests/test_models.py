@@ -629,3 +629,90 @@ def test_launcher_sizes():
 def test_launcher_passes_arguments_to_the_backbone():
     assert on_meta("l_levit_deck_dropout", drop_rate=0.5).backbone.head.drop.p == 0.5
     assert on_meta("l_hovit", num_classes=5).num_classes == 5
+
+
+# Fronts ------------------------------------------------------------------------------------------
+
+LITE = "tf_efficientnet_lite0"
+
+
+@pytest.mark.parametrize("name", ["l_levit_deck", "l_levit_256", "l_hovit"])
+def test_names_of_a_launcher_behind_resnet50(name):
+    model = on_meta(name)
+    parts = {key.partition(".")[0] for key in model.state_dict()}
+    assert parts == {"resnet", "to_image", "upsample", "backbone"}
+    assert isinstance(model.renormalize, nn.Identity)
+    assert model.front_module is model.resnet
+
+
+def test_parameters_behind_another_front():
+    model = on_meta("l_hovit", img_size=224, front=LITE)
+    assert count(model.front) == count(on_meta(LITE, num_classes=0)) == 3_371_008
+    assert count(model.to_image) == 1280 * 9408 + 9408
+    assert count(model) - count(model.front) - count(model.to_image) - 147 == 4_937_962
+    parts = {key.partition(".")[0] for key in model.state_dict()}
+    assert parts == {"front", "to_image", "upsample", "backbone"}
+
+
+@torch.no_grad()
+def test_a_front_gets_images_with_its_own_statistics():
+    model = create("l_hovit", front=LITE).eval()
+    images = torch.rand(2, 3, 64, 64)
+    mean, std = (
+        torch.tensor(x).view(3, 1, 1) for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    )
+    own = (images - 0.5) / 0.5
+    torch.testing.assert_close(model.renormalize((images - mean) / std), own, atol=1e-5, rtol=1e-5)
+    features = model.front_features((images - mean) / std)
+    torch.testing.assert_close(features, model.front(own), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="in_chans=4"):
+        create("l_hovit", front=LITE, in_chans=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [("l_hovit", {}), ("l_levit_256", {"front": LITE}), ("front_linear", {"front": LITE})],
+)
+@torch.no_grad()
+def test_pooled_features_replace_images(name, args):
+    model = lively(create(name, **args))
+    x = torch.randn(2, 3, 64, 64)
+    features = model.front_features(x)
+    assert features.shape == (2, model.front_module.head_hidden_size)
+    assert torch.equal(model(features), model(x))
+    assert not torch.equal(model(x)[0], model(x)[1])
+
+
+@torch.no_grad()
+def test_linear_classifier_on_a_front():
+    model = lively(create("front_linear", front=LITE))
+    assert count(model) == 3_371_008 + 1280 * 37 + 37
+    x = torch.randn(2, 3, 64, 64)
+    out = model(x)
+    assert torch.equal(out, model.backbone(model.renormalize(x)))
+    assert torch.equal(out, model.forward_head(model.forward_features(x)))
+    last, features = model.forward_intermediates(x)
+    assert torch.equal(last, model.forward_features(x))
+    assert len(features) == len(model.feature_info)
+    assert (model.num_features, model.head_hidden_size) == (1280, 1280)
+    model.reset_classifier(5)
+    assert (model.num_classes, model(x).shape) == (5, (2, 5))
+
+
+@pytest.mark.parametrize(
+    ("name", "args"), [("l_hovit", {"front": LITE}), ("front_linear", {"front": LITE})]
+)
+@pytest.mark.parametrize("coarse", [True, False])
+def test_parameter_groups_of_a_front(name, args, coarse):
+    model = on_meta(name, **args)
+    groups = timm.models.group_parameters(model, model.group_matcher(coarse=coarse))
+    found = [name for group in groups.values() for name in group]
+    assert sorted(found) == sorted(name for name, _ in model.named_parameters())
+    assert len(groups) > 2
+    assert model.no_weight_decay() <= set(found)
+
+
+@pytest.mark.parametrize("args", [{"pretrained": True}, {"features_only": True}])
+def test_what_a_linear_classifier_leaves_to_its_front(args):
+    with pytest.raises(RuntimeError, match="create 'resnet50' itself"):
+        timm.create_model("front_linear", **args)

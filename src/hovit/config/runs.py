@@ -8,14 +8,14 @@ from typing import Any
 
 from ..utils.files import digest
 from ..utils.strict import InSpec
-from .schema import Dataset, Limit, Recipe
+from .schema import Dataset, Limit, Recipe, WeightsPackage
 
 RUNS = Path("results/runs")
 PREDICTIONS, DETECTIONS = "predictions.csv.gz", "detections.json.gz"
 
 
 class Weights(InSpec):
-    """Where pretrained weights come from: exactly one of a run, timm's hub, a file."""
+    """Where pretrained weights come from: exactly one of a run, timm's hub, a package, a file."""
 
     always = frozenset({"run", "seed", "spec", "timm", "sha256"})
 
@@ -24,10 +24,13 @@ class Weights(InSpec):
     spec: str | None = None  # spec hash of that run
     timm: str | None = None
     sha256: str | None = None  # of the file that --weights names
+    package: WeightsPackage | None = None
 
     def __str__(self) -> str:
         if self.run:
             return f"run {self.run}"
+        if self.package:
+            return f"package {self.package}"
         return f"timm {self.timm}" if self.timm else f"file with sha256 {(self.sha256 or '')[:12]}"
 
 

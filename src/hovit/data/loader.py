@@ -83,9 +83,7 @@ def usable_workers(wanted: int, batch_bytes: int) -> int:
     return workers
 
 
-def make_loader(
-    images: PackedImages, batches: list[np.ndarray], device: torch.device
-) -> DataLoader[Batch]:
+def make_loader(images: Any, batches: list[np.ndarray], device: torch.device) -> DataLoader[Batch]:
     """DataLoader over the given batches of indices, in order."""
     on_host = device.type == "cuda" and not images.on_device
     largest = max((len(batch) for batch in batches), default=0)

@@ -28,6 +28,7 @@ from ..utils.files import alone, read_json, remove_parts, write_json
 from .decode import to_rgb
 from .listing import printable
 from .readers import Item, read_items
+from .split import stratified_order
 
 SPLITS = ("train", "val", "test")
 
@@ -135,6 +136,9 @@ def _select(dataset: Dataset, items: list[Item]) -> tuple[list[Item], list[Item]
                 f"{dataset.id}: {len(to_split):,} images found, {dataset.images:,} needed"
             )
         to_split = to_split[: dataset.images]
+    if dataset.split.stratify:
+        order = stratified_order(np.array([item.label for item in to_split]))
+        to_split = [to_split[i] for i in order]
     return sorted(to_split, key=lambda item: item.val), own_test
 
 

@@ -1,4 +1,4 @@
-"""The Launcher: a pretrained ResNet50 that generates the image that a backbone classifies.
+"""The Launcher: a pretrained network that generates the image that a backbone classifies.
 
 Paper: none; the HoViT slide deck (seeds/000), slides "03 Launcher Architecture". ResNet50:
 `Deep Residual Learning for Image Recognition`
@@ -9,7 +9,7 @@ ResNet50 without its classifier -> one pooled vector of 2,048 -> Linear to a 3 x
 ConvTranspose2d (4 x 4, stride 4) -> 3 x 224 x 224 -> the whole backbone, including its stem. The
 generated image is a linear function of the pooled vector, so the backbone gets no more information
 than these 2,048 numbers. All parts are trained. The Launcher adds 42,785,171 parameters at 224
-pixels.
+pixels. Another network than ResNet50 in front is our addition (`front`).
 """
 
 import math
@@ -24,8 +24,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from . import hovit, levit_deck
+from .front import Fronted, make_renormalize, within_backbone
 
-RESNET_FEATURES = 2048
 IMAGE_CHANNELS = 3  # of the generated image, whatever the channels of the input
 BACKBONES = (*levit_deck.default_cfgs, *hovit.default_cfgs, "levit_256")
 
@@ -41,11 +41,13 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-class Launcher(nn.Module):
-    """ResNet50, an image generator and a backbone.
+class Launcher(Fronted):
+    """A pretrained network, an image generator and a backbone.
 
     Args:
         backbone: name of a timm model.
+        front: name of the timm model in front, ResNet50 in the deck. It gets images with the mean
+            and standard deviation of its own weights.
         num_classes: outputs of the backbone.
         img_size: height and width of the generated image in pixels, multiples of 4 (224 in the
             deck; smaller sizes are our addition, for small scales). The input can have any size.
@@ -54,12 +56,13 @@ class Launcher(nn.Module):
         kwargs: arguments of the backbone.
 
     Raises:
-        ValueError: if `img_size` is not a multiple of 4.
+        ValueError: if `img_size` is not a multiple of 4, or the front cannot take `in_chans`.
     """
 
     def __init__(
         self,
         backbone: str,
+        front: str = "resnet50",
         num_classes: int = 1000,
         img_size: int | tuple[int, int] = 224,
         in_chans: int = 3,
@@ -73,88 +76,56 @@ class Launcher(nn.Module):
             raise ValueError(f"img_size={img_size}: the Launcher needs multiples of 4 pixels")
         self.in_chans = in_chans
         self.low_res_shape = (IMAGE_CHANNELS, height // 4, width // 4)
-        self.resnet: Any = timm.create_model("resnet50", num_classes=0, in_chans=in_chans)
-        self.to_image = nn.Linear(RESNET_FEATURES, math.prod(self.low_res_shape))
+        self.renormalize = make_renormalize(front, in_chans)
+        # The name `resnet` is in released state dicts.
+        self.front_name = "resnet" if front == "resnet50" else "front"
+        net: Any = timm.create_model(front, num_classes=0, in_chans=in_chans)
+        self.add_module(self.front_name, net)
+        self.to_image = nn.Linear(net.head_hidden_size, math.prod(self.low_res_shape))
         self.upsample = nn.ConvTranspose2d(IMAGE_CHANNELS, IMAGE_CHANNELS, kernel_size=4, stride=4)
         if timm.get_pretrained_cfg_value(backbone, "fixed_input_size"):
             kwargs["img_size"] = img_size
-        self.backbone: Any = timm.create_model(backbone, num_classes=num_classes, **kwargs)
+        self.backbone = timm.create_model(backbone, num_classes=num_classes, **kwargs)
         self.to(device=device, dtype=dtype)
 
     @property
-    def num_classes(self) -> int:
-        return self.backbone.num_classes
-
-    @property
-    def num_features(self) -> int:
-        return self.backbone.num_features
-
-    @property
-    def head_hidden_size(self) -> int:
-        return self.backbone.head_hidden_size
-
-    @property
-    def feature_info(self) -> list[dict[str, Any]]:
-        return self.backbone.feature_info
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the backbone's parameters without weight decay."""
-        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+    def front_module(self) -> Any:
+        return self.get_submodule(self.front_name)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that group the parameters by depth: ResNet50 and the generator come first."""
-        groups = self.backbone.group_matcher(coarse)
-
-        def within(pattern: str) -> str:
-            return pattern.replace("^", r"^backbone\.", 1)
-
-        blocks = groups["blocks"]
-        if isinstance(blocks, str):
-            blocks = within(blocks)
-        else:
-            blocks = [(within(pattern), order) for pattern, order in blocks]
-        stem = rf"^(?:resnet|to_image|upsample)\.|{within(groups['stem'])}"
-        return {"stem": stem, "blocks": blocks}
+        """Patterns that group the parameters by depth: front and generator come first."""
+        groups = within_backbone(self.backbone.group_matcher(coarse))
+        stem = rf"^(?:{self.front_name}|to_image|upsample)\.|{groups['stem']}"
+        return {"stem": stem, "blocks": groups["blocks"]}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations in the backward pass, in ResNet50 and in the backbone."""
-        self.resnet.set_grad_checkpointing(enable)
+        """Recompute activations in the backward pass, in the front and in the backbone."""
+        self.front_module.set_grad_checkpointing(enable)
         self.backbone.set_grad_checkpointing(enable)
-
-    def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
-        """The classifier of the backbone."""
-        return self.backbone.get_classifier()
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier of the backbone; ResNet50 has none."""
-        self.backbone.reset_classifier(num_classes, global_pool)
 
     def set_distilled_training(self, enable: bool = True) -> None:
         """With `enable`, a forward pass in training mode returns the logits of both heads."""
         self.backbone.set_distilled_training(enable)
 
     def generate_image(self, x: Tensor) -> Tensor:
-        """[B, in_chans, H, W] -> the input of the backbone, [B, 3, img_size, img_size]."""
-        x = self.to_image(self.resnet(x))  # [B, 2048] -> [B, 3 * 56 * 56]
+        """Images [B, in_chans, H, W], or features [B, F] -> [B, 3, img_size, img_size]."""
+        x = x if x.ndim == 2 else self.front_features(x)
+        x = self.to_image(x)  # [B, 2048] -> [B, 3 * 56 * 56]
         return self.upsample(x.unflatten(1, self.low_res_shape))
+
+    def front_features(self, x: Tensor) -> Tensor:
+        return self.front_module(self.renormalize(x))
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Features of chosen stages of the backbone; arguments as in timm."""
         return self.backbone.forward_intermediates(self.generate_image(x), *args, **kwargs)
 
-    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
-        """Remove the stages of the backbone that are not needed; arguments as in timm."""
-        return self.backbone.prune_intermediate_layers(*args, **kwargs)
-
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> the features of the backbone."""
         return self.backbone.forward_features(self.generate_image(x))
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Features of the backbone -> [B, classes]."""
-        return self.backbone.forward_head(x, pre_logits=pre_logits)
-
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Images [B, in_chans, H, W], or pooled features [B, F] of the front -> [B, classes]."""
         return self.forward_head(self.forward_features(x))
 
 

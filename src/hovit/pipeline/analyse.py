@@ -15,10 +15,11 @@ from ..analysis.kept_patches import kept_patches
 from ..analysis.runtime_breakdown import runtime_breakdown
 from ..analysis.taylor_pruning import taylor_pruning
 from ..config.kinds import ANALYSIS_KINDS
-from ..config.runs import Pack
+from ..config.runs import Pack, Run
 from ..config.tasks import AnalyseTask, TrainTask
 from ..data.loader import to_input
 from ..data.pack import open_pack
+from ..data.split import splits_of
 from ..records.record import Record, write_record
 from ..training.checkpoint import load_weights
 from ..utils.create_model import create_model
@@ -70,14 +71,12 @@ def _analyse_row(task: AnalyseTask, ref: str, device: torch.device, root: Path) 
     model = create_model(run.model, run.dataset.num_classes, run.image_size, **run.model_args)
     model.load_state_dict(load_weights(weights))
     pack, count = task.packs[ref], analysis.images
-    images, labels, indices = _sample_images(pack, "test", count, root)
+    images, labels, indices = _sample_images(run, pack, "test", count, root)
     inputs, used = [images], {"images": indices}
     if ANALYSIS_KINDS[analysis.kind].uses_training_images:
-        train_images, train_labels, train_indices = _sample_images(pack, "train", count, root)
-        inputs, used = (
-            [train_images, train_labels, images, labels],
-            used | {"train_images": train_indices},
-        )
+        train = _sample_images(run, pack, "train", count, root)
+        inputs = [*train[:2], images, labels]
+        used |= {"train_images": train[2]}
     try:
         on_device = [each.to(device) for each in inputs]
         found = FUNCTIONS[analysis.kind](model.to(device).eval(), *on_device, **analysis.args)
@@ -106,14 +105,15 @@ def to_csv(rows: dict[str, Any]) -> str:
 
 
 def _sample_images(
-    pack: Pack, split: str, count: int, root: Path
+    run: Run, pack: Pack, split: str, count: int, root: Path
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Random images of a split as model input, their labels, and their indices in the pack.
 
     Random, because a test set can be sorted by class.
     """
     packed = open_pack(pack, root / pack.folder)
-    drawn = np.random.default_rng(0).permutation(packed.splits[split])[:count]
+    splits = splits_of(run, packed) if pack == run.pack else packed.splits
+    drawn = np.random.default_rng(0).permutation(splits[split])[:count]
     indices = [int(i) for i in drawn]
     images = to_input(torch.from_numpy(packed.images[indices]), pack.image_size)
     return images, torch.from_numpy(packed.labels[indices]), indices

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 
 from ..config.runs import Run
 from ..config.schema import Recipe
+from ..data.features import FrontFeatures
 from ..data.loader import PackedImages, augment, eval_batches, make_loader, to_input
 from ..data.pack import Packed, open_pack
+from ..data.split import splits_of
 from ..records.predictions import metrics, predictions_digest, write_predictions
 from ..records.record import Record
 from ..utils.create_model import create_model
@@ -56,7 +59,7 @@ class ClassificationTrainer(Trainer):
         super().__init__(run, fabric, root, options)
         packed = open_pack(run.pack, root / run.pack.folder)
         self.meta = packed.meta
-        self.images = PackedImages(packed, fabric.device)
+        self.images: PackedImages | FrontFeatures = PackedImages(packed, fabric.device)
         self.splits = limit_splits(packed, run)
         self.indices = self.splits["train"]
         torch.manual_seed(run.seed)
@@ -65,15 +68,23 @@ class ClassificationTrainer(Trainer):
             self.pretrained_sha256 = load_pretrained(model, run, root, options.weights_file)
         if hasattr(model, "set_distilled_training"):
             model.set_distilled_training(True)  # trains both heads
+        if self.recipe.frozen_front:
+            freeze_front(model, run)
         self.setup(model, make_optimizer)
+        if self.recipe.frozen_front:
+            self.images = FrontFeatures(self.module, self.images, run.image_size, fabric.device)
 
     def load_batches(self, batches: list[np.ndarray]) -> Iterable[tuple[Tensor, Tensor]]:
         return make_loader(self.images, batches, self.fabric.device)
 
     def compute_loss(self, batch: tuple[Tensor, Tensor], seed: StepSeed) -> Tensor:
         images, labels = (x.to(self.fabric.device, non_blocking=True) for x in batch)
-        x = augment(to_input(images, self.run.image_size), self.recipe.augment, seed)
+        x = augment(self.model_input(images), self.recipe.augment, seed)
         return training_loss(self.model(x), labels, self.recipe.label_smoothing)
+
+    def model_input(self, batch: Tensor) -> Tensor:
+        """Normalised images of a batch, or its features as they are if the front is frozen."""
+        return batch if batch.ndim == 2 else to_input(batch, self.run.image_size)
 
     def learning_rate(self, epoch: int, step: int, steps: int) -> float:
         return learning_rate(self.recipe, epoch + step / steps)
@@ -130,7 +141,7 @@ class ClassificationTrainer(Trainer):
         self.model.eval()
         rows = []
         for images, labels in make_loader(self.images, batches, self.fabric.device):
-            x = to_input(images.to(self.fabric.device), self.run.image_size)
+            x = self.model_input(images.to(self.fabric.device))
             logits = self.model(x).float()  # [B, classes]
             y = labels.to(self.fabric.device)
             losses = F.cross_entropy(logits, y, reduction="none")
@@ -171,16 +182,31 @@ class ClassificationTrainer(Trainer):
 
 
 def limit_splits(packed: Packed, run: Run) -> dict[str, np.ndarray]:
-    """Image indices of each split, at most as many as the scale allows.
+    """Image indices of each split of a run, at most as many as the scale allows.
 
     Raises:
         HovitError: if a split is empty.
     """
-    splits = {name: indices[: getattr(run.limit, name)] for name, indices in packed.splits.items()}
+    splits = splits_of(run, packed)
+    splits = {name: indices[: getattr(run.limit, name)] for name, indices in splits.items()}
     empty = [name for name, indices in splits.items() if not len(indices)]
     if empty:
         raise HovitError(f"{run.dataset.id}: its {empty[0]} split is empty")
     return splits
+
+
+def freeze_front(model: Any, run: Run) -> None:
+    """Exclude the pretrained front of a model from training, but not the classifier.
+
+    Raises:
+        HovitError: if the model has no front.
+    """
+    if not hasattr(model, "front_features"):
+        raise HovitError(f"run {run.id}: {run.model} has no front that `frozen_front` could freeze")
+    model.front_module.requires_grad_(False)
+    heads = model.get_classifier()
+    for head in heads if isinstance(heads, tuple) else (heads,):
+        head.requires_grad_(True)
 
 
 def training_loss(logits: Tensor | tuple[Tensor, ...], y: Tensor, smoothing: float) -> Tensor:

