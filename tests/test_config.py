@@ -108,8 +108,8 @@ MISTAKES = {
     "a key twice, nested": (DEPTH, "seed: hovit", "seed: hovit, seed: ours", "not valid YAML: key 'seed' is given twice"),
     "unknown recipe": (DEPTH, "columns:", "recipe: nosuch\ncolumns:", "depth.yaml: recipe: 'nosuch' is not defined; allowed: deck, deck_100, deck_32, deck_frozen, detection, efficientvit, "
             "finetune, pretrain, skipvit"),
-    "epochs of an unknown recipe": (SMOKE, "epochs: {finetune: 1}", "epochs: {nosuch: 1}", "smoke.yaml: epochs: 'nosuch' is not defined; allowed: deck"),
-    "a batch of an unknown recipe": (SMOKE, "batch_sizes: {skipvit: 64", "batch_sizes: {nosuch: 64", "smoke.yaml: batch_sizes: 'nosuch' is not defined; allowed: deck"),
+    "epochs of an unknown recipe": (SMOKE, "batch_sizes:", "epochs: {nosuch: 1}\nbatch_sizes:", "smoke.yaml: epochs: 'nosuch' is not defined; allowed: deck"),
+    "a batch of an unknown recipe": (SMOKE, "batch_sizes: {skipvit: 32", "batch_sizes: {nosuch: 32", "smoke.yaml: batch_sizes: 'nosuch' is not defined; allowed: deck"),
     "unknown recipe of a row": (DEPTH, "ours: true", "recipe: nosuch", "depth.yaml: rows[1].recipe: 'nosuch' is not defined; allowed: deck"),
     "unknown role": (DEPTH, "columns:", "dataset: cats\ncolumns:", "depth.yaml: dataset: input should be 'pets', 'cifar10'"),
     "unknown role of a scale": (SMOKE, "pets: digits", "cats: digits", "smoke.yaml: datasets.cats"),
@@ -380,7 +380,7 @@ def hashes(root: Path) -> dict[str, str]:
 
 EDITS = [  # file, text, its replacement, the specs that change
     (DECK, "lr: 0.001", "lr: 0.002", {"hovit", "launcher"}),
-    (DECK, "epochs: 50", "epochs: 150", {"hovit", "launcher"}),
+    (DECK, "epochs: 50", "epochs: 5000", {"hovit", "launcher"}),
     (DECK, "adam\n", "adamw\n", {"hovit", "launcher"}),
     ("recipes/pretrain.yaml", "lr: 0.1", "lr: 0.2", {"resnet", "launcher"}),
     ("datasets/digits.yaml", "seed: 0", "seed: 1", {"hovit", "resnet", "launcher"}),
@@ -392,7 +392,7 @@ EDITS = [  # file, text, its replacement, the specs that change
     (SMOKE, "weights:", "precision: bf16-mixed\nweights:", {"hovit", "resnet", "launcher"}),
     (SMOKE, "{row: pretraining/resnet50}", "{timm: resnet50.a1_in1k}", {"launcher"}),
     (SMOKE, "rounds: ", "rounds: 1", set()),
-    (SMOKE, "epochs: {finetune: 1}", "epochs: {deck: 2}", {"hovit", "launcher"}),
+    (SMOKE, "batch_sizes:", "epochs: {deck: 2}\nbatch_sizes:", {"hovit", "launcher"}),
     (SMOKE, 'title: "', 'title: "Other ', set()),
     (DECK, 'title: "', 'title: "Other ', set()),
     ("recipes/pretrain.yaml", 'title: "', 'title: "Other ', set()),

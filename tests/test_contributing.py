@@ -370,12 +370,9 @@ def test_a_kind_of_analysis(copy: Copy, trained: Path) -> None:
     copy.edit(analyse, "from ..analysis.runtime_breakdown",
               "from ..analysis.largest_weight import largest_weight\n"
               "from ..analysis.runtime_breakdown")  # fmt: skip
-    copy.edit(analyse, '    "kept_patches": kept',
-              '    "largest_weight": largest_weight,\n    "kept_patches": kept')  # fmt: skip
+    copy.edit(analyse, "kept_patches, runtime", "kept_patches, largest_weight, runtime")
     copy.edit("src/hovit/config/kinds.py", '    "taylor_pruning": ',
               '    "largest_weight": AnalysisKind(),\n    "taylor_pruning": ')  # fmt: skip
-    copy.edit("src/hovit/config/schema.py", '"attention_maps", "head',
-              '"attention_maps", "largest_weight", "head')  # fmt: skip
     copy.hovit("schema")
     copy.changes_what("Add a kind of analysis")
     copy.write("config/analyses/another.yaml", ANALYSIS.format(kind="largest_weight"))

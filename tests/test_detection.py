@@ -510,7 +510,7 @@ def test_the_commands_train_report_and_verify(
     write_record(place, tampered)
     with pytest.raises(HovitError, match="1 of 1"):
         hovit("evidence", "verify")
-    assert "AP is not what the detections give" in capsys.readouterr().err
+    assert "AP does not match the detections" in capsys.readouterr().err
     shutil.rmtree("data/packed")  # without the annotations, the hash alone
     hovit("evidence", "verify")
     write_detections(place.parent / "detections.json.gz", [])

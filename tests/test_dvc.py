@@ -86,7 +86,12 @@ def shrink(root: Path) -> None:
         "dvc.yaml": [
             ("--cores all", "--cores 2"),
             ("      - figures:\n          persist: true\n", ""),
-            (pipeline[pipeline.index("  paper:\n") : pipeline.index("  # Last")], ""),
+            (
+                pipeline[
+                    pipeline.index("  paper:\n") : pipeline.index("  # The metadata of Snakemake")
+                ],
+                "",
+            ),
             ("      - paper/paper.pdf\n      - results/paper\n", ""),
             ("      - figures\n", ""),
             *((f"  - figures/{figure}.png\n", "") for figure in FIGURES),

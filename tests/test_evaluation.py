@@ -304,7 +304,7 @@ def test_the_table_shows_it_and_says_of_what_it_is(plan, images, tmp_path, monke
     write_table(plan, table, tmp_path)
     text = (tmp_path / "results/tables/efficientvit_imagenet.md").read_text()
     assert "Top-1, %<br>this run" in text
-    assert "evaluated of given weights on 12 images of 3 classes" in text
+    assert "given weights, evaluated on 12 images of 3 classes" in text
     assert "imagenet=IMAGENET" in explain(plan, "efficientvit_imagenet", "m0", "top1")
     assert str(plan.evaluate_task(table).path) in explain(
         plan, "efficientvit_imagenet", "m0", "top1"

@@ -39,7 +39,7 @@ def tiny(plan: Plan) -> Plan:
         scale=plan.scale.model_copy(
             update={"limit": limit, "latency": latency, "epoch_factor": 0.06}
         ),
-        _runs={},
+        _tasks={},
     )
 
 
