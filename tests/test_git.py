@@ -1,0 +1,60 @@
+"""Provenance names the artifact's own commit, never that of another repository."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hovit.records.record import git_state
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    git_state.cache_clear()
+
+
+def repository(folder: Path) -> str:
+    """A repository with one commit; returns its hash."""
+    folder.mkdir(exist_ok=True)
+    (folder / "file").write_text("a")
+    (folder / ".gitignore").write_text("inside/\n")
+    who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for args in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "all"]):
+        subprocess.run(["git", *args], cwd=folder, check=True)
+    return subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=folder, check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def test_a_repository_and_a_change_in_it(tmp_path: Path) -> None:
+    commit = repository(tmp_path)
+    assert git_state(tmp_path) == (commit, False)
+    (tmp_path / "file").write_text("b")
+    git_state.cache_clear()
+    assert git_state(tmp_path) == (commit, True)
+
+
+def test_a_folder_inside_another_repository_has_no_commit(tmp_path: Path) -> None:
+    repository(tmp_path)
+    (tmp_path / "inside").mkdir()
+    assert git_state(tmp_path / "inside") == ("unknown", True)
+
+
+@pytest.mark.parametrize("variable", ["GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"])
+def test_git_variables_of_the_environment_are_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    repository(tmp_path / "other")
+    (tmp_path / "other/file").write_text("changed")
+    commit = repository(tmp_path / "own")
+    value = {"GIT_DIR": ".git", "GIT_WORK_TREE": "", "GIT_INDEX_FILE": ".git/index"}[variable]
+    monkeypatch.setenv(variable, str(tmp_path / "other" / value))
+    assert git_state(tmp_path / "own") == (commit, False)
+
+
+def test_no_git_and_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    assert git_state(tmp_path) == ("unknown", True)
+    git_state.cache_clear()
+    monkeypatch.setenv("PATH", "")
+    assert git_state(tmp_path) == ("unknown", True)
