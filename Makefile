@@ -43,8 +43,8 @@ paper: setup ## Compile paper/paper.pdf, tables and figures and all
 claims: setup ## Judge the claims; fails where one is not as results/verdicts.json says
 	$(IN_VENV) snakemake --cores all claims$(CONFIG)
 
-test: lint ## Lint, then run the tests; at the end, what was skipped and why
-	$(IN_VENV) pytest -n 2 -rs
+test: lint ## Lint, then run the tests; ends with the slowest, and what was skipped and why
+	$(IN_VENV) pytest -n 2 -rs --durations 15
 
 test-all: lint ## As `make test`, and the tests that repeat over every registered model
 	$(IN_VENV) pytest -n 2 -rs -m ""
