@@ -3,7 +3,7 @@
 snakemake --cores all results/tables                       everything, at scale smoke
 snakemake --cores all results/runs                         train and measure only; data/packed: decode only
 snakemake --cores all results/tables/hovit.md              one table
-snakemake --cores all paper/paper.pdf                      the paper, with all that it reads
+snakemake --cores all paper/paper.pdf                      the paper and its inputs
 snakemake --cores all results/tables --config scale=mini data_root=../shared/data
 snakemake --cores all results/tables --config imagenet=/data/imagenet weights=/data/weights
 """
@@ -39,7 +39,7 @@ try:
 except HovitError as error:
     sys.exit(f"error: {error}")
 
-# By the environment and not as parameters: where files lie changes no result.
+# Passed by the environment, not as parameters: the location of files changes no result.
 SETTINGS = {
     "HOVIT_DATA": DATA_ROOT,
     "HOVIT_WEIGHTS": str(WEIGHTS or ""),
@@ -63,11 +63,11 @@ MEASURE = {study.id: PLAN.measure_task(study) for study in STUDIES.values()}
 EVALUATE = {study.id: PLAN.evaluate_task(study) for study in STUDIES.values()}
 ANALYSE = {name: PLAN.analyse_task(a) for name, a in PLAN.config.analyses.items()}
 PACKS = PLAN.packs
-# COCO's images stay where they are.
+# COCO is read in place.
 COCO = {pack.id for pack in PACKS.values() if pack.dataset.reader == "coco"}
 REPORT_CODE = code_hash("report")
 EVIDENCE = evidence_digest()
-# What a report says of images and recipes.
+# Reports describe images and recipes.
 CONFIG = [
     f"config/scales/{SCALE}.yaml",
     *expand("config/datasets/{name}.yaml", name=PLAN.config.datasets),
@@ -96,7 +96,7 @@ wildcard_constraints:
 
 
 def one_of(names):
-    """A pattern for these names alone; for none, one that matches nothing."""
+    """A pattern that matches exactly these names."""
     return "|".join(re.escape(name) for name in sorted(set(names))) or "(?!)"
 
 
@@ -166,7 +166,7 @@ rule data:
         "python -m hovit data {wildcards.pack} > {log} 2>&1"
 
 
-# COCO's images stay where they are: they are looked through, and named by a fingerprint.
+# COCO is read in place: the rule checks it and computes a fingerprint.
 use rule data as data_coco with:
     output:
         "data/packed/{pack}/pack.json",
@@ -206,7 +206,7 @@ rule train:
         " --threads {threads} > {log:q} 2>&1"
 
 
-# The scale keeps no weights that nothing reads.
+# A scale may delete weights that nothing reads.
 use rule train as train_and_forget with:
     output:
         f"results/runs/{SCALE}/{{run}}/seed{{seed}}/record.json",
@@ -227,7 +227,7 @@ use rule train as train_detector with:
         run=one_of(DETECTORS),
 
 
-# Latency wants the machine for itself: all cores, and the card. Where no claim is judged by it,
+# Latency needs the machine for itself: all cores, and the GPU. At a scale that judges no latency,
 # it shares the cores.
 ALL_CORES = workflow.resource_settings.cores or PLAN.scale.threads
 
@@ -257,12 +257,12 @@ def imagenet(wildcards):
 
 
 def weights_given():
-    """Name and size of each file of weights: what evaluation must follow."""
+    """Name and size of each weights file; evaluation runs again if they change."""
     found = Path(WEIGHTS).glob("*.safetensors") if WEIGHTS else []
     return sorted((path.name, path.stat().st_size) for path in found)
 
 
-# Asked for only where ImageNet is given.
+# Only with --config imagenet=FOLDER.
 rule evaluate:
     input:
         imagenet,
@@ -360,7 +360,7 @@ rule judge:
         "python -m hovit claims --scale {params.scale} > {log} 2>&1"
 
 
-# Prints the tally; fails if a verdict is other than the one in results/verdicts.json.
+# Prints the tally; fails if a verdict differs from results/verdicts.json.
 rule claims:
     input:
         "results/claims.json",
