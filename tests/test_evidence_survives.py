@@ -191,7 +191,7 @@ def test_a_changed_digit_of_a_record_is_caught(clone: Path) -> None:
     edit(path, f'"top1": {top1}', f'"top1": {top1[:-1]}{(int(top1[-1]) + 1) % 10}')
     said = refused(clone, "evidence", "verify")
     assert f"{HOVIT}/record.json: sha256 does not match" in said
-    assert "1 of 164" in said
+    assert f"1 of {len(records_in(clone / EVIDENCE))} records" in said
 
 
 def test_two_swapped_labels_are_caught(clone: Path) -> None:
