@@ -49,27 +49,27 @@ class LogHandler(LogHandlerBase):
 
     @property
     def writes_to_stream(self) -> bool:
-        """It takes the place of Snakemake's own output."""
+        """Whether it replaces Snakemake's own output."""
         return True
 
     @property
     def writes_to_file(self) -> bool:
-        """It writes no file."""
+        """Whether it writes a log file."""
         return False
 
     @property
     def has_filter(self) -> bool:
-        """No: --quiet holds here too."""
+        """Whether it filters messages; if not, --quiet applies."""
         return False
 
     @property
     def has_formatter(self) -> bool:
-        """No: Snakemake's formatter is for what is printed as it is."""
+        """Whether it formats messages itself."""
         return False
 
     @property
     def needs_rulegraph(self) -> bool:
-        """No."""
+        """Whether it needs the graph of rules."""
         return False
 
     def emit(self, record: logging.LogRecord) -> None:

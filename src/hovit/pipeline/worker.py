@@ -1,10 +1,10 @@
-"""A process that has torch, timm and pandas imported and runs `hovit` commands for Snakemake.
+"""Worker process that imports torch, timm and pandas once and runs `hovit` commands for Snakemake.
 
-Each command runs in a fork of it, so that no job pays for imports and none sees what another left
-behind. The Snakefile starts it where jobs run on this machine; `python -m hovit` hands its command
-over if HOVIT_WORKER names its socket, and runs it by itself if nobody answers there.
+Each command runs in a fork of the worker, so jobs share the imports and nothing else. The Snakefile
+starts the worker if jobs run on this machine. `python -m hovit` sends its command to the socket in
+HOVIT_WORKER, and runs the command itself if no worker answers.
 
-Only the standard library is imported here: a job that hands over costs 20 ms.
+This file imports only the standard library: sending a command costs 20 ms.
 """
 
 import array
@@ -42,7 +42,7 @@ IMPORTS = {
 
 
 def start() -> subprocess.Popen[bytes]:
-    """Start a worker for the current folder; it ends when this process does, however that ends.
+    """Start a worker for the current folder; it ends with this process, even if that is killed.
 
     Jobs of this process find it by the environment variable.
     """

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ...config.metrics import METRICS, RATIO_DECIMALS, RATIO_HEADING, Metric, Quantity, quantity
+from ...config.metrics import RATIO_DECIMALS, RATIO_HEADING, Metric, Quantity, quantity
 from ...config.schema import Row, Study
 from ..results import Results, Value
 from ..sources import Sources
@@ -210,8 +210,3 @@ def baseline_ratio(
     own = results.value(study, row, number)
     base = results.value(study, study.row(row.baseline), number)
     return own.mean / base.mean if own and base else None
-
-
-def heading_of(metric: str) -> str:
-    """The heading of a metric's column."""
-    return METRICS[metric].heading
