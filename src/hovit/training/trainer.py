@@ -1,14 +1,16 @@
 """Resumable training loop, independent of the task.
 
 All random choices of a step are drawn from (seed, epoch, step). A run that resumes from its last
-checkpoint therefore ends with bit-identical metrics, on a CPU with the same number of threads.
+checkpoint therefore ends with bit-identical metrics, on a CPU with the same number of threads. On a
+GPU, where each step is a CUDA graph and sums have no fixed order, metrics agree to rounding.
 """
 
 import math
 import os
+import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,28 +33,37 @@ except ModuleNotFoundError:  # the same code, packaged with the rest of Lightnin
     )
 
 from ..config.runs import Run
-from ..config.schema import Recipe
 from ..config.tasks import TrainTask
 from ..data.loader import epoch_batches, step_seed
 from ..records.record import Record, write_record
 from ..utils.device import describe_device, peak_memory_mb, pick_device
 from ..utils.errors import HovitError, OutOfTime, one_line
 from ..utils.files import alone, write_text
+from .captured import (
+    CapturedStep,
+    RunAhead,
+    benchmark_convolutions,
+    optimizer_args,
+    share_learning_rate,
+)
 from .checkpoint import load_state, save_state
 
-LOG_EVERY = 20  # steps between reads of the loss, because each read waits for the device
+LOG_EVERY = 20  # steps between reads of the loss; captured steps: once an epoch
 StepSeed = tuple[int, int, int, int]  # (run seed, epoch, step, rank)
-MakeOptimizer = Callable[[nn.Module, Recipe], torch.optim.Optimizer]
+MakeOptimizer = Callable[..., torch.optim.Optimizer]  # (model, recipe, **arguments)
 
 
 @dataclass
 class Options:
-    """How a run is executed. Nothing here changes the result on a CPU.
+    """How a run is executed. On a CPU, only `compile` and `capture` change the result.
 
     Args:
         deadline: `time.monotonic()` after which the run saves a checkpoint and stops.
         save_seconds: time between checkpoints. The last epoch always ends with one.
         weights_file: value of `--weights`.
+        capture: whether steps run as CUDA graphs; None: on a GPU. A CPU only has a stand-in, for
+            tests, with another optimizer kernel.
+        compile: whether `torch.compile` compiles the model; changes results by rounding.
         on_step: called with (epoch, step, steps) after each batch.
         on_epoch: called with the history entry of each finished epoch.
     """
@@ -60,6 +71,8 @@ class Options:
     deadline: float = math.inf
     save_seconds: float = 60.0
     weights_file: Path | None = None
+    capture: bool | None = None
+    compile: bool = False
     on_step: Callable[[int, int, int], None] = lambda *_: None
     on_epoch: Callable[[dict[str, float]], None] = lambda *_: None
 
@@ -71,6 +84,7 @@ class Trainer(ABC):
     define the task.
     """
 
+    fixed_shapes = True  # whether all batches have the same shapes
     indices: np.ndarray  # int64 [n], the training images
     meta: dict[str, Any]  # pack.json
 
@@ -100,8 +114,15 @@ class Trainer(ABC):
         """Yield batches of this epoch, given the image indices of each."""
 
     @abstractmethod
-    def compute_loss(self, batch: Any, seed: StepSeed) -> Tensor:
-        """Forward one batch and return its scalar loss on the device."""
+    def step_inputs(self, batch: Any, seed: StepSeed) -> Sequence[Any]:
+        """Inputs of `compute_loss`, on the device; random numbers that the host draws included."""
+
+    @abstractmethod
+    def compute_loss(self, *inputs: Any) -> Tensor:
+        """Forward one batch and return its scalar loss on the device.
+
+        With `fixed_shapes`, inputs are tensors and nothing here waits for the device.
+        """
 
     @abstractmethod
     def learning_rate(self, epoch: int, step: int, steps: int) -> float:
@@ -117,23 +138,67 @@ class Trainer(ABC):
 
     def setup(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         """Move the model to its device and restore the checkpoint if there is one."""
-        world = self.fabric.world_size
-        if world > 1 and self.fabric.device.type == "cuda":
+        device, world = self.fabric.device, self.fabric.world_size
+        if world > 1 and device.type == "cuda":
             model = convert_sync_batchnorm(model)  # statistics over the images of all GPUs
         elif world > 1:
             check_batch_norm(model, self.recipe.batch_size, world)
         self.module = model
-        self.model, self.optimizer = self.fabric.setup(model, make_optimizer(model, self.recipe))
+        self.captures = self.can_capture()
+        arguments = optimizer_args(self.recipe.optimizer, device) if self.captures else {}
+        optimizer = make_optimizer(model, self.recipe, **arguments)
+        compiled: Any = torch.compile(model) if self.options.compile else model
+        self.model, self.optimizer = self.fabric.setup(compiled, optimizer)
         self.scaler = getattr(self.fabric.strategy.precision, "scaler", None)
         fingerprint = self.meta["fingerprint"]
         made_by = [self.run.spec_hash, self.task.code, fingerprint, self.pretrained_sha256]
         self.state = load_state(self.checkpoint_path, made_by, model, self.optimizer, self.scaler)
+        self.rate = share_learning_rate(optimizer, device) if self.captures else None
+        self.captured_step = self.capture(self.optimize) if self.captures else None
+        self.run_ahead = RunAhead(device)
+
+    def can_capture(self) -> bool:
+        """Whether steps are captured as CUDA graphs; says why not if a GPU trains without."""
+        wanted = self.options.capture
+        if wanted is None:
+            wanted = self.fabric.device.type == "cuda"
+        reason = ""
+        if not self.fixed_shapes:
+            reason = "images differ in size"
+        elif self.fabric.world_size > 1:
+            reason = "processes exchange gradients"
+        if wanted and reason:
+            self.warn(f"no CUDA graph: {reason}")
+        return wanted and not reason
+
+    def capture(self, fn: Callable[..., Tensor]) -> CapturedStep:
+        """The function as a CUDA graph, or eager with a line that says why."""
+        return CapturedStep(fn, self.module, self.warn)
+
+    def warn(self, line: str) -> None:
+        """Print a line about this run to stderr, once for all processes."""
+        if self.fabric.is_global_zero:
+            name = f"run {self.run.id} seed {self.run.seed}"
+            print(f"{name}: {line}; it runs eagerly", file=sys.stderr, flush=True)
 
     def fit(self) -> None:
-        """Train the remaining epochs."""
-        while self.state.epoch < self.recipe.epochs:
-            self.train_epoch()
-            self.end_epoch()
+        """Train the remaining epochs.
+
+        Raises:
+            HovitError: for a loss that is not finite, or if `torch.compile` fails.
+        """
+        try:
+            with benchmark_convolutions(self.fabric.device):
+                while self.state.epoch < self.recipe.epochs:
+                    self.train_epoch()
+                    self.end_epoch()
+        except RuntimeError as error:
+            if type(error).__module__.startswith("torch._dynamo"):
+                reason = one_line(getattr(error, "inner_exception", error))
+                raise HovitError(
+                    f"run {self.run.id}: torch.compile failed ({reason}); train without --compile"
+                ) from None
+            raise
 
     def train_epoch(self) -> None:
         """Train the remaining batches of the current epoch."""
@@ -143,12 +208,15 @@ class Trainer(ABC):
         loader = self.load_batches(batches[self.state.step :])
         self.set_epoch(epoch)
         self.model.train()
+        if self.captured_step:
+            self.captured_step.check_settings()
         losses: list[Tensor] = []  # of the steps since the last read
         for step, batch in enumerate(loader, start=self.state.step):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate(epoch, step, len(batches))
+            self.set_learning_rate(self.learning_rate(epoch, step, len(batches)))
             losses.append(self.train_step(batch, (seed, epoch, step, rank)))
-            read = len(losses) >= LOG_EVERY or step + 1 == len(batches)
+            self.run_ahead.wait()
+            # Each read waits for the device, so that a captured epoch is read only at its end.
+            read = step + 1 == len(batches) or (len(losses) >= LOG_EVERY and not self.captures)
             # Processes must agree to save, and agreeing costs a broadcast: they do it seldom.
             save = self.is_save_due() if read or world == 1 else False
             if read or save:
@@ -158,16 +226,40 @@ class Trainer(ABC):
                 self.save_checkpoint()
             self.options.on_step(epoch, step + 1, len(batches))
 
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the learning rate of all parameter groups."""
+        if self.rate is not None:
+            self.rate.fill_(rate)
+            return
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
     def train_step(self, batch: Any, seed: StepSeed) -> Tensor:
         """Do one optimizer step and return its loss, still on the device."""
-        torch.manual_seed(step_seed(seed))  # dropout
-        loss = self.compute_loss(batch, seed)
+        inputs = self.step_inputs(batch, seed)
+        torch.manual_seed(step_seed(seed))  # dropout, also inside a graph
+        return self.captured_step(*inputs) if self.captured_step else self.optimize(*inputs)
+
+    def optimize(self, *inputs: Any) -> Tensor:
+        """Forward, loss, backward, clipping and optimizer: the part of a step that is captured."""
+        self.optimizer.zero_grad()
+        loss = self.compute_loss(*inputs)
         self.fabric.backward(loss)
         if norm := self.recipe.clip_norm:
-            self.fabric.clip_gradients(self.model, self.optimizer, max_norm=norm)
+            self.clip_gradients(norm)
         self.optimizer.step()
-        self.optimizer.zero_grad()
         return loss.detach()
+
+    def clip_gradients(self, norm: float) -> None:
+        """Clip the norm of all gradients, after division by the scale of fp16 gradients.
+
+        Fabric's own function waits for the device to look for infinite gradients, and refuses
+        fused optimizers in fp16.
+        """
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer.optimizer)
+        groups = self.optimizer.param_groups
+        nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], norm)
 
     def log_losses(self, losses: list[Tensor]) -> None:
         """Average losses over processes and add them to the state.
@@ -246,10 +338,17 @@ class Trainer(ABC):
             "history": self.state.history,
         }
         device = self.fabric.device
+        if device.type == "cuda":
+            shared["execution"] = self.execution()
         seconds = self.state.seconds + time.monotonic() - self.started
         return self.task.make_record(
             results | shared, describe_device(device), seconds, peak_memory_mb(device), self.meta
         )
+
+    def execution(self) -> str:
+        """How a GPU ran the steps: `captured` as CUDA graphs or `eager`, `compiled` or not."""
+        captured = self.captured_step is not None and not self.captured_step.graphed.reason
+        return f"{'compiled, ' * self.options.compile}{'captured' if captured else 'eager'}"
 
     def write_results(self, record: Record) -> None:
         """Write history and record, then delete the checkpoint and temporary files."""
