@@ -122,6 +122,34 @@ def test_random_numbers_differ_between_replays_and_follow_the_seed() -> None:
     assert torch.equal(*drawn)
 
 
+def test_a_hook_runs_before_the_capture() -> None:
+    order: list[str] = []
+
+    def fn(x: Tensor) -> Tensor:
+        order.append("call")
+        return x + 1
+
+    graphed = GraphedCallable(fn, warmup=2, on_capture=lambda: order.append("hook"))
+    for _ in range(4):
+        graphed(torch.ones(1))
+    assert order == ["call", "call", "hook", "call", "call"]
+
+
+@pytest.mark.gpu
+@NO_CARD
+def test_random_numbers_work_after_a_failed_capture() -> None:
+    def fn(x: Tensor) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            torch.rand_like(x).sum().item()
+        return x + torch.rand_like(x)
+
+    graphed = GraphedCallable(fn, warmup=1)
+    for _ in range(3):
+        graphed(torch.ones(4, device="cuda"))
+    assert graphed.reason
+    assert torch.rand(3, device="cuda").isfinite().all()
+
+
 def test_outputs_carry_no_autograd_graph() -> None:
     w = torch.ones(2, requires_grad=True)
     graphed = GraphedCallable(lambda x: (w * x).sum(), warmup=1)

@@ -65,12 +65,25 @@ class SimilarityAttention(nn.Module):
 
     Jaccard lies between -1/3 and 1, too flat for a softmax. It therefore gets a learned temperature
     for each head, initialised to sqrt(d) (our choice).
+
+    Args:
+        dim: channels.
+        heads: heads.
+        similarity: a key of SIMILARITIES.
+        plain: compute Jaccard and Euclidean by matrix products and elementwise passes over the
+            whole batch, on every device (`similarity.attention`).
+
+    Raises:
+        ValueError: if a value is not as described.
     """
 
-    def __init__(self, dim: int, heads: int, similarity: str) -> None:
+    def __init__(self, dim: int, heads: int, similarity: str, plain: bool = False) -> None:
         super().__init__()
+        if not isinstance(plain, bool):
+            raise ValueError(f"plain={plain!r}: true or false")
         self.heads = heads
         self.similarity = similarity
+        self.plain = plain
         start = torch.full((heads,), math.sqrt(head_width(dim, heads)))
         self.temperature = nn.Parameter(start) if get_form(similarity).temperature else None
 
@@ -78,7 +91,8 @@ class SimilarityAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, size: Size, bias: Tensor | None = None
     ) -> Tensor:
         q, k, v = (to_heads(t, self.heads) for t in (q, k, v))
-        return from_heads(attention(self.similarity, q, k, v, bias, self.temperature))
+        out = attention(self.similarity, q, k, v, bias, self.temperature, self.plain)
+        return from_heads(out)
 
     def weights(self, q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
         """Attention matrix for q and k, [B, heads, N, d] each -> [B, heads, N, N]."""
@@ -251,4 +265,4 @@ def create_attention(
         return FocusedAttention(dim, heads, tokens=tokens, **options)
     if name == "gated":
         return GatedAttention(dim, heads, **options)
-    return SimilarityAttention(dim, heads, name)
+    return SimilarityAttention(dim, heads, name, **options)

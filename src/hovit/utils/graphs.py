@@ -16,8 +16,11 @@ refuses to capture a function that reads a value from the device (`.item()`, `no
 index), as CUDA does.
 """
 
+import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +30,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import one_line
 
-# Operators that make the host wait for the device: their result, or its shape, is a value.
+# Operators that make the host wait for the device: their result, or its shape, is a value. In
+# inference mode a dispatch mode sees `item`, otherwise the `_local_scalar_dense` that it calls.
 SYNCHRONISING = frozenset(
     {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "bincount"}
-    | {"unique_consecutive", "equal", "repeat_interleave.Tensor"}
+    | {"unique_consecutive", "equal", "repeat_interleave.Tensor", "item", "is_nonzero"}
 )
 Signature = tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
 
@@ -73,7 +77,7 @@ class _Captured:
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self.inputs = tuple(x.detach().clone() for x in inputs)
         self.calls = 0  # eager calls so far
-        self.syncs: Counter[str] = Counter()  # in those calls; counted on a CPU only
+        self.syncs: Counter[str] = Counter()  # operators or warnings of waits in those calls
         self.replayable = False
         self.graph: Any = None
         self.outputs: Any = None
@@ -108,6 +112,7 @@ class GraphedCallable:
         warmup: eager calls before the capture, at least 1: libraries initialise themselves there.
         generators: CUDA generators that `fn` draws from, except for the default one.
         on_fallback: called with one line if `fn` cannot be captured.
+        on_capture: called just before each capture, to clear what eager calls cached in Python.
     """
 
     def __init__(
@@ -116,6 +121,7 @@ class GraphedCallable:
         warmup: int = 3,
         generators: Sequence[torch.Generator] = (),
         on_fallback: Callable[[str], None] = lambda _: None,
+        on_capture: Callable[[], None] = lambda: None,
     ) -> None:
         if warmup < 1:
             raise ValueError(f"warmup={warmup!r}: at least one eager call before the capture")
@@ -123,6 +129,7 @@ class GraphedCallable:
         self.warmup = warmup
         self.generators = tuple(generators)
         self.on_fallback = on_fallback
+        self.on_capture = on_capture
         self.events: list[tuple[str, int]] = []  # see `note`
         self.reason = ""  # why the function stays eager
         self._captured: dict[Signature, _Captured] = {}
@@ -188,18 +195,19 @@ class GraphedCallable:
         # Graphs cannot capture the default stream, and autograd remembers a parameter's stream.
         self._stream = self._stream or torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), _sync_warnings(held.syncs):
             outputs = self.fn(*held.inputs)
         torch.cuda.current_stream().wait_stream(self._stream)
         return outputs
 
     def _capture(self, held: _Captured) -> bool:
         """Capture, or note why not."""
+        self.on_capture()
         try:
+            if held.syncs:  # not tried: a capture that fails may break later random numbers
+                raise RuntimeError(f"the host waits for the device: {', '.join(held.syncs)}")
             if _on_cuda(held.inputs):
                 self._capture_cuda(held)
-            elif held.syncs:
-                raise RuntimeError(f"the host waits for the device: {', '.join(held.syncs)}")
         except RuntimeError as error:
             first: BaseException = error  # the end of a failed capture raises another one
             while first.__context__ is not None:
@@ -219,8 +227,15 @@ class GraphedCallable:
             graph.register_generator_state(generator)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         # A loader's thread may allocate or pin memory meanwhile: only this thread is restricted.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            held.outputs = _detached(self.fn(*held.inputs))
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                held.outputs = _detached(self.fn(*held.inputs))
+        except RuntimeError:
+            held.outputs = None
+            # The default generator believes that the capture goes on, until another one ends well.
+            with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+                torch.zeros(1, device="cuda")
+            raise
         held.graph = graph
 
     def _replay(self, held: _Captured) -> Any:
@@ -249,6 +264,24 @@ def capture(fn: Callable[..., Any], *inputs: Tensor, warmup: int = 3) -> Graphed
     graphed = GraphedCallable(fn, warmup)
     graphed.prepare(*inputs)
     return graphed
+
+
+@contextmanager
+def _sync_warnings(syncs: Counter[str]) -> Iterator[None]:
+    """Count where PyTorch waits for a GPU; other warnings pass."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    for each in caught:
+        if "synchronizing CUDA operation" in str(each.message):
+            syncs[f"{Path(each.filename).name}, line {each.lineno}"] += 1
+        else:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
 
 def _on_cuda(inputs: Sequence[Tensor]) -> bool:
