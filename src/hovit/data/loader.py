@@ -186,7 +186,7 @@ def crop_flip(x: Tensor, numbers: Tensor) -> Tensor:
         [B, 3, H, W].
     """
     side = 0.6 + 0.4 * numbers[0]
-    flip = torch.where(numbers[1] < 0.5, -1.0, 1.0)
+    flip = 1 - 2 * (numbers[1] < 0.5).float()  # -1 or 1, without a copy from the host
     shift = (1 - side) * (2 * numbers[2:] - 1)  # [2, B]
     zero = torch.zeros_like(side)
     theta = torch.stack(

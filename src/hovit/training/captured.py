@@ -72,9 +72,19 @@ class CapturedStep:
     def __init__(
         self, fn: Callable[..., Tensor], model: nn.Module, on_fallback: Callable[[str], None]
     ) -> None:
-        self.graphed = GraphedCallable(fn, WARMUP, on_fallback=on_fallback)
+        self.graphed = GraphedCallable(
+            fn, WARMUP, on_fallback=on_fallback, on_capture=self.clear_caches
+        )
         self.model = model
         self.settings: set[Setting] = set()
+
+    def clear_caches(self) -> None:
+        """Clear what the model keeps until its mode is set.
+
+        timm's LeViT caches attention biases in evaluation mode. A graph must compute them, or it
+        would keep those of the epoch in which it was captured.
+        """
+        self.model.train(self.model.training)
 
     def check_settings(self) -> None:
         """Capture again if the settings of the model have changed. Called once per epoch."""

@@ -78,7 +78,7 @@ class ClassificationTrainer(Trainer):
         if self.recipe.frozen_front:
             freeze_front(model, run)
         self.setup(model, make_optimizer)
-        self.captured_predict = self.capture(self.predict_afresh) if self.captures else None
+        self.captured_predict = self.capture(self.predict_batch) if self.captures else None
         if self.recipe.frozen_front:
             self.images = FrontFeatures(self.module, self.images, run.image_size, fabric.device)
 
@@ -178,15 +178,6 @@ class ClassificationTrainer(Trainer):
         logits = self.model(self.model_input(images)).float()  # [B, classes]
         losses = F.cross_entropy(logits, labels, reduction="none")
         return torch.stack([labels.double(), logits.argmax(1).double(), losses.double()], 1)
-
-    def predict_afresh(self, images: Tensor, labels: Tensor) -> Tensor:
-        """`predict_batch` without what timm's models cache in evaluation mode.
-
-        LeViT caches its attention biases until the mode is set. A graph must compute them, or it
-        would go on using those of the epoch in which it was captured.
-        """
-        self.model.eval()
-        return self.predict_batch(images, labels)
 
     def finish(self) -> Record:
         best = self.state.best
