@@ -292,7 +292,8 @@ def test_a_change_of_the_model_is_captured_again(device: str, change: str) -> No
 @pytest.mark.parametrize("device", BOTH)
 def test_what_a_model_caches_is_not_captured(device: str) -> None:
     """timm's LeViT keeps its attention biases in evaluation mode until the mode is set."""
-    model = levit.Attention(8, 4, 2, resolution=3).to(device).eval()
+    model = levit.Attention(8, 4, 2, resolution=3).to(device)
+    model.eval()
     step = CapturedStep(model, model, pytest.fail)
     x = torch.randn(2, 9, 8, device=device)
     with torch.inference_mode():
