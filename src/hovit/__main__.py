@@ -4,9 +4,10 @@ import sys
 
 from .pipeline.worker import hand_over
 
-code = hand_over(sys.argv[1:])
-if code is None:
-    from .cli import main
+if __name__ == "__main__":  # worker processes of `hovit sweep` import this file too
+    code = hand_over(sys.argv[1:])
+    if code is None:
+        from .cli import main
 
-    main()
-sys.exit(code)
+        main()
+    sys.exit(code)

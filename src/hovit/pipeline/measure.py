@@ -53,22 +53,59 @@ def measure_study(
     study, spec = task.study, task.spec
     device = torch.device("cpu") if study.workload == "onnx" else device
     _set_up(task)
-    backward = study.trained or "activations" in study.columns
-    rows = {name: _cost(row, spec, backward) for name, row in spec["rows"].items()}
+    rows = count_study(task, root)
     where = describe_device(device)
-    partial = root / task.path.with_suffix(".partial.json")
+    partial = _partial_path(task, root)
     if spec["latency"]:
         if study.keep_memory:  # only now: counting needs larger blocks
             keep_freed_memory()
-        samples = _latency(task, device, where, partial, deadline)
+        samples = _latency(task, rows, device, where, partial, deadline)
         for name, by_batch in samples.items():
-            rows[name]["device"] = where.model_dump()
+            rows[name] = rows[name] | {"device": where.model_dump()}
             rows[name]["latency"] = {b: summary(v) | {"ms": v} for b, v in by_batch.items()}
     seconds = time.monotonic() - begin
     record = task.make_record({"rows": rows}, where, seconds, peak_memory_mb(device))
     write_record(root / task.path, record)
     partial.unlink(missing_ok=True)
     return record
+
+
+def count_study(task: MeasureTask, root: Path = Path()) -> dict[str, Any]:
+    """Count parameters, multiply-adds and activations of every row, and save them.
+
+    Counts do not depend on the device. An interrupted measurement resumes with them, and so does
+    one on another machine that is given the file, so that no time of a rented card is spent on
+    counting.
+
+    Returns:
+        row -> counts, from the saved file if it has them.
+    """
+    study, spec, partial = task.study, task.spec, _partial_path(task, root)
+    saved = _read_partial(partial, _identity(task))
+    if "costs" not in saved:
+        backward = study.trained or "activations" in study.columns
+        costs = {name: _cost(row, spec, backward) for name, row in spec["rows"].items()}
+        saved = _identity(task) | {"costs": costs}
+        write_sealed(partial, saved)
+    return dict(saved["costs"])
+
+
+def _partial_path(task: MeasureTask, root: Path) -> Path:
+    """File of a measurement that has begun."""
+    return root / task.path.with_suffix(".partial.json")
+
+
+def _identity(task: MeasureTask) -> dict[str, Any]:
+    """What a measurement that has begun must share with one that resumes it."""
+    return {"spec_hash": task.spec_hash, "code": task.code}
+
+
+def _read_partial(partial: Path, begun: Mapping[str, Any]) -> dict[str, Any]:
+    """A measurement that has begun; empty if there is none of this spec and this code."""
+    if not partial.exists():
+        return {}
+    saved = read_sealed(partial)
+    return saved if all(saved.get(key) == begun[key] for key in ("spec_hash", "code")) else {}
 
 
 def _set_up(task: MeasureTask) -> None:
@@ -92,6 +129,7 @@ def _cost(row: dict[str, Any], spec: dict[str, Any], backward: bool) -> dict[str
 
 def _latency(
     task: MeasureTask,
+    costs: Mapping[str, Any],
     device: torch.device,
     where: Device,
     partial: Path,
@@ -110,7 +148,7 @@ def _latency(
         for name, row in spec["rows"].items()
         if name in sizes
     }
-    begun = {"spec_hash": task.spec_hash, "code": task.code, "device": where.model_dump()}
+    begun = _identity(task) | {"costs": dict(costs), "device": where.model_dump()}
 
     def after_round(so_far: Samples) -> None:
         write_sealed(partial, begun | {"samples": so_far})
@@ -147,10 +185,9 @@ def _timer(settings: Mapping[str, Any]) -> Callable[..., float]:
 
 
 def _resume(partial: Path, begun: dict[str, Any]) -> Samples | None:
-    if not partial.exists():
-        return None
-    saved = read_sealed(partial)
-    if any(saved.get(key) != begun[key] for key in ("spec_hash", "code")):
+    """Samples of an interrupted measurement on this device, if there is one."""
+    saved = _read_partial(partial, begun)
+    if "samples" not in saved:
         return None
     if saved["device"] != begun["device"]:
         there, here = Device(**saved["device"]), Device(**begun["device"])
@@ -159,4 +196,5 @@ def _resume(partial: Path, begun: dict[str, Any]) -> Samples | None:
             f"{partial}: begun on {there}, but this is {here}{driver}; one table's latencies come "
             "from one device: go on there, or delete the file"
         )
-    return saved["samples"]
+    samples: Samples = saved["samples"]
+    return samples
