@@ -340,6 +340,32 @@ def _tell_rest(todo: list[str]) -> None:
 
 
 @app.command()
+def kit(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    study: Annotated[list[str], typer.Option(help="A study; repeat for more.")],
+    scale: ScaleOption = "proxy",
+    data_root: DataRoot = Path("data"),
+    python: Annotated[
+        str | None, typer.Option(help="Python of the other machine, for wheels: 3.12.")
+    ] = None,
+    package: Annotated[
+        list[str] | None, typer.Option(help="A package that it lacks; repeat for more.")
+    ] = None,
+) -> None:
+    """Write a folder that runs studies on a GPU without network (`make gpu-kit`)."""
+    import hovit.models  # noqa: F401 (registers)
+
+    from .pipeline.kit import make_kit
+
+    plan = load_plan(scale)
+    studies = [plan.study(name) for name in study]
+    make_kit(
+        out, plan, studies, data_root=data_root, python=python, packages=package or [],
+        log=lambda line: print(line, flush=True),
+    )  # fmt: skip
+
+
+@app.command()
 def table(study: str, scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
     """Write a study's table under results/tables: CSV, Markdown, LaTeX."""
     from .report.tables.write import write_table
