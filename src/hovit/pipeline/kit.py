@@ -108,7 +108,6 @@ def _clone(root: Path, target: Path) -> None:
     for name in ("FETCH_HEAD", "hooks", "description"):
         path = target / ".git" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    (target / "data").mkdir(exist_ok=True)
 
 
 def _packs(plan: Plan, studies: list[Study]) -> list[Pack]:
@@ -136,7 +135,7 @@ def _add_images(
 ) -> None:
     """Add the images of each pack that fits into `room` bytes."""
     members: Members = {}
-    (target / "data").mkdir(exist_ok=True)
+    (target / "data").mkdir(parents=True, exist_ok=True)
     for pack in packs:
         if not (pack.dataset.files or pack.dataset.test_files):
             room = _add_packed(pack, data_root, target / "packed", room, log)
@@ -181,7 +180,7 @@ def _members(dataset: Dataset, data_root: Path) -> Members:
     """
     names = [*dataset.files, *dataset.test_files]
     paths = {name: data_root / name for name in names}
-    for name, path in paths.items():
+    for path in paths.values():
         if not path.is_file():
             raise HovitError(
                 f"{path}: not found as a file, and dataset {dataset.id} is made of it; name the "
@@ -227,19 +226,35 @@ def _copy_archive(source: Path, target: Path, wanted: set[str]) -> None:
 # Wheels
 
 
-def locked(names: Iterable[str], lock: Path) -> str:
-    """The lines of a requirements lock for these packages, hashes included.
+def locked(names: Iterable[str], python: str, lock: Path) -> str:
+    """The lines of a requirements lock for these packages and this Python, hashes included.
+
+    Markers are left out, because pip would evaluate them for the Python that runs it.
 
     Raises:
         HovitError: for a package that the lock does not have.
     """
-    blocks = re.split(r"\n(?=[A-Za-z0-9])", lock.read_text(encoding="utf-8"))
-    by_name = {_normal(re.split(r"[=\[ ;]", block, maxsplit=1)[0]): block for block in blocks}
+    by_name = {}
+    for block in re.split(r"\n(?=[A-Za-z0-9])", lock.read_text(encoding="utf-8")):
+        requirement = block.split(" ", 1)[0]
+        if _is_for(block.split("\\", 1)[0], python):
+            hashes = re.findall(r"--hash=\S+", block)
+            name = re.split(r"[=\[]", requirement, maxsplit=1)[0]
+            by_name[_normal(name)] = " ".join([requirement, *hashes])
     try:
-        lines = [by_name[_normal(name)] for name in names]
+        return "".join(by_name[_normal(name)] + "\n" for name in names)
     except KeyError as error:
-        raise HovitError(f"{lock}: has no package {error.args[0]!r}") from None
-    return "".join(re.sub(r"\n *#.*", "", block).rstrip() + "\n" for block in lines)
+        raise HovitError(f"{lock}: has no package {error.args[0]!r} for Python {python}") from None
+
+
+def _is_for(line: str, python: str) -> bool:
+    """Whether the Python version in the marker of a line, if any, includes this one."""
+    version = int(python.removeprefix("3."))
+    bounds = re.findall(r"python_full_version (<|>=) '3\.(\d+)'", line)
+    return all(
+        (version < int(bound)) if relation == "<" else version >= int(bound)
+        for relation, bound in bounds
+    )
 
 
 def _normal(name: str) -> str:
@@ -252,7 +267,7 @@ def _download_wheels(names: list[str], python: str, lock: Path, folder: Path) ->
         raise HovitError(f"--python {python}: write the version of the other machine, such as 3.12")
     with tempfile.TemporaryDirectory() as temporary:
         wanted = Path(temporary) / "requirements.txt"
-        wanted.write_text(locked(names, lock))
+        wanted.write_text(locked(names, python, lock))
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
                    "--disable-pip-version-check", "--require-hashes", "--only-binary=:all:",
                    f"--python-version={python}", *(f"--platform={p}" for p in PLATFORMS),
