@@ -46,7 +46,7 @@ def _todo(plan: Plan, study: Study, row: Row) -> str:
         return f"counted: {by}" if by else "nothing to run: reported numbers only"
     if not study.trained:
         args = "".join(f" {key}={value}" for key, value in row.model_args.items())
-        return f"measured: {plan.scale.model_of(row)}{args}"
+        return f"measured: {plan.scale.measured_model(row)}{args}"
     runs = plan.runs_of(study, row)
     return f"{runs[0].id} x {len(runs)} seed(s)" if runs else "nothing to train at this scale"
 
