@@ -96,6 +96,22 @@ def show(
 
 
 @app.command()
+def estimate(
+    scale: ScaleOption = "proxy",
+    write: Annotated[bool, typer.Option("--write", help="Update ARTIFACT.md.")] = False,
+) -> None:
+    """Estimate how long the main studies train on one GPU, from the time of one step."""
+    import hovit.models  # noqa: F401 (registers)
+
+    from .pipeline.card_time import estimate_table, write_artifact
+
+    plan = load_plan(scale)
+    if write:
+        write_artifact(plan)
+    print(estimate_table(plan), end="")
+
+
+@app.command()
 def explain(
     name: Annotated[str, typer.Argument(help="A study or an analysis.")],
     row: Annotated[str, typer.Argument(help="A row; for an analysis STUDY/ROW.")] = "",

@@ -104,12 +104,14 @@ class Dataset(InSpec):
             "native_size",
         }
     )
-    never = frozenset({"id", "title", "about", "stands_for"})
+    never = frozenset({"id", "title", "about", "stands_for", "listed"})
 
     id: Name
     title: Text
     about: Text
     stands_for: Text | None = None  # the paper's images, if these replace them
+    # Images that are split, without a published test set: for estimates before the files are there.
+    listed: Annotated[int, Field(ge=1)] | None = None
     reader: Literal[
         "digits",
         "oxford_iiit_pet",

@@ -18,23 +18,34 @@ from ..utils.errors import HovitError
 from ..utils.files import read_json
 
 
+def split_sizes(run: Run, root: Path = Path()) -> tuple[int, int] | None:
+    """Images for (training, validation) of a run; None if neither pack nor config has the number.
+
+    Raises:
+        HovitError: if pack.json is damaged.
+    """
+    dataset, path = run.dataset, root / run.pack.folder / "pack.json"
+    if path.exists():
+        try:
+            images = read_json(path)["images"]
+            train, val = int(images["train"]), int(images.get("val", 0))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise HovitError(f"{path}: not a pack's; delete it") from None
+    elif found := dataset.images or dataset.listed:
+        train, val, _ = dataset.split.sizes(found, has_test=bool(dataset.test_files))
+    else:
+        return None
+    return min(train, run.limit.train or train), min(val, run.limit.val or val)
+
+
 def training_images(run: Run, root: Path = Path()) -> int | None:
     """Training images of a run, if its data are packed or config states the number.
 
     Raises:
         HovitError: if pack.json is damaged.
     """
-    path = root / run.pack.folder / "pack.json"
-    if not path.exists():
-        if run.dataset.images is None:
-            return None
-        images = run.dataset.split.sizes(run.dataset.images)[0]
-        return min(images, run.limit.train or images)
-    try:
-        images = int(read_json(path)["images"]["train"])
-    except (KeyError, TypeError, ValueError):
-        raise HovitError(f"{path}: not a pack's; delete it") from None
-    return min(images, run.limit.train or images)
+    sizes = split_sizes(run, root)
+    return sizes and sizes[0]
 
 
 def total_steps(run: Run, root: Path = Path()) -> int | None:
