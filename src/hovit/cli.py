@@ -150,6 +150,7 @@ def train(
     weights: WeightsOption = None,
     accelerator: Accelerator = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    compile: Annotated[bool, typer.Option(help="Compile the model with torch.compile.")] = False,
 ) -> None:
     """Train one run, or resume it. Under torchrun: data-parallel."""
     plan = load_plan(scale, weights_file=weights)
@@ -164,7 +165,7 @@ def train(
     torch.set_num_threads(threads or plan.scale.threads)
     fabric = make_fabric(run.precision, accelerator=accelerator)
     with _watching(run, quiet=not fabric.is_global_zero) as options:
-        options.weights_file = weights
+        options.weights_file, options.compile = weights, compile
         record = train_run(run, fabric, options=options)
     if fabric.is_global_zero:
         print(f"{run.id} seed {run.seed}: {format_results(record.results)}")
