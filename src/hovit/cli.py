@@ -441,9 +441,11 @@ def evidence_verify() -> None:
 
 @app.command()
 def schema() -> None:
-    """Write the JSON Schemas of config/'s files and of records."""
+    """Write the JSON Schemas of config/'s files and of records, and the list of models."""
     from .config.schema import KINDS
+    from .pipeline.list_models import write_models
     from .records.record import Record
 
     for kind, model in (KINDS | {"record": Record}).items():
         write_json(Path(f"config/schema/{kind}.schema.json"), model.model_json_schema())
+    write_models()

@@ -10,7 +10,7 @@ With the default switches, the state dict has the names and shapes of timm's `ef
 """
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -71,7 +71,7 @@ class EfficientViT(nn.Module):
         window_size: int = 7,
         kernels: tuple[int, ...] = (5, 5, 5, 5),
         drop_rate: float = 0.0,
-        global_pool: str = "avg",
+        global_pool: Literal["", "avg"] = "avg",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **switches: Any,
