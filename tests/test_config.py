@@ -266,6 +266,7 @@ OURS = [
     name
     for name in timm.list_models()
     if timm.model_entrypoint(name).__module__.startswith(hovit.models.__name__)
+    and not name.startswith("l_levit")  # as l_hovit
 ]
 
 

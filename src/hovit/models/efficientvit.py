@@ -88,7 +88,7 @@ class EfficientViT(nn.Module):
             raise ValueError(f"img_size={img_size}: {PATCH} x {PATCH} pixels at least")
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.global_pool = global_pool
+        self.global_pool: str = global_pool
         self.grad_checkpointing = False
         self.num_features = self.head_hidden_size = embed_dim[-1]
         self.patch_embed = PatchEmbed(in_chans, embed_dim[0], self.switches)
