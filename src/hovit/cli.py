@@ -130,14 +130,13 @@ def train(
     """Train one run, or resume it. Under torchrun: data-parallel."""
     plan = load_plan(scale, weights_file=weights)
     run = plan.run(run_id, seed)
-    import torch
-
     import hovit.models  # noqa: F401 (registers)
 
     from .pipeline.train import format_results, train_run
     from .training.trainer import make_fabric
+    from .utils.device import set_threads
 
-    torch.set_num_threads(threads or plan.scale.threads)
+    set_threads(threads or plan.scale.threads)
     fabric = make_fabric(run.precision, accelerator=accelerator)
     with _watching(run, quiet=not fabric.is_global_zero) as options:
         options.weights_file = weights
