@@ -24,7 +24,7 @@ from hovit.report.paper.write import FILES
 from hovit.utils.code_hash import code_hash
 from hovit.utils.errors import HovitError
 from hovit.utils.files import digest
-from hovit.utils.limits import usable_cpus, usable_memory_mb
+from hovit.utils.machine import check_writable, usable_cpus, usable_memory_mb
 from snakemake.utils import available_cpu_count
 
 KNOWN = ["scale", "data_root", "weights", "imagenet"]
@@ -38,6 +38,7 @@ WEIGHTS = config.get("weights") or os.getenv("HOVIT_WEIGHTS")
 IMAGENET = config.get("imagenet") or os.getenv("HOVIT_IMAGENET")
 try:
     PLAN = load_plan(SCALE, weights_file=WEIGHTS)
+    check_writable(".snakemake", "logs", "results")
 except HovitError as error:
     sys.exit(f"error: {error}")
 

@@ -15,6 +15,7 @@ import typer
 
 from .utils.errors import HovitError
 from .utils.files import write_json
+from .utils.machine import use_writable_caches
 
 if TYPE_CHECKING:
     from .config.plan import Plan
@@ -52,6 +53,7 @@ def load_plan(scale: str = "smoke", weights_file: Path | None = None) -> "Plan":
 
 def main() -> None:
     """Run the command line; a HovitError is one line on stderr and exit code 1."""
+    use_writable_caches()
     try:
         app()
     except HovitError as error:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data.loader import usable_workers
 from ..utils.errors import HovitError
-from ..utils.limits import usable_cpus
+from ..utils.machine import usable_cpus
 from .coco import CocoImage, read_image
 
 Sample = tuple[Tensor, dict[str, Tensor]]  # uint8 [3, H, W]; boxes [n, 4] and labels [n]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .errors import HovitError
-from .limits import usable_cpus
+from .machine import usable_cpus
 from .strict import Strict
 
 if TYPE_CHECKING:

@@ -1,13 +1,16 @@
-"""Processors and memory that this process may use, which can be less than the machine has.
+"""Processors, memory and cache folders that this process may use.
 
 Affinity masks (`taskset`, Slurm) and control groups (containers, systemd) limit them.
 `os.cpu_count` and `snakemake --cores all` know nothing of control groups.
 """
 
+import errno
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from .errors import HovitError
 
 
 def usable_cpus(system: Path = Path("/")) -> int:
@@ -47,6 +50,45 @@ def usable_memory_mb(system: Path = Path("/")) -> int | None:
     ]
     known = total + limits
     return int(min(known) / 1e6) if known else None
+
+
+def check_writable(*folders: str) -> None:
+    """Make folders here, to see whether they can be written.
+
+    Raises:
+        HovitError: naming the first that cannot.
+    """
+    for folder in map(Path, folders):
+        try:
+            folder.mkdir(exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise OSError(errno.EROFS, "not writable")
+        except OSError as error:
+            raise HovitError(
+                f"{folder.absolute()}: {error.strerror}; in a read-only checkout, mount writable "
+                "folders at .snakemake, logs, data, results, figures and paper"
+            ) from None
+
+
+def use_writable_caches(folder: Path = Path(".snakemake/cache")) -> None:
+    """Keep caches of libraries in `folder` if the cache folder of the home cannot be written.
+
+    The home can be read-only or unset, as in a container with another user. Snakemake then stops
+    with a traceback, and Matplotlib writes its font cache to the temporary folder at each start.
+    Variables that are set already are kept.
+    """
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    try:
+        if not usual.is_absolute():  # no home
+            raise OSError
+        usual.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        writable = False
+    else:
+        writable = os.access(usual, os.W_OK)
+    if not writable:
+        os.environ["XDG_CACHE_HOME"] = str(folder.absolute())
+        os.environ.setdefault("MPLCONFIGDIR", str(folder.absolute() / "matplotlib"))
 
 
 def _groups(controller: str, system: Path) -> Iterator[Path]:
