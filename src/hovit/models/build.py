@@ -39,6 +39,7 @@ def build_model(
 def _local_weights(variant: str) -> dict[str, Any]:
     """Entries of timm's pretrained configuration for a local file; none if a hub has weights."""
     cfg = get_pretrained_cfg(variant)
+    assert cfg is not None
     given = os.environ.get(WEIGHTS_VARIABLE)
     path = Path(given) / f"{variant}.safetensors" if given else None
     if path and path.is_file():
