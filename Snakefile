@@ -47,7 +47,12 @@ except HovitError as error:
 if workflow.resource_settings.cores == available_cpu_count():
     workflow.register_resource("_cores", usable_cpus())
 given, usable = workflow.global_resources.get("mem_mb"), usable_memory_mb()
-if workflow.local_exec and given and usable and usable < given.value:
+if (
+    workflow.local_exec
+    and given
+    and given.value
+    and (usable or given.value) < given.value
+):
     workflow.register_resource("mem_mb", max(usable, PLAN.scale.memory_mb))
 
 # Passed by the environment, not as parameters: the location of files changes no result.
