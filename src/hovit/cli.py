@@ -16,6 +16,7 @@ import typer
 
 from .utils.errors import HovitError
 from .utils.files import write_json
+from .utils.machine import use_writable_caches
 
 if TYPE_CHECKING:
     from .config.plan import Plan
@@ -60,6 +61,7 @@ def load_plan(scale: str = "smoke", weights_file: Path | None = None) -> "Plan":
 
 def main() -> None:
     """Run the command line; a HovitError is one line on stderr and exit code 1."""
+    use_writable_caches()
     try:
         app()
     except HovitError as error:
@@ -155,14 +157,13 @@ def train(
     """Train one run, or resume it. Under torchrun: data-parallel."""
     plan = load_plan(scale, weights_file=weights)
     run = plan.run(run_id, seed)
-    import torch
-
     import hovit.models  # noqa: F401 (registers)
 
     from .pipeline.train import format_results, train_run
     from .training.trainer import make_fabric
+    from .utils.device import set_threads
 
-    torch.set_num_threads(threads or plan.scale.threads)
+    set_threads(threads or plan.scale.threads)
     fabric = make_fabric(run.precision, accelerator=accelerator)
     with _watching(run, quiet=not fabric.is_global_zero) as options:
         options.weights_file, options.compile = weights, compile
@@ -522,9 +523,11 @@ def evidence_verify() -> None:
 
 @app.command()
 def schema() -> None:
-    """Write the JSON Schemas of config/'s files and of records."""
+    """Write the JSON Schemas of config/'s files and of records, and the list of models."""
     from .config.schema import KINDS
+    from .pipeline.list_models import write_models
     from .records.record import Record
 
     for kind, model in (KINDS | {"record": Record}).items():
         write_json(Path(f"config/schema/{kind}.schema.json"), model.model_json_schema())
+    write_models()

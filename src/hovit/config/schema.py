@@ -9,9 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 from pydantic import (
     Field,
     FiniteFloat,
-    StrictBool,
-    StrictInt,
-    StrictStr,
     field_validator,
     model_validator,
 )
@@ -35,7 +32,7 @@ Role = Literal[
     "pets", "cifar10", "cifar100", "flowers", "cars", "imagenet", "coco", "pretrain", "upstream",
     "photographs",
 ]  # fmt: skip
-Plain = StrictBool | StrictInt | FiniteFloat | StrictStr
+Plain = bool | int | FiniteFloat | str
 Argument = Plain | tuple[Plain, ...]  # of a model
 # Arguments of timm.create_model that the study, the scale or other keys of the row set.
 TAKEN = {"pretrained", "pretrained_cfg", "checkpoint_path", "cache_dir", "num_classes", "img_size"}
@@ -286,7 +283,10 @@ class Scale(Strict):
     latency: Latency
     analysis_images: Annotated[int, Field(ge=1)] | None = None  # maximum; None: the analysis's
     # Inexact metrics that claims may judge at this scale; smoke can judge none of them.
-    judges: frozenset[Literal["top1", "val_top1", "loss", "latency"]]
+    judges: Annotated[
+        frozenset[Literal["top1", "val_top1", "loss", "latency"]],
+        Field(strict=False),  # YAML has no sets
+    ]
 
     def model_of(self, row: "Row") -> str:
         """The model that is trained for a row: the row's own, or its stand-in."""
