@@ -23,7 +23,7 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 @pytest.fixture(autouse=True)
 def _no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flex, "_kernels", {})
+    monkeypatch.setattr(flex._compiled, "kernels", {})
 
 
 @pytest.fixture
@@ -95,17 +95,17 @@ def test_compiled_on_a_cpu(name: str, shape: tuple[int, ...], extra: bool) -> No
     out = flex.fused_attention(name, *given)
     assert out is not None
     assert error(out, plain(name, *given)) <= 1e-6
-    (kernel,) = flex._kernels.values()
+    (kernel,) = flex._compiled.kernels.values()
     again = flex.fused_attention(name, *(None if x is None else x + 0 for x in given))
     assert again is not None
     assert torch.equal(out, again)
-    assert [*flex._kernels.values()] == [kernel]
+    assert [*flex._compiled.kernels.values()] == [kernel]
 
 
 def test_what_flexattention_cannot_take_runs_as_products() -> None:
     """On a CPU it has no gradients: one warning, and the choice is remembered."""
     q, k, v = (t.requires_grad_() for t in qkv((1, 2, 5, 16)))
-    with pytest.warns(UserWarning, match="runs as matrix products: FlexAttention fails") as caught:
+    with pytest.warns(UserWarning, match="runs eagerly, because it does not compile: ") as caught:
         assert flex.fused_attention("jaccard", q, k, v) is None
     assert "\n" not in str(caught[0].message)
     with warnings.catch_warnings():
@@ -123,7 +123,7 @@ def test_shapes_that_are_not_tried() -> None:
     assert flex.fused_attention("jaccard", q, k, v.half()) is None
     assert flex.fused_attention("jaccard", q[:0], k[:0], v[:0]) is None
     torch.func.vmap(lambda *x: sim.attention("jaccard", *x))(*(t[None] for t in (q, k, v)))
-    assert not flex._kernels
+    assert not flex._compiled.kernels
 
 
 def test_gradients_are_deterministic_on_request() -> None:
@@ -131,7 +131,7 @@ def test_gradients_are_deterministic_on_request() -> None:
     torch.use_deterministic_algorithms(True)
     try:
         assert flex.fused_attention("jaccard", q, k, v) is None
-        assert not flex._kernels  # not tried
+        assert not flex._compiled.kernels  # not tried
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -168,10 +168,10 @@ def test_compiled_on_a_card(
     found = [x.clone().requires_grad_(grad) for x in given]
     exact = [x.double().requires_grad_(grad) for x in given]
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", ".*runs as matrix products")
+        warnings.filterwarnings("error", ".*does not compile")
         out = sim.attention(name, *found)
-    assert all(kernel is not None for kernel in flex._kernels.values())
-    assert len(flex._kernels) == 1
+    assert all(kernel is not None for kernel in flex._compiled.kernels.values())
+    assert len(flex._compiled.kernels) == 1
     expected = plain(name, *exact)
     assert error(out, expected) <= TOLERANCES[dtype]
     if grad:

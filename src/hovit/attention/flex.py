@@ -10,18 +10,15 @@ up theirs by atomic additions, in an order that varies from run to run.
 Products, norms and scores are float32, also for half-precision inputs.
 """
 
-import warnings
-from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-Kernel = Callable[..., Tensor]
+from .compiled import CompiledFunction
+
 MIN_WIDTH = 16  # channels of a head that Triton's matrix product needs
-_kernels: dict[tuple[Any, ...], Kernel | None] = {}  # None: FlexAttention cannot take it
 
 
 def epsilon(x: Tensor, scale: float = 1.0) -> float:
@@ -80,6 +77,9 @@ def similarity_attention(
     return out
 
 
+_compiled = CompiledFunction(similarity_attention)
+
+
 def fused_attention(
     similarity: str,
     q: Tensor,
@@ -90,63 +90,17 @@ def fused_attention(
 ) -> Tensor | None:
     """`similarity_attention` compiled for these shapes, or None where FlexAttention cannot take it.
 
-    The first call with new shapes compiles for some seconds, and tries the backward pass if
-    gradients are needed. A failure is remembered and warned of once.
+    Each shape compiles on its first call (`CompiledFunction`).
     """
     device = q.device.type
     if torch.is_autocast_enabled(device):  # as for matrix products; autocast skips FlexAttention
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
-    inputs = (q, k, v, bias, temperature)
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    if not _is_possible(q, k, v, needs_grad):
-        return None
-    if torch.compiler.is_compiling():  # the whole model: this kernel is a part of it
-        return similarity_attention(similarity, *inputs)
-    tensors = tuple(x if x is None else (x.shape, x.dtype, x.requires_grad) for x in inputs)
-    modes = (needs_grad, torch.is_inference_mode_enabled(), torch.is_autocast_enabled(device))
-    key = (similarity, q.device, tensors, modes)
-    if key not in _kernels:
-        if q.is_cuda and torch.cuda.is_current_stream_capturing():
-            return None  # a CUDA graph cannot record a compilation
-        _kernels[key] = _compile(similarity, inputs, needs_grad)
-    kernel = _kernels[key]
-    return None if kernel is None else kernel(similarity, *inputs)
-
-
-def _is_possible(q: Tensor, k: Tensor, v: Tensor, needs_grad: bool) -> bool:
-    """Whether it is worth a try to compile for these inputs."""
-    if torch._C._are_functorch_transforms_active():  # vmap over models
-        return False
+    inputs = [x for x in (q, k, v, bias, temperature) if x is not None]
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     if needs_grad and torch.are_deterministic_algorithms_enabled():  # atomic additions are not
-        return False
-    if 0 in (*q.shape, *k.shape, *v.shape) or q.dtype == torch.float64:
-        return False
-    return q.dtype == k.dtype == v.dtype and min(q.shape[-1], v.shape[-1]) >= MIN_WIDTH
-
-
-def _compile(similarity: str, inputs: tuple[Tensor | None, ...], needs_grad: bool) -> Kernel | None:
-    """Compile and try; None, with a warning, if that fails."""
-    # Dynamo keeps up to 8 versions for each code object, and searches them in turn.
-    code = similarity_attention.__code__.replace(co_name=f"{similarity}_attention")
-    function = FunctionType(code, globals(), closure=similarity_attention.__closure__)
-    kernel = torch.compile(function, dynamic=False, fullgraph=True)
-    trial = [x if x is None else x.detach().requires_grad_(x.requires_grad) for x in inputs]
-    try:
-        out = kernel(similarity, *trial)
-        if needs_grad:
-            wanted = [x for x in trial if x is not None and x.requires_grad]
-            torch.autograd.grad(out, wanted, torch.ones_like(out))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # of Dynamo, Triton or the C compiler
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        q, k = inputs[:2]
-        assert q is not None
-        assert k is not None
-        warnings.warn(
-            f"{similarity} attention of {[*q.shape]} and {[*k.shape]}, {q.dtype} on {q.device}, "
-            f"runs as matrix products: FlexAttention fails: {reason}",
-            stacklevel=3,
-        )
         return None
-    return kernel
+    if 0 in (*q.shape, *k.shape, *v.shape) or q.dtype == torch.float64:
+        return None
+    if not q.dtype == k.dtype == v.dtype or min(q.shape[-1], v.shape[-1]) < MIN_WIDTH:
+        return None
+    return _compiled(similarity, q, k, v, bias, temperature)

@@ -10,14 +10,13 @@ With the default switches, the state dict has the names and shapes of timm's `ef
 """
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resize_rel_pos_bias_table_levit, to_2tuple
 from timm.models import (
-    build_model_with_cfg,
     checkpoint,
     generate_default_cfgs,
     register_model,
@@ -25,6 +24,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from .build import build_model
 from .efficientvit_layers import (
     Block,
     CascadedGroupAttention,
@@ -71,7 +71,7 @@ class EfficientViT(nn.Module):
         window_size: int = 7,
         kernels: tuple[int, ...] = (5, 5, 5, 5),
         drop_rate: float = 0.0,
-        global_pool: str = "avg",
+        global_pool: Literal["", "avg"] = "avg",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **switches: Any,
@@ -88,7 +88,7 @@ class EfficientViT(nn.Module):
             raise ValueError(f"img_size={img_size}: {PATCH} x {PATCH} pixels at least")
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.global_pool = global_pool
+        self.global_pool: str = global_pool
         self.grad_checkpointing = False
         self.num_features = self.head_hidden_size = embed_dim[-1]
         self.patch_embed = PatchEmbed(in_chans, embed_dim[0], self.switches)
@@ -266,7 +266,7 @@ MODEL_ARGS: dict[str, dict[str, Any]] = {
 
 
 def _efficientvit(variant: str, pretrained: bool, **kwargs: Any) -> EfficientViT:
-    return build_model_with_cfg(
+    return build_model(
         EfficientViT,
         variant,
         pretrained,

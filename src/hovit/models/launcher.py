@@ -20,11 +20,12 @@ from typing import Any
 import timm
 import torch
 from timm.layers import to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from . import hovit, levit_deck
-from .front import Fronted, make_renormalize, within_backbone
+from .build import build_model
+from .front import Fronted, ModelName, make_renormalize, within_backbone
 
 IMAGE_CHANNELS = 3  # of the generated image, whatever the channels of the input
 BACKBONES = (*levit_deck.default_cfgs, *hovit.default_cfgs, "levit_256")
@@ -62,7 +63,7 @@ class Launcher(Fronted):
     def __init__(
         self,
         backbone: str,
-        front: str = "resnet50",
+        front: ModelName = "resnet50",
         num_classes: int = 1000,
         img_size: int | tuple[int, int] = 224,
         in_chans: int = 3,
@@ -133,7 +134,7 @@ def _register_launcher(backbone: str) -> Callable[..., Launcher]:
     """Register `l_{backbone}`: the Launcher in front of this backbone."""
 
     def create_launcher(pretrained: bool = False, **kwargs: Any) -> Launcher:
-        return build_model_with_cfg(
+        return build_model(
             partial(Launcher, backbone),
             f"l_{backbone}",
             pretrained,

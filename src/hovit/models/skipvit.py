@@ -14,17 +14,18 @@ between the attention and the FFN of a layer, and a second drop applies to the r
 
 import math
 from fractions import Fraction
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
-from .schedule import Schedule, keep_count
+from .build import build_model
+from .schedule import NOTATION, Schedule, keep_count
 from .token_skipping import choose, class_attention, fuse, put_back, take
 
 
@@ -47,7 +48,12 @@ class SkipViT(VisionTransformer):
             to 1, a ViT without a class token or with other blocks than timm's plain ones.
     """
 
-    def __init__(self, schedule: str = "", warmup: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        schedule: Annotated[str, NOTATION, "6(45%)+11"] = "",
+        warmup: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         if not isinstance(warmup, int | float) or not 0 <= warmup <= 1:
             raise ValueError(f"warmup={warmup!r}: a fraction of all epochs, from 0 to 1")
@@ -238,7 +244,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _skipvit(variant: str, pretrained: bool, **kwargs: Any) -> SkipViT:
-    return build_model_with_cfg(
+    return build_model(
         SkipViT,
         variant,
         pretrained,

@@ -186,6 +186,7 @@ class GraphedCallable:
 
     def _run_eager(self, held: _Captured) -> Any:
         held.calls += 1
+        held.syncs.clear()  # only those of the last call: the first ones may fill caches
         self.note("eager")
         if not _on_cuda(held.inputs):
             with SyncLog() as log:
