@@ -293,7 +293,7 @@ def test_a_change_of_the_model_is_captured_again(device: str, change: str) -> No
 def test_what_a_model_caches_is_not_captured(device: str) -> None:
     """timm's LeViT keeps its attention biases in evaluation mode until the mode is set."""
     model = levit.Attention(8, 4, 2, resolution=3).to(device)
-    nn.init.ones_(model.proj.bn.weight)  # zero in a new model
+    nn.init.ones_(model.proj[-1].bn.weight)  # zero in a new model
     model.eval()
     step = CapturedStep(model, model, pytest.fail)
     x = torch.randn(2, 9, 8, device=device)
