@@ -316,7 +316,7 @@ class Row(Strict):
     total: Annotated[int, Field(gt=0)] | None = None  # images, split without any data by
     rule: Name | None = None  # the rule of this dataset
     part: Text | None = None  # submodule with a separate parameter count
-    baseline: str | None = None  # row that its latency is compared with
+    baseline: str | None = None  # row that latency and top-1 are compared with
     reported: dict[MetricName, Printed] = {}
     ours: bool = False  # the paper has no such row
     reported_only: bool = False  # only the paper's numbers; nothing is run
