@@ -25,7 +25,6 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from scipy.io import loadmat, savemat
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -47,6 +46,11 @@ from hovit.data.loader import (
 from hovit.data.pack import Packed, open_pack, prepare
 from hovit.utils.errors import HovitError
 from hovit.utils.files import alone
+
+try:
+    from scipy.io import loadmat, savemat
+except ModuleNotFoundError:  # a machine with a GPU; tests of Flowers and Cars need it
+    loadmat = savemat = None
 
 CPU = torch.device("cpu")
 BREEDS = {1: "Abyssinian", 2: "american_bulldog", 12: "english_setter", 37: "yorkshire_terrier"}
@@ -1061,15 +1065,19 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def numbers(seed: int, n: int) -> torch.Tensor:
+    return torch.rand(4, n, generator=generator(seed))
+
+
 def test_crop_flip_is_its_seeds():
     x = torch.randn(4, 3, 16, 16)
-    assert torch.equal(crop_flip(x, generator(1)), crop_flip(x, generator(1)))
-    assert not torch.equal(crop_flip(x, generator(1)), crop_flip(x, generator(2)))
+    assert torch.equal(crop_flip(x, numbers(1, len(x))), crop_flip(x, numbers(1, len(x))))
+    assert not torch.equal(crop_flip(x, numbers(1, len(x))), crop_flip(x, numbers(2, len(x))))
 
 
 def test_crop_flip_draws_for_every_image_and_stays_in_range():
     x = torch.randn(1, 3, 16, 16, generator=generator(0)).expand(8, -1, -1, -1)
-    y = crop_flip(x, generator(0))
+    y = crop_flip(x, numbers(0, len(x)))
     assert y.shape == x.shape
     for a, b in itertools.combinations(y, 2):
         assert not torch.equal(a, b)
@@ -1082,7 +1090,7 @@ def test_crop_flip_keeps_60_to_100_percent_and_mirrors_only_sideways():
     ramp = (torch.arange(size) + 0.5) / size
     across = ramp.expand(n, 1, size, size)
     x = torch.cat([across, across.transpose(2, 3)], dim=1)
-    y = crop_flip(x, generator(3))
+    y = crop_flip(x, numbers(3, len(x)))
     # slope from the middle of the image, where no border is reflected
     middle = slice(size // 4, -(size // 4))
     slopes = [

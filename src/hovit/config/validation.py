@@ -63,6 +63,8 @@ def _check_scales(config: Config, root: Path, must: Must) -> None:
             must(config.datasets, scale.photographs, f"{file}: photographs")
         for key, recipes in (
             ("epochs", scale.epochs),
+            ("pretrained_epochs", scale.pretrained_epochs),
+            ("recipe_seeds", scale.recipe_seeds),
             ("batch_sizes", scale.batch_sizes),
             ("lrs", scale.lrs),
         ):
