@@ -51,7 +51,7 @@ class Options:
 
     Args:
         deadline: `time.monotonic()` after which the run saves a checkpoint and stops.
-        save_seconds: time between checkpoints. The last epoch always ends with one.
+        save_seconds: time between checkpoints.
         weights_file: value of `--weights`.
         on_step: called with (epoch, step, steps) after each batch.
         on_epoch: called with the history entry of each finished epoch.
