@@ -261,12 +261,13 @@ def measured(copy: Copy) -> dict[str, dict[str, float]]:
     return record["results"]["rows"]  # type: ignore[no-any-return]
 
 
-def test_a_model_is_two_files(copy: Copy) -> None:
+def test_a_model_is_three_files(copy: Copy) -> None:
     copy.write("src/hovit/models/another.py", MODEL)
     copy.edit(
         "src/hovit/models/__init__.py", "from . import (\n", "from . import (\n    another,\n"
     )
     copy.edit("src/hovit/models/__init__.py", "__all__ = [\n", '__all__ = [\n    "another",\n')
+    copy.hovit("schema")
     copy.changes_what("Add a model")
     copy.write("config/studies/another.yaml", study("another"))
     assert measured(copy)["only"]["parameters"] == 3 * 37 + 37
@@ -274,7 +275,7 @@ def test_a_model_is_two_files(copy: Copy) -> None:
     assert "148" in (copy.root / "results/tables/another.md").read_text()
 
 
-def test_an_attention_form_is_two_files(copy: Copy) -> None:
+def test_an_attention_form_is_three_files(copy: Copy) -> None:
     modules = "src/hovit/attention/modules.py"
     copy.edit("src/hovit/attention/forms.py", "ATTENTION_FORMS = {\n",
               'ATTENTION_FORMS = {\n    "mean": AttentionForm(softmax=False),\n')  # fmt: skip
@@ -299,6 +300,7 @@ def check_attention(''',
     copy.edit(modules, '    if name == "focused":\n',
               '    if name == "mean":\n        return MeanAttention(dim, heads)\n'
               '    if name == "focused":\n')  # fmt: skip
+    copy.hovit("schema")
     copy.changes_what("Add an attention form")
     args = "model_args: {attention: mean}"
     row = f"  - {{id: mean, label: Mean, model: levit_deck, {args}, ours: true}}\n"

@@ -16,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 
+from hovit.utils.machine import use_writable_caches
+
 LOG_LINES = 15  # of a failed job
 # Messages without an event that say nothing about this workflow.
 ROUTINE = (
@@ -34,6 +36,7 @@ class LogHandler(LogHandlerBase):
     """Prints a run's progress."""
 
     def __post_init__(self) -> None:
+        use_writable_caches()  # Snakemake makes its cache after this
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.plain = bool(self.common_settings.dryrun or self.common_settings.verbose)
         self.jobs: dict[int, str] = {}  # under way: id -> title

@@ -203,6 +203,8 @@ class MeasureTask(StudyTask):
         """How latency is measured."""
         study = self.study
         latency = self.scale.latency.model_dump(mode="json")
+        if latency["processes"] == 1:  # specs from before this setting do not state it
+            del latency["processes"]
         if study.batches:
             latency["batches"] = list(study.batches)
         if study.threads:
@@ -219,7 +221,7 @@ class MeasureTask(StudyTask):
         }
 
     def _row(self, row: Row) -> dict[str, Any]:
-        model = self.scale.model_of(row)
+        model = self.scale.measured_model(row)
         spec = {"model": model, "model_args": row.model_args, "part": row.part}
         if row.image_size is None:
             return spec

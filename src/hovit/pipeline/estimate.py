@@ -16,8 +16,7 @@ from ..config.tasks import MeasureTask, TrainTask
 from ..measure.cost import macs
 from ..utils.create_model import create_model
 from ..utils.device import describe_device, pick_device
-from ..utils.errors import HovitError
-from ..utils.files import read_json
+from .schedule import training_images
 
 PROBE = ("levit_256", 8)  # model and batch that are timed
 
@@ -47,7 +46,7 @@ def _todo(plan: Plan, study: Study, row: Row) -> str:
         return f"counted: {by}" if by else "nothing to run: reported numbers only"
     if not study.trained:
         args = "".join(f" {key}={value}" for key, value in row.model_args.items())
-        return f"measured: {plan.scale.model_of(row)}{args}"
+        return f"measured: {plan.scale.measured_model(row)}{args}"
     runs = plan.runs_of(study, row)
     return f"{runs[0].id} x {len(runs)} seed(s)" if runs else "nothing to train at this scale"
 
@@ -133,7 +132,7 @@ def _cost_line(runs: list[Run]) -> str:
     speed = probe(device)
     total = parameters = 0.0
     for run in runs:
-        images = _images(run)
+        images = training_images(run)
         if images is None:
             return f"cost: unknown until the images are there (`hovit data {run.pack.id}`)"
         count, each = _size(run)
@@ -160,21 +159,6 @@ def _size(run: Run) -> tuple[int, int]:
         net = create_model(run.model, run.dataset.num_classes, run.image_size, **run.model_args)
         each = macs(net, run.image_size)
     return sum(p.numel() for p in net.parameters()), each
-
-
-def _images(run: Run) -> int | None:
-    """Training images of a run, if its data are packed or config states the number."""
-    path = run.pack.folder / "pack.json"
-    if not path.exists():
-        if run.dataset.images is None:
-            return None
-        images = run.dataset.split.sizes(run.dataset.images)[0]
-        return min(images, run.limit.train or images)
-    try:
-        images = int(read_json(path)["images"]["train"])
-    except (KeyError, TypeError, ValueError):
-        raise HovitError(f"{path}: not a pack's; delete it") from None
-    return min(images, run.limit.train or images)
 
 
 def probe(device: torch.device) -> float:

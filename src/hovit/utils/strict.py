@@ -6,9 +6,13 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Strict(BaseModel):
-    """A frozen object that refuses unknown keys and infinite numbers."""
+    """A frozen object that refuses unknown keys, infinite numbers and values of another type.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    An integer is accepted as a float. Nothing else is converted: not text to a number, nor 1.0 to
+    an integer.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 class InSpec(Strict):

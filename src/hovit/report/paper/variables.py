@@ -89,7 +89,8 @@ def origin(results: Results, study: Study, row: Row, number: Quantity, value: Va
         return Origin((f"config/studies/{study.id}.yaml",), f"rows.{row.id}.{key}")
     if number.is_counted:
         return Origin(records, "images", scale=scale)
-    model = results.plan.scale.model_of(row)
+    of = results.plan.scale
+    model = of.model_of(row) if number.is_trained else of.measured_model(row)
     model = "" if model == row.model else model
     trained = results.trained(study, row) if number.is_trained else []
     if trained:
@@ -111,7 +112,7 @@ def _field(results: Results, study: Study, number: Quantity) -> str:
     if number.metric.name == "throughput":
         return f"latency.{results.throughput_batch(study)}.median"
     if number.batch:
-        return f"latency.{number.batch}.median"
+        return f"{number.metric.name}.{number.batch}.median"
     return number.metric.name.removesuffix("_m")
 
 

@@ -6,7 +6,7 @@ import pandas as pd
 
 from ...config.metrics import METRICS
 from ...config.runs import Run, protocol
-from ...config.schema import Recipe, Row, Study
+from ...config.schema import Recipe, Row, Scale, Study
 from ..record_source import plural
 from ..results import Results
 
@@ -16,6 +16,10 @@ WORKLOADS = {
 }
 # Identifiers of the protocol in words. Records of the first version hold the words themselves.
 PRECISIONS = {"fp32": "fp32, TF32 off"}
+SAMPLES = {
+    None: "one pass per sample",  # records before the protocol had versions
+    "cuda-events-10ms": "a sample is the mean of the passes in 10 ms, after 0.3 s of warm-up",
+}
 MEMORY = {
     "kept": "freed memory kept, where the C library is glibc",
     "returned": "freed memory returned to the system, as glibc does",
@@ -33,8 +37,8 @@ def describe(results: Results, study: Study) -> dict[str, str]:
                 dataset = plan.config.datasets[scale.datasets[row.dataset]]
                 facts[row.label] = f"{dataset.title} — {dataset.about}"
         return facts
-    replaced = {str(row.model): scale.model_of(row) for row in study.rows if row.model}
-    if stand_ins := [f"`{new}` for `{old}`" for old, new in replaced.items() if old != new]:
+    models = dict.fromkeys(str(row.model) for row in study.rows if row.model)
+    if stand_ins := [_stand_in(scale, model) for model in models if model in scale.models]:
         facts["Models that stand in"] = ", ".join(stand_ins)
     if study.trained:
         if not plan.rows_run(study):
@@ -42,6 +46,13 @@ def describe(results: Results, study: Study) -> dict[str, str]:
             return facts
         facts |= _training(results, study)
     return facts | _evaluation(results, study) | _measurement(results, study)
+
+
+def _stand_in(scale: Scale, model: str) -> str:
+    """Which model stands in for one of the paper's, and in what."""
+    stand_in = scale.models[model]
+    text = f"`{stand_in.model}` for `{model}`"
+    return text if stand_in.measured else f"{text} in training (cost and speed are of `{model}`)"
 
 
 def _training(results: Results, study: Study) -> dict[str, str]:
@@ -62,13 +73,25 @@ def _training(results: Results, study: Study) -> dict[str, str]:
         )
         commits = {r.provenance.commit[:10] + " + changes" * r.provenance.dirty for r in records}
         facts["Commit"] = ", ".join(sorted(commits))
-    facts["Recipe"] = f"{runs[0].recipe.title}; here {_settings(runs[0].recipe)}"
+    facts["Recipe"] = _recipe(runs)
     facts["Seeds"] = _seeds(results, study)
     if any(row.pretrained for row in rows):
         trained = [row for row in rows if results.trained(study, row)]
         started = sorted({results.weights_from(study, row) for row in trained} - {""})
         facts["Pretrained weights from"] = "; ".join(started) or "no row is trained yet"
     return facts
+
+
+def _recipe(runs: list[Run]) -> str:
+    """The recipe of a study, and its settings at this scale."""
+    recipe = runs[0].recipe
+    here = dict.fromkeys(_settings(run.recipe) for run in runs if run.weights is None)
+    fine_tuned = dict.fromkeys(_settings(run.recipe) for run in runs if run.weights)
+    settings = "; ".join(here or fine_tuned)
+    extra = [text for text in fine_tuned if here and text not in here]
+    return f"{recipe.title}; here {settings}" + "".join(
+        f"; from pretrained weights {text}" for text in extra
+    )
 
 
 def _images_of(run: Run) -> str:
@@ -155,7 +178,24 @@ def _latency(results: Results, study: Study) -> str:
     parts.append(PRECISIONS.get(setting["precision"], setting["precision"]))
     parts.append("ONNX Runtime" if workload == "onnx" else "eager")
     parts.append(f"interleaved, median of {setting['rounds']} rounds (spread in the CSV)")
+    protocol_id = measured.results.get("protocol")
+    parts.append(SAMPLES.get(protocol_id, "") if device.kind == "cuda" else "")
+    parts.append(_processes(results, study))
     return f"{', '.join(filter(None, parts))}; × is the ratio to the row's baseline"
+
+
+def _processes(results: Results, study: Study) -> str:
+    """How many processes measured, and how far their medians of one row lie apart."""
+    each = [
+        batch["processes"]
+        for row in results.measured_rows(study).values()
+        for batch in row.get("latency", {}).values()
+        if "processes" in batch
+    ]
+    if not each:
+        return ""
+    spread = max((max(medians) - min(medians)) / min(medians) for medians in each)
+    return f"in {len(each[0])} processes, whose medians of a row differ by up to {spread:.0%}"
 
 
 def _timed_size(results: Results, study: Study, setting: Any) -> str:
