@@ -48,10 +48,10 @@ claims: setup ## Judge the claims; fails where one is not as results/verdicts.js
 	$(IN_VENV) snakemake --cores all claims$(CONFIG)
 
 test: lint ## Lint, then run the tests; ends with the slowest, and what was skipped and why
-	$(IN_VENV) pytest -n 2 -rs --durations 15
+	$(IN_VENV) pytest -n 2 --dist loadgroup -rs --durations 15
 
 test-all: lint ## As `make test`, and the tests that repeat over every registered model
-	$(IN_VENV) pytest -n 2 -rs -m ""
+	$(IN_VENV) pytest -n 2 --dist loadgroup -rs -m ""
 
 lint: setup ## Check style, types and the Snakefile
 	$(IN_VENV) ruff check

@@ -1,4 +1,4 @@
-"""A small run on real images, in a folder of its own: what most tests of training need.
+"""Fixtures for tests that train a small model on real images or read made-up records.
 
 A machine with a GPU may lack packages that only other tests need. `pytest -m gpu` collects there:
 test files that import a missing one of OPTIONAL are skipped, and tests by Hypothesis one by one.
@@ -6,12 +6,18 @@ test files that import a missing one of OPTIONAL are skipped, and tests by Hypot
 
 import importlib.util
 import inspect
+import os
 import re
+import shutil
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
+
+# One thread for each process: `pytest -n` already uses all cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
@@ -65,7 +71,12 @@ if importlib.util.find_spec("hypothesis") is None:
     sys.modules["hypothesis"] = MissingHypothesis()  # type: ignore[assignment]
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"depth": [1, 1, 1], "drop_rate": 0.3}
+SMALL = {"embed_dim": [64, 64, 64], "depth": [1, 1, 1], "drop_rate": 0.3}  # 0.2 million parameters
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run slow tests first, so that parallel workers end at about the same time."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +93,7 @@ def plan() -> Plan:
 def small_run(
     plan: Plan, run_id: str = "levit_deck.pets.deck", epochs: int = 2, **changes: Any
 ) -> Run:
-    """A run of the config on 96 digits, with a small dropout LeViT unless told otherwise."""
+    """A run of the config on 96 digits; its model is a small LeViT with dropout by default."""
     run = plan.run(run_id)
     recipe = run.recipe.model_copy(update={"epochs": epochs, **changes.pop("recipe", {})})
     limit = run.limit.model_copy(update={"train": 96, "val": 40, "test": 50})
@@ -102,8 +113,22 @@ def packed(tmp_path: Path, plan: Plan) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def copy_records(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Plan, Path], Path]:
+    """A function that copies made-up records of all tasks of a plan of ROOT into a folder."""
+    written: dict[str, Path] = {}  # by scale
+
+    def copy(plan: Plan, target: Path) -> Path:
+        scale = plan.scale.id
+        if scale not in written:
+            written[scale] = tmp_path_factory.mktemp(f"records of {scale}")
+            write_all(plan, written[scale])
+        return shutil.copytree(written[scale], target, dirs_exist_ok=True)
+
+    return copy
+
+
 @pytest.fixture
-def root(tmp_path: Path, plan: Plan) -> Path:
-    """A whole run of the artifact, of made-up numbers."""
-    write_all(plan, tmp_path)
-    return tmp_path
+def root(tmp_path: Path, plan: Plan, copy_records: Callable[[Plan, Path], Path]) -> Path:
+    """A folder with made-up records of all tasks of the plan."""
+    return copy_records(plan, tmp_path)

@@ -44,7 +44,8 @@ def train_record(run: Run, top1: float) -> Record:
         return _record(run, detection_results(top1))
     predictions = made_up_predictions(top1)
     results = {
-        "top1": metrics(predictions)[1], "loss": metrics(predictions)[0], "val_top1": top1,
+        "top1": metrics(predictions)[1], "loss": metrics(predictions)[0],
+        "val_top1": min(top1, 100.0),
         "best_epoch": 3, "epochs": 3,
         "images_train": 5144, "images_val": 1102, "images_test": 1103, "history": history,
         "predictions_sha256": predictions_digest(predictions),
@@ -98,6 +99,10 @@ def measure_record(plan: Plan, study_id: str, device: Device = CPU) -> Record:
 
 ANALYSED: dict[str, dict[str, Any]] = {
     "attention_maps": {"map": [[0.25, 0.25], [0.25, 0.25]], "entropy": 1.386294},
+    "generated_images": {
+        "small_images": ["AGSWyP+A"], "shape": [3, 1, 2], "low": -1.0, "high": 1.0,
+        "kernel": [[[[0.1, 0.2], [0.3, 0.4]]] * 3] * 3, "bias": [0.0, 0.1, 0.2], "varying": 40.0,
+    },
     "head_similarity": {"blocks": [{"block": 1, "heads": 3, "similarity": 60.0}], "mean": 60.0},
     "kept_patches": {"layers": [6], "kept": [[["10", "01"]]]},
     "taylor_pruning": {
@@ -141,5 +146,6 @@ def write_all(plan: Plan, root: Path, base: str = "results/runs") -> None:
             path = top / plan.measure_task(study).path.relative_to("results/runs")
             write_record(path, measure_record(plan, study.id))
     for name, analysis in plan.config.analyses.items():
-        path = top / plan.analyse_task(analysis).path.relative_to("results/runs")
-        write_record(path, analysis_record(plan, name))
+        if task := plan.analyse_task(analysis):
+            path = top / task.path.relative_to("results/runs")
+            write_record(path, analysis_record(plan, name))

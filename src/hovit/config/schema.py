@@ -262,7 +262,8 @@ class Scale(Strict):
     title: Text
     rank: Annotated[int, Field(ge=0)]  # evidence of the largest rank comes first
     datasets: dict[Role, Name]
-    photographs: Name | None = None  # test images for figures; None: those of the run
+    # Test images for figures; None: those of the role `photographs`, or else of the run.
+    photographs: Name | None = None
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
     image_size: Annotated[int, Field(ge=32)] | None = None  # maximum; None: the recipe's
     epoch_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -287,6 +288,11 @@ class Scale(Strict):
         frozenset[Literal["top1", "val_top1", "loss", "latency"]],
         Field(strict=False),  # YAML has no sets
     ]
+
+    @property
+    def shown_photographs(self) -> str | None:
+        """The data set whose test images figures show; None: the images of the run."""
+        return self.photographs or self.datasets.get("photographs")
 
     def model_of(self, row: "Row") -> str:
         """The model that is trained for a row: the row's own, or its stand-in."""
@@ -328,7 +334,7 @@ class Row(Strict):
     total: Annotated[int, Field(gt=0)] | None = None  # images, split without any data by
     rule: Name | None = None  # the rule of this dataset
     part: Text | None = None  # submodule with a separate parameter count
-    baseline: str | None = None  # row that its latency is compared with
+    baseline: str | None = None  # row that latency and top-1 are compared with
     reported: dict[MetricName, Printed] = {}
     ours: bool = False  # the paper has no such row
     reported_only: bool = False  # only the paper's numbers; nothing is run
@@ -364,6 +370,8 @@ class Study(Strict):
     image_size: Annotated[int, Field(ge=32)] | None = 224
     columns: Annotated[tuple[MetricName, ...], Field(min_length=1)]
     notes: tuple[Text, ...] = ()
+    # Scale -> the rows that are trained and measured there; all rows at other scales.
+    rows_at: dict[Name, Annotated[tuple[Text, ...], Field(min_length=1)]] = {}
     rows: Annotated[tuple[Row, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -372,6 +380,10 @@ class Study(Strict):
         if self.on_gpu and not (fits and self.workload == "inference"):
             raise ValueError("`on_gpu` belongs to a study of inference with `throughput` alone")
         return self
+
+    def runs_at(self, scale: Scale, row: Row) -> bool:
+        """Whether a row is trained and measured at a scale that has its images."""
+        return scale.id not in self.rows_at or row.id in self.rows_at[scale.id]
 
     def row(self, row_id: str) -> Row:
         """The row of that id.

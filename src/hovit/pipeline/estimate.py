@@ -1,13 +1,15 @@
 """Describe a run, a study or an analysis, and estimate its cost on this machine.
 
-The estimate divides the multiply-adds of training (three forward passes) by a speed measured now,
-on one model and one batch. It is an order of magnitude.
+The estimate divides the multiply-adds of training (three forward passes; one pass over all images
+for a frozen front) by a speed measured now, on one model and one batch. It is an order of
+magnitude.
 """
 
 import time
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..config.plan import Plan
 from ..config.runs import Run
@@ -16,7 +18,7 @@ from ..config.tasks import MeasureTask, TrainTask
 from ..measure.cost import macs
 from ..utils.create_model import create_model
 from ..utils.device import describe_device, pick_device
-from .schedule import training_images
+from .schedule import split_sizes
 
 PROBE = ("levit_256", 8)  # model and batch that are timed
 
@@ -132,11 +134,12 @@ def _cost_line(runs: list[Run]) -> str:
     speed = probe(device)
     total = parameters = 0.0
     for run in runs:
-        images = training_images(run)
-        if images is None:
+        sizes = split_sizes(run)
+        if sizes is None:
             return f"cost: unknown until the images are there (`hovit data {run.pack.id}`)"
-        count, each = _size(run)
-        total += 3 * each * images * run.recipe.epochs
+        trained, _, of_pack = sizes
+        count, once, each = _size(run)
+        total += once * of_pack + 3 * each * trained * run.recipe.epochs
         parameters += count
     minutes = total / speed / 60
     return (
@@ -146,8 +149,23 @@ def _cost_line(runs: list[Run]) -> str:
     )
 
 
-def _size(run: Run) -> tuple[int, int]:
-    """(parameters, multiply-adds of a forward pass for one image)."""
+class _Front(nn.Module):
+    """The pretrained front of a model, as a model."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.front_features(x)
+
+
+def _size(run: Run) -> tuple[int, int, int]:
+    """(parameters, multiply-adds for one image once, and in each forward pass of an epoch).
+
+    A frozen front computes its features once.
+    """
+    once = 0
     if run.recipe.detection:
         from ..detection.model import count_macs, make_backbone, retinanet
 
@@ -158,7 +176,9 @@ def _size(run: Run) -> tuple[int, int]:
     else:
         net = create_model(run.model, run.dataset.num_classes, run.image_size, **run.model_args)
         each = macs(net, run.image_size)
-    return sum(p.numel() for p in net.parameters()), each
+        if run.recipe.frozen_front:
+            once = macs(_Front(net), run.image_size)
+    return sum(p.numel() for p in net.parameters()), once, each - once
 
 
 def probe(device: torch.device) -> float:

@@ -18,8 +18,10 @@ from ..utils.errors import HovitError
 from ..utils.files import read_json
 
 
-def split_sizes(run: Run, root: Path = Path()) -> tuple[int, int] | None:
-    """Images for (training, validation) of a run; None if neither pack nor config has the number.
+def split_sizes(run: Run, root: Path = Path()) -> tuple[int, int, int] | None:
+    """Images of a run for training and validation, and of its whole pack.
+
+    None if neither the pack nor config has the numbers.
 
     Raises:
         HovitError: if pack.json is damaged.
@@ -28,14 +30,19 @@ def split_sizes(run: Run, root: Path = Path()) -> tuple[int, int] | None:
     if path.exists():
         try:
             images = read_json(path)["images"]
-            train, val = int(images["train"]), int(images.get("val", 0))
+            train, val, total = (
+                int(images["train"]),
+                int(images.get("val", 0)),
+                sum(images.values()),
+            )
         except (KeyError, TypeError, ValueError, AttributeError):
             raise HovitError(f"{path}: not a pack's; delete it") from None
     elif found := dataset.images or dataset.listed:
-        train, val, _ = dataset.split.sizes(found, has_test=bool(dataset.test_files))
+        train, val, test = dataset.split.sizes(found, has_test=bool(dataset.test_files))
+        total = train + val + test
     else:
         return None
-    return min(train, run.limit.train or train), min(val, run.limit.val or val)
+    return min(train, run.limit.train or train), min(val, run.limit.val or val), total
 
 
 def training_images(run: Run, root: Path = Path()) -> int | None:

@@ -11,6 +11,7 @@ from ..config.metrics import Quantity, quantity
 from ..config.schema import Row, Study
 from ..utils.errors import HovitError, one_line
 from ..utils.files import read_json
+from .paired import mcnemar, pair
 from .record_source import RecordSource
 
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # t at 95 %, by n
@@ -38,6 +39,31 @@ class Value:
     samples: tuple[float, ...] = ()
     paths: tuple[Path, ...] = ()
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of a trained number."""
+        return self.mean - self.noise, self.mean + self.noise
+
+
+@dataclass(frozen=True)
+class PairedValue(Value):
+    """A difference in top-1 between two rows over the same test images, in points.
+
+    Its `noise` is half the width of a 95 % interval over random seeds and test images.
+
+    Args:
+        better, worse: test images that only this row, or only the other row, classifies correctly,
+            counted over all seeds.
+    """
+
+    better: int = 0
+    worse: int = 0
+
+    @property
+    def p(self) -> float:
+        """p of the exact McNemar test over the test images of these trained models."""
+        return mcnemar(self.better, self.worse)
+
 
 @dataclass(frozen=True, eq=False)
 class Results(RecordSource):
@@ -51,10 +77,14 @@ class Results(RecordSource):
         if parsed.reported:
             printed = row.reported.get(parsed.metric.name)
             return Value(float(printed)) if printed and "–" not in printed else None
-        if parsed.metric.name == "top1" and not study.trained:
+        if parsed.metric.name == "top1_difference":
+            if row.baseline is None:
+                return None
+            return self.paired_difference(study, row, study, study.row(row.baseline))
+        if parsed.metric.recorded == "top1" and not study.trained:
             return self._evaluated_value(study, row)
         if parsed.is_trained:
-            return self._trained_value(study, row, parsed.metric.name)
+            return self._trained_value(study, row, parsed.metric.recorded)
         if parsed.is_counted:
             return self._counted_value(row, parsed.metric.name)
         return self._measured_value(study, row, parsed)
@@ -64,9 +94,8 @@ class Results(RecordSource):
         values = [float(r.results[metric]) for _, r in runs if metric in r.results]
         if not values:  # no run, or AP for a size that no object has
             return None
-        mean, n = sum(values) / len(values), len(values)
-        spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else 0.0
-        noise = STUDENT.get(n, 2.0) * spread / math.sqrt(n)
+        mean, spread, noise = _over_seeds(values)
+        n = len(values)
         if metric in ("top1", "val_top1"):  # all seeds share the images: more seeds do not help
             images = runs[0][1].results["images_val" if metric == "val_top1" else "images_test"]
             noise = math.hypot(noise, _binomial(mean, images))
@@ -75,6 +104,39 @@ class Results(RecordSource):
             noise = math.hypot(noise, 1.96 * sum(errors) / n)
         paths = tuple(self.place(self.plan.train_task(run).path) for run, _ in runs)
         return Value(mean, spread, n, noise, paths=paths)
+
+    def paired_difference(
+        self, study: Study, row: Row, other_study: Study, other: Row
+    ) -> PairedValue | None:
+        """Top-1 of a row minus that of another row, over the same test images.
+
+        Uses the random seeds that both rows have. If that is one seed, the noise includes the
+        spread of a row with more seeds. None if there is no such seed, or if the two were not
+        tested on the same images.
+        """
+        rows = self.trained(study, row), self.trained(other_study, other)
+        others = {run.seed: run for run, _ in rows[1]}
+        tables, paths = [], []
+        for run, _ in rows[0]:
+            second = others.get(run.seed)
+            if second is None or second.dataset.to_spec() != run.dataset.to_spec():
+                continue
+            predictions = [self.predictions(each) for each in (run, second)]
+            if predictions[0] is None or predictions[1] is None:
+                continue
+            tables.append((run.seed, predictions[0], predictions[1]))
+            paths += [self.place(self.plan.train_task(each).path) for each in (run, second)]
+        if (pairs := pair(tables)) is None:
+            return None
+        mean, spread, noise = _over_seeds(pairs.differences)
+        if len(tables) == 1:
+            top1 = [[float(record.results["top1"]) for _, record in each] for each in rows]
+            noise = math.hypot(*(_over_seeds(values)[2] for values in top1))
+        noise = math.hypot(noise, pairs.image_noise)
+        return PairedValue(
+            mean, spread, len(tables), noise, paths=tuple(paths),
+            better=pairs.better, worse=pairs.worse,
+        )  # fmt: skip
 
     def _evaluated_value(self, study: Study, row: Row) -> Value | None:
         task = self.plan.evaluate_task(study)
@@ -126,6 +188,13 @@ class Results(RecordSource):
             return None
         noise = found.get(f"{name}_noise", 0.0)
         return Value(float(found[name]), noise=noise, paths=(self.place(task.path),))
+
+
+def _over_seeds(values: list[float]) -> tuple[float, float, float]:
+    """(mean, standard deviation, half the width of a 95 % interval by Student's t)."""
+    mean, n = sum(values) / len(values), len(values)
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else 0.0
+    return mean, spread, STUDENT.get(n, 2.0) * spread / math.sqrt(n)
 
 
 def _throughput(latency: dict[str, dict[str, Any]], paths: tuple[Path, ...]) -> Value | None:

@@ -112,7 +112,7 @@ class ClassificationTrainer(Trainer):
         if best is None or top1 > best["val_top1"]:
             self.save_best_weights(self.state.epoch + 1)
         self.log_epoch(val_loss=loss, val_top1=top1)
-        if self.state.epoch == self.recipe.epochs or self.is_save_due():
+        if self.is_save_due():  # not after the last epoch: the record replaces the checkpoint
             self.save_checkpoint()
 
     def best_weights_path(self, epoch: float) -> Path:

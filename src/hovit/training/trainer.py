@@ -50,7 +50,7 @@ class Options:
 
     Args:
         deadline: `time.monotonic()` after which the run saves a checkpoint and stops.
-        save_seconds: time between checkpoints. The last epoch always ends with one.
+        save_seconds: time between checkpoints.
         weights_file: value of `--weights`.
         capture: whether steps run as CUDA graphs; None: on a GPU. A CPU only has a stand-in, for
             tests, with another optimizer kernel.

@@ -73,15 +73,6 @@ def explain(error: ValidationError, where: object, model: type[BaseModel]) -> Ho
     return HovitError(f"{where}: {path or 'the whole file'}: {what}{more}")
 
 
-def _tuples(value: Any) -> Any:
-    """Lists as tuples: the classes have tuples, and strict validation converts nothing."""
-    if isinstance(value, list):
-        return tuple(_tuples(each) for each in value)
-    if isinstance(value, dict):
-        return {key: _tuples(each) for key, each in value.items()}
-    return value
-
-
 def load_file(path: Path, model: type[BaseModel]) -> Any:
     """Read one YAML file as `model`.
 
@@ -89,7 +80,7 @@ def load_file(path: Path, model: type[BaseModel]) -> Any:
         HovitError: in one line, with file and key path.
     """
     try:
-        loaded = model.model_validate(_tuples(read_yaml(path)))
+        loaded = model.model_validate(read_yaml(path))
     except ValidationError as error:
         raise explain(error, path, model) from None
     except RecursionError:

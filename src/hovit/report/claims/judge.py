@@ -15,8 +15,9 @@ from ...config.plan import Plan
 from ...config.schema import Claim, Config, split_ref
 from ...utils.errors import HovitError
 from ...utils.files import read_json, write_json, write_text
-from ..results import Results, Value
+from ..results import PairedValue, Results, Value
 from ..sources import Sources, load_sources
+from ..tables.columns import format_p
 from .coverage import coverage, coverage_lines, coverage_tally, last_digit
 
 VERDICTS = ("reproduced", "contradicted", "within noise", "not measured")
@@ -74,7 +75,7 @@ def _judge_by(results: Results, claim: Claim, paper: str) -> Verdict:
     if isinstance(values, Missing):
         name, measured, why, found = "not measured", None, values.why, []
     else:
-        name, measured, why = _compare(claim, values)
+        name, measured, why = _compare(claim, values, _paired(results, claim))
         notes = [claim.note, *_stand_ins(results, claim), *_accuracies(results, claim)]
         why, found = ". ".join([why, *filter(None, notes)]), values
     return Verdict(
@@ -106,17 +107,31 @@ def claim_values(results: Results, claim: Claim) -> list[Value] | Missing:
     return values
 
 
-def _compare(claim: Claim, values: list[Value]) -> tuple[str, float, str]:
+def _paired(results: Results, claim: Claim) -> PairedValue | None:
+    """The difference that a claim about two accuracies judges, if the test images are the same."""
+    if claim.to is None or claim.kind not in ("less", "greater", "keeps", "difference"):
+        return None
+    refs = split_ref(claim.of), split_ref(claim.to)
+    if any(analysis or metric != "top1" for analysis, _, _, metric in refs):
+        return None
+    (_, study, row, _), (_, other_study, other, _) = refs
+    first, second = map(results.plan.study, (study, other_study))
+    return results.paired_difference(first, first.row(row), second, second.row(other))
+
+
+def _compare(
+    claim: Claim, values: list[Value], paired: PairedValue | None
+) -> tuple[str, float, str]:
     """(verdict, the number that is compared, why)."""
     if claim.to is None:
         named = quantity(split_ref(claim.of)[3])
         unit = named.metric.unit if named else 1.0  # as tables and papers print it
         number, noise = values[0].mean * unit, values[0].noise * unit
     else:
-        number, noise = against(claim.kind, *values)
+        number, noise = (paired.mean, paired.noise) if paired else against(claim.kind, *values)
     if claim.reported is None:
         name, why = _direction(claim, number, noise, *values)
-        return name, number, why
+        return name, number, why + (f"; {_pairs(paired)}" if paired else "")
     low, high = _range(claim.reported)
     off = max(low - number, number - high, 0.0)
     tolerance = claim.tolerance if claim.tolerance is not None else last_digit(claim.reported)
@@ -124,6 +139,14 @@ def _compare(claim: Claim, values: list[Value]) -> tuple[str, float, str]:
     name = "reproduced" if holds else "within noise" if off <= tolerance + noise else "contradicted"
     allowed = f" ± {tolerance:g}" if tolerance else ""
     return name, number, f"{say(number)} against {claim.reported}{allowed}"
+
+
+def _pairs(paired: PairedValue) -> str:
+    """How many test images two rows classify differently, and the test's p."""
+    return (
+        f"of the same test images, {paired.better:,} are right only with the first and "
+        f"{paired.worse:,} only with the second ({format_p(paired.p)}, exact McNemar test)"
+    )
 
 
 def _stand_ins(results: Results, claim: Claim) -> list[str]:
@@ -225,7 +248,7 @@ def referenced(results: Results, ref: str, absolute: bool) -> Value | Missing:
     number = quantity(metric)
     if number is None:
         return none
-    judged = "latency" if number.is_timed else number.metric.name
+    judged = "latency" if number.is_timed else number.metric.recorded
     if number.is_inexact and not number.reported and judged not in scale.judges:
         return Missing(f"scale {scale.id} does not judge {judged}")
     row = study.row(row_id)
@@ -310,8 +333,9 @@ ABOUT = (
     "Latency is judged by ratios and ranks only, because the device differs from the paper's. A "
     "difference is noise if it is smaller than a 95 % interval over seeds and test images "
     "(accuracy and loss), or than half the inter-quartile range of the rounds' ratios (latency). "
-    "An analysis looks at one trained model; its noise is over its images or passes. Where a claim "
-    "only compares, *measured* is the difference."
+    "Two accuracies on the same test images are compared image by image. An analysis looks at one "
+    "trained model; its noise is over its images or passes. Where a claim only compares, "
+    "*measured* is the difference."
 )
 
 

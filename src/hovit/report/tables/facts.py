@@ -57,13 +57,16 @@ def _stand_in(scale: Scale, model: str) -> str:
 
 def _training(results: Results, study: Study) -> dict[str, str]:
     """Images, device, commit, recipe and seeds of the trained rows."""
-    plan, facts = results.plan, {}
+    plan, scale, facts = results.plan, results.plan.scale, {}
     rows = plan.rows_run(study)
     runs = [run for row in rows for run in plan.runs_of(study, row)]
     records = [record for row in rows for _, record in results.trained(study, row)]
     facts["Data"] = "; ".join(dict.fromkeys(_images_of(run) for run in runs))
     if none := {row.dataset or study.dataset for row in study.rows} - {run.role for run in runs}:
         facts["Not run"] = f"{', '.join(sorted(none))}: this scale has no such images"
+    if skipped := sum(not study.runs_at(scale, row) for row in study.rows):
+        labels = "; ".join(row.label for row in rows)
+        facts["Not run"] = f"{plural(skipped, 'row')}; this scale trains and measures only {labels}"
     if records:
         facts["Images"] = _split_counts(results, study, rows)
         devices = sorted({str(record.provenance.device) for record in records})
@@ -73,7 +76,8 @@ def _training(results: Results, study: Study) -> dict[str, str]:
         )
         commits = {r.provenance.commit[:10] + " + changes" * r.provenance.dirty for r in records}
         facts["Commit"] = ", ".join(sorted(commits))
-    facts["Recipe"] = _recipe(runs)
+    recipes = dict.fromkeys(run.recipe.id for run in runs)
+    facts["Recipe"] = "; ".join(_recipe([r for r in runs if r.recipe.id == one]) for one in recipes)
     facts["Seeds"] = _seeds(results, study)
     if any(row.pretrained for row in rows):
         trained = [row for row in rows if results.trained(study, row)]
