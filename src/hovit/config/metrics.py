@@ -40,6 +40,7 @@ METRICS = {
         Metric("macs", "MACs, G", 3, unit=1e-9),  # multiply-adds of one image
         Metric("activations", "Kept for backward, MB", 2, unit=1e-6),  # of one image
         Metric("top1", "Top-1, %", 2, "trained"),
+        Metric("top5", "Top-5, %", 2, is_measured=False),
         Metric("loss", "Loss", 4, "trained"),
         Metric("val_top1", "Val top-1, %", 2, "trained"),
         Metric("ap", "AP", 1, "trained"),  # COCO average precision, IoU 0.50 to 0.95

@@ -84,6 +84,7 @@ class Resolver:
                 "batch_size": batch_size,
                 "lr": self.scale.lrs.get(recipe.id, lr),
                 "warmup_epochs": recipe.warmup_epochs * factor,
+                "ema_decay": self.scale.ema_decays.get(recipe.id, recipe.ema_decay),
                 "image_size": image_size,
             }
         )

@@ -153,6 +153,14 @@ class Detection(InSpec):
     flip: Annotated[float, Field(ge=0, le=1)] = 0.5  # probability of a horizontal flip
 
 
+# Settings of a recipe that only classifiers have, and the values that mean "not set".
+CLASSIFIERS_ONLY = (
+    "warmup_epochs", "label_smoothing", "augment", "mixup", "cutmix", "random_erasing", "agc",
+    "ema_decay",
+)  # fmt: skip
+NOT_SET = (0, None, "none")
+
+
 class Recipe(InSpec):
     """How a model is trained. Epochs are those of the paper; a scale may reduce them."""
 
@@ -186,7 +194,15 @@ class Recipe(InSpec):
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] | None = None
-    augment: Literal["none", "crop_flip"] = "none"
+    augment: Literal["none", "crop_flip", "randaugment"] = "none"
+    # The settings from here to `min_lr` are timm's (hovit/data/augmented.py, training/averaged.py).
+    mixup: Annotated[float, Field(ge=0)] = 0.0  # alpha of the beta distribution; 0: no mixup
+    cutmix: Annotated[float, Field(ge=0)] = 0.0  # likewise
+    random_erasing: Annotated[float, Field(ge=0, le=1)] = 0.0  # probability for each image
+    repeats: Annotated[int, Field(ge=1)] = 1  # copies of an image in an epoch of as many images
+    agc: Annotated[float, Field(gt=0)] | None = None  # factor of adaptive gradient clipping
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # per step; EMA weights are tested
+    min_lr: Annotated[float, Field(ge=0)] = 0.0  # at the end of the cosine schedule
     # The pretrained front of the model keeps its weights and statistics (hovit/models/front.py).
     frozen_front: bool = False
     detection: Detection | None = None  # None: a classifier
@@ -195,11 +211,14 @@ class Recipe(InSpec):
     def _of_one_kind(self) -> "Recipe":
         if (self.schedule == "step") != (self.detection is not None):
             raise ValueError("`schedule: step` and `detection` go together")
-        for_classifiers = (self.warmup_epochs, self.label_smoothing, self.augment != "none")
-        if self.detection and any(for_classifiers):
-            raise ValueError("warmup_epochs, label_smoothing and augment are for classifiers only")
-        if self.frozen_front and (self.detection or self.augment != "none"):
+        for_classifiers = {name: getattr(self, name) for name in CLASSIFIERS_ONLY}
+        if self.detection and (set_ := [k for k, v in for_classifiers.items() if v not in NOT_SET]):
+            raise ValueError(f"{set_[0]} is for classifiers only")
+        augmented = self.augment != "none" or self.mixup or self.cutmix or self.random_erasing
+        if self.frozen_front and (self.detection or augmented):
             raise ValueError("`frozen_front` is for classifiers without augmentation")
+        if self.clip_norm and self.agc:
+            raise ValueError("give either `clip_norm` or `agc`")
         return self
 
 
@@ -270,6 +289,8 @@ class Scale(Strict):
     epochs: dict[Name, Annotated[int, Field(ge=1)]] = {}  # recipe -> epochs, else by factor
     batch_sizes: dict[Name, Annotated[int, Field(ge=2)]] = {}  # recipe -> batch size
     lrs: dict[Name, Annotated[float, Field(gt=0)]] = {}  # recipe -> learning rate
+    # recipe -> decay of the EMA; the paper's would average over more steps than a short run has
+    ema_decays: dict[Name, Annotated[float, Field(gt=0, lt=1)]] = {}
     weights: dict[Name, WeightsFrom]  # pretrained model -> source
     keep_weights: bool = True  # False: keep only weights that runs or analyses read
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"

@@ -58,6 +58,7 @@ def _check_scales(config: Config, root: Path, must: Must) -> None:
             ("epochs", scale.epochs),
             ("batch_sizes", scale.batch_sizes),
             ("lrs", scale.lrs),
+            ("ema_decays", scale.ema_decays),
         ):
             for recipe in recipes:
                 must(config.recipes, recipe, f"{file}: {key}")

@@ -16,6 +16,14 @@ from torch import Tensor, nn
 
 from ..config.runs import Run
 from ..config.schema import Recipe
+from ..data.augmented import (
+    AugmentedImages,
+    ImageSource,
+    PackedSource,
+    load_images,
+    mix_batch,
+    with_positions,
+)
 from ..data.features import FrontFeatures
 from ..data.loader import PackedImages, augment, eval_batches, make_loader, to_input
 from ..data.pack import Packed, open_pack
@@ -60,6 +68,9 @@ class ClassificationTrainer(Trainer):
         packed = open_pack(run.pack, root / run.pack.folder)
         self.meta = packed.meta
         self.images: PackedImages | FrontFeatures = PackedImages(packed, fabric.device)
+        self.source: ImageSource | None = None  # None: batches are augmented on the device
+        if self.recipe.augment == "randaugment":
+            self.source = PackedSource(packed.images, packed.labels)
         self.splits = limit_splits(packed, run)
         self.indices = self.splits["train"]
         torch.manual_seed(run.seed)
@@ -75,11 +86,20 @@ class ClassificationTrainer(Trainer):
             self.images = FrontFeatures(self.module, self.images, run.image_size, fabric.device)
 
     def load_batches(self, batches: list[np.ndarray]) -> Iterable[tuple[Tensor, Tensor]]:
-        return make_loader(self.images, batches, self.fabric.device)
+        if self.source is None:
+            return make_loader(self.images, batches, self.fabric.device)
+        rank, world = self.fabric.global_rank, self.fabric.world_size
+        size, seed = self.run.image_size, (self.run.seed, self.state.epoch)
+        images = AugmentedImages(self.source, self.recipe.augment, size, seed)
+        draws = with_positions(batches, self.state.step, self.recipe.batch_size, rank, world)
+        return load_images(images, draws, size, self.fabric.device, world=world)
 
     def compute_loss(self, batch: tuple[Tensor, Tensor], seed: StepSeed) -> Tensor:
         images, labels = (x.to(self.fabric.device, non_blocking=True) for x in batch)
-        x = augment(self.model_input(images), self.recipe.augment, seed)
+        x = self.model_input(images)
+        if self.source is None:
+            x = augment(x, self.recipe.augment, seed)
+        x, labels = mix_batch(x, labels, self.recipe, self.run.dataset.num_classes, seed)
         return training_loss(self.model(x), labels, self.recipe.label_smoothing)
 
     def model_input(self, batch: Tensor) -> Tensor:
@@ -89,7 +109,21 @@ class ClassificationTrainer(Trainer):
     def learning_rate(self, epoch: int, step: int, steps: int) -> float:
         return learning_rate(self.recipe, epoch + step / steps)
 
+    @property
+    def tested(self) -> nn.Module:
+        """The module that is validated, tested and saved: the averaged weights if there are any."""
+        return self.ema.module if self.ema else self.module
+
+    def infer(self, x: Tensor) -> Tensor:
+        """Logits of the tested module, in the precision of the run."""
+        if self.ema is None:
+            return self.model(x)
+        with self.fabric.autocast():
+            return self.ema.module(x)
+
     def end_epoch(self) -> None:
+        if self.ema:
+            self.ema.synchronise()
         loss, top1, _ = self.evaluate("val")
         best = self.state.best
         if best is None or top1 > best["val_top1"]:
@@ -109,7 +143,7 @@ class ClassificationTrainer(Trainer):
     def save_best_weights(self, epoch: float) -> None:
         """Save the current weights. Older ones stay until no checkpoint needs them."""
         if self.fabric.is_global_zero:
-            save_weights(self.best_weights_path(epoch), self.module, spec_hash=self.run.spec_hash)
+            save_weights(self.best_weights_path(epoch), self.tested, spec_hash=self.run.spec_hash)
         self.fabric.barrier()
 
     def delete_old_weights(self) -> None:
@@ -142,7 +176,7 @@ class ClassificationTrainer(Trainer):
         rows = []
         for images, labels in make_loader(self.images, batches, self.fabric.device):
             x = self.model_input(images.to(self.fabric.device))
-            logits = self.model(x).float()  # [B, classes]
+            logits = self.infer(x).float()  # [B, classes]
             y = labels.to(self.fabric.device)
             losses = F.cross_entropy(logits, y, reduction="none")
             rows.append(torch.stack([y.double(), logits.argmax(1).double(), losses.double()], 1))
@@ -157,7 +191,7 @@ class ClassificationTrainer(Trainer):
         best = self.state.best
         assert best is not None
         best_path = self.best_weights_path(best["epoch"])
-        self.module.load_state_dict(load_weights(best_path))
+        self.tested.load_state_dict(load_weights(best_path))
         self.set_epoch(self.recipe.epochs - 1)
         loss, top1, predictions = self.evaluate("test")
         results = {
@@ -210,20 +244,28 @@ def freeze_front(model: Any, run: Run) -> None:
 
 
 def training_loss(logits: Tensor | tuple[Tensor, ...], y: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy, averaged over the heads of a model with several."""
+    """Cross-entropy, averaged over the heads of a model with several.
+
+    Args:
+        logits: [B, classes] of each head.
+        y: labels, int64 [B], or probabilities [B, classes] that are smoothed already.
+        smoothing: label smoothing.
+    """
     heads = logits if isinstance(logits, tuple) else (logits,)
+    smoothing = 0.0 if y.ndim == 2 else smoothing
     losses = [F.cross_entropy(head.float(), y, label_smoothing=smoothing) for head in heads]
     return torch.stack(losses).mean()
 
 
 def learning_rate(recipe: Recipe, epoch: float) -> float:
-    """Learning rate at a fractional epoch: linear warm-up, then constant or cosine to 0."""
+    """Learning rate at a fractional epoch: linear warm-up, then constant or cosine to `min_lr`."""
     if epoch < recipe.warmup_epochs:
         return recipe.lr * max(epoch / recipe.warmup_epochs, 1e-3)
     if recipe.schedule == "constant":
         return recipe.lr
     span = recipe.epochs - recipe.warmup_epochs
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (epoch - recipe.warmup_epochs) / span))
+    cosine = 0.5 * (1 + math.cos(math.pi * (epoch - recipe.warmup_epochs) / span))
+    return recipe.min_lr + (recipe.lr - recipe.min_lr) * cosine
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -38,6 +38,7 @@ from ..records.record import Record, write_record
 from ..utils.device import describe_device, peak_memory_mb, pick_device
 from ..utils.errors import HovitError, OutOfTime, one_line
 from ..utils.files import alone, write_text
+from .averaged import average_weights, clip_adaptively
 from .checkpoint import load_state, save_state
 
 LOG_EVERY = 20  # steps between reads of the loss, because each read waits for the device
@@ -125,9 +126,12 @@ class Trainer(ABC):
         self.module = model
         self.model, self.optimizer = self.fabric.setup(model, make_optimizer(model, self.recipe))
         self.scaler = getattr(self.fabric.strategy.precision, "scaler", None)
+        self.ema = average_weights(model, self.recipe.ema_decay)
         fingerprint = self.meta["fingerprint"]
         made_by = [self.run.spec_hash, self.task.code, fingerprint, self.pretrained_sha256]
-        self.state = load_state(self.checkpoint_path, made_by, model, self.optimizer, self.scaler)
+        self.state = load_state(
+            self.checkpoint_path, made_by, model, self.optimizer, self.scaler, self.ema
+        )
 
     def fit(self) -> None:
         """Train the remaining epochs."""
@@ -139,7 +143,8 @@ class Trainer(ABC):
         """Train the remaining batches of the current epoch."""
         epoch, seed = self.state.epoch, self.run.seed
         rank, world = self.fabric.global_rank, self.fabric.world_size
-        batches = epoch_batches(self.indices, self.recipe.batch_size, seed, epoch, rank, world)
+        size, repeats = self.recipe.batch_size, self.recipe.repeats
+        batches = epoch_batches(self.indices, size, seed, epoch, rank, world, repeats)
         loader = self.load_batches(batches[self.state.step :])
         self.set_epoch(epoch)
         self.model.train()
@@ -165,8 +170,12 @@ class Trainer(ABC):
         self.fabric.backward(loss)
         if norm := self.recipe.clip_norm:
             self.fabric.clip_gradients(self.model, self.optimizer, max_norm=norm)
+        if factor := self.recipe.agc:
+            clip_adaptively(self.fabric, self.module, self.optimizer, factor)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update(self.module)
         return loss.detach()
 
     def log_losses(self, losses: list[Tensor]) -> None:
@@ -213,7 +222,7 @@ class Trainer(ABC):
         self.started = now
         if self.fabric.is_global_zero:
             path, model = self.checkpoint_path, self.module
-            save_state(path, self.state, model, self.optimizer, self.scaler)
+            save_state(path, self.state, model, self.optimizer, self.scaler, self.ema)
             self.delete_old_weights()
         self.fabric.barrier()
         self.last_saved = time.monotonic()

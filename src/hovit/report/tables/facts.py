@@ -94,7 +94,8 @@ def _settings(recipe: Recipe) -> str:
     warmup = recipe.warmup_epochs
     epochs = plural(recipe.epochs, "epoch")
     epochs += f" including {warmup:g} of warm-up" if warmup else ""
-    return f"{epochs}, batch {recipe.batch_size}, learning rate {recipe.lr:g}"
+    ema = f", EMA decay {recipe.ema_decay:g}" if recipe.ema_decay else ""
+    return f"{epochs}, batch {recipe.batch_size}, learning rate {recipe.lr:g}{ema}"
 
 
 def _seeds(results: Results, study: Study) -> str:
