@@ -28,6 +28,7 @@ from hovit.data.augmented import (
     with_positions,
 )
 from hovit.data.loader import epoch_batches
+from hovit.measure.cost import macs
 from hovit.training.averaged import average_weights, clip_adaptively
 from hovit.training.checkpoint import load_weights
 from hovit.training.classification import learning_rate, train, training_loss
@@ -217,6 +218,18 @@ def test_the_recipe_is_the_paper_s_and_shorter_scales_say_so() -> None:
         assert {getattr(recipe, name) for recipe in runs.values()} == {getattr(full, name)}
     assert all(recipe.epochs < 300 for recipe in runs.values())
     assert all(recipe.ema_decay < 0.9995 for recipe in runs.values())
+
+
+def test_rows_at_equal_cost_have_the_multiply_adds_of_m4(plan: Plan) -> None:
+    study = plan.study("efficientvit_ablation")
+    costs = {
+        row.id: macs(create_model(str(row.model), 1000, 224, **row.model_args), 224)
+        for row in study.rows
+        if row.id in ("base", "swin_equal_cost", "ffn4_equal_cost")
+    }
+    assert len(costs) == 3
+    for cost in costs.values():
+        assert cost / costs["base"] == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize("setting", ["mixup", "agc", "ema_decay", "random_erasing"])
