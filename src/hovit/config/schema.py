@@ -330,6 +330,10 @@ class Row(Strict):
     model: Name | None = None
     model_args: dict[str, Argument] = {}
     pretrained: Name | None = None  # weights of the model, or of the Launcher's front
+    # Another row of the same model. It gives the model, its runs and, where this study has no
+    # measurement of its own, measurements by the same protocol.
+    same_as: RowRef | None = None
+    trained_as: RowRef | None = None  # the row whose runs give the accuracy; None: as `same_as`
     tag: Name | None = None  # timm's tag of the weights to evaluate; None: timm's default
     recipe: Name | None = None  # None: the study's
     dataset: Role | None = None  # None: the study's; in a `data` study, the row's subject
@@ -394,6 +398,12 @@ class Study(Strict):
         raise HovitError(
             f"study {self.id} has no row {row_id!r}; it has {', '.join(r.id for r in self.rows)}"
         )
+
+    @property
+    def cites(self) -> tuple[str, ...]:
+        """The studies that its rows take their models from (`same_as`)."""
+        refs = [row.same_as.split("/")[0] for row in self.rows if row.same_as]
+        return tuple(dict.fromkeys(refs))
 
 
 class Analysis(Strict):

@@ -124,6 +124,12 @@ def _check_rows(config: Config, root: Path, study: Study, must: Must) -> None:
             raise HovitError(
                 f"{root}/{file}: rows[{i}]: dataset coco and a recipe with `detection` go together"
             )
+        if row.trained_as:
+            _check_row_ref(config, row.trained_as, f"{file}: rows[{i}].trained_as", must)
+            if study.trained:
+                raise HovitError(
+                    f"{root}/{file}: rows[{i}].trained_as: only in a study that trains nothing"
+                )
         if row.baseline:
             must(ids, row.baseline, f"{file}: rows[{i}].baseline")
 

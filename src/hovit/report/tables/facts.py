@@ -144,6 +144,13 @@ def _measurement(results: Results, study: Study) -> dict[str, str]:
 def _latency(results: Results, study: Study) -> str:
     """How latency was measured, from the record itself."""
     measured, device = results.measured(study), results.latency_device(study)
+    if study.cites and measured is None and device:
+        studies = ", ".join(f"`{name}`" for name in study.cites)
+        batches = " and ".join(str(number.batch) for number in results.batches(study))
+        return (
+            f"{device}, batches {batches}, fp32, from the records of {studies}; a cell is empty "
+            "where they have another protocol"
+        )
     if measured is None or device is None:
         return ""
     setting = protocol(measured.spec["latency"], device.kind)
