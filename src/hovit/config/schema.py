@@ -118,6 +118,7 @@ class Dataset(InSpec):
         "flowers102",
         "stanford_cars",
         "image_folder",
+        "imagenet",
         "coco",
     ]
     num_classes: Annotated[int, Field(ge=2)]
@@ -128,11 +129,22 @@ class Dataset(InSpec):
     images: Annotated[int, Field(gt=0)] | None = None  # a seeded draw of so many
     split: Split
     native_size: Annotated[int, Field(gt=0)] | None = None  # pixels per side, if equal for all
+    # imagenet: numbers of training and validation images that must be there; None: any.
+    published: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] | None = None
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether images for a classifier are read in place instead of from a pack."""
+        return self.reader == "imagenet"
 
     @model_validator(mode="after")
     def _pairs(self) -> "Dataset":
         if self.split.per_run and (self.test_files or self.reader not in OWN_SPLIT):
             raise ValueError("`split.per_run` is for images without a published test set")
+        if self.published and not self.reads_files:
+            raise ValueError("`published` is for reader imagenet")
+        if self.reads_files and (len(self.files) != 1 or self.classes or self.images):
+            raise ValueError("imagenet: `files` is one folder, without `classes` or `images`")
         if self.reader == "coco":
             if len(self.files) != 2 or len(self.test_files) != 2:
                 raise ValueError("coco: `files` and `test_files` are each [annotations, images]")

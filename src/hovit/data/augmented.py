@@ -38,7 +38,7 @@ CONTENT_SEED, BATCH_SEED = 1, 2  # keep the draws for images and batches apart
 class ImageSource(Protocol):
     """Labelled images, opened one at a time."""
 
-    labels: Any  # int64 [N]
+    labels: Any  # int64 [N], an array or a tensor
 
     def open(self, index: int) -> Image.Image:
         """Open an image; its pixels may be decoded later.
@@ -64,7 +64,7 @@ class PackedSource:
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
-        self.images, self.labels = images, torch.tensor(labels)
+        self.images, self.labels = images, labels
 
     def open(self, index: int) -> Image.Image:
         return Image.fromarray(self.images[index])
@@ -78,7 +78,7 @@ class AugmentedImages(Dataset[Batch]):
 
     Args:
         source: the images.
-        how: `augment` of the recipe: `crop_flip` or `randaugment`.
+        how: `augment` of the recipe; `none` and `crop_flip` both crop and flip.
         size: pixels per side of the result.
         seed: (run seed, epoch).
     """
@@ -99,7 +99,8 @@ class AugmentedImages(Dataset[Batch]):
             images = [self._augmented(int(index), int(position)) for index, position in draws]
         except HovitError as error:
             return error
-        return torch.from_numpy(np.stack(images)), self.source.labels[draws[:, 0]]
+        labels = torch.as_tensor(self.source.labels[draws[:, 0]])
+        return torch.from_numpy(np.stack(images)), labels
 
     def _augmented(self, index: int, position: int) -> np.ndarray:
         seed_generators((*self.seed, position, CONTENT_SEED))

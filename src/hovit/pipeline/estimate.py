@@ -166,9 +166,10 @@ def _images(run: Run) -> int | None:
     """Training images of a run, if its data are packed or config states the number."""
     path = run.pack.folder / "pack.json"
     if not path.exists():
-        if run.dataset.images is None:
+        total = run.dataset.published[0] if run.dataset.published else run.dataset.images
+        if total is None:
             return None
-        images = run.dataset.split.sizes(run.dataset.images)[0]
+        images = run.dataset.split.sizes(total, bool(run.dataset.published))[0]
         return min(images, run.limit.train or images)
     try:
         images = int(read_json(path)["images"]["train"])

@@ -25,8 +25,9 @@ from ..data.augmented import (
     with_positions,
 )
 from ..data.features import FrontFeatures
+from ..data.image_files import CentralCrops, ImageFiles, open_images
 from ..data.loader import PackedImages, augment, eval_batches, make_loader, to_input
-from ..data.pack import Packed, open_pack
+from ..data.pack import Packed
 from ..data.split import splits_of
 from ..records.predictions import metrics, predictions_digest, write_predictions
 from ..records.record import Record
@@ -65,12 +66,16 @@ class ClassificationTrainer(Trainer):
 
     def __init__(self, run: Run, fabric: Fabric, root: Path, options: Options) -> None:
         super().__init__(run, fabric, root, options)
-        packed = open_pack(run.pack, root / run.pack.folder)
+        packed = open_images(run.pack, root / run.pack.folder)
         self.meta = packed.meta
-        self.images: PackedImages | FrontFeatures = PackedImages(packed, fabric.device)
+        self.images: PackedImages | CentralCrops | FrontFeatures
         self.source: ImageSource | None = None  # None: batches are augmented on the device
-        if self.recipe.augment == "randaugment":
-            self.source = PackedSource(packed.images, packed.labels)
+        if isinstance(packed, ImageFiles):
+            self.images, self.source = packed.images, packed
+        else:
+            self.images = PackedImages(packed, fabric.device)
+            if self.recipe.augment == "randaugment":
+                self.source = PackedSource(packed.images, packed.labels)
         self.splits = limit_splits(packed, run)
         self.indices = self.splits["train"]
         torch.manual_seed(run.seed)
@@ -83,6 +88,7 @@ class ClassificationTrainer(Trainer):
             freeze_front(model, run)
         self.setup(model, make_optimizer)
         if self.recipe.frozen_front:
+            assert isinstance(self.images, PackedImages)  # no such recipe trains on files
             self.images = FrontFeatures(self.module, self.images, run.image_size, fabric.device)
 
     def load_batches(self, batches: list[np.ndarray]) -> Iterable[tuple[Tensor, Tensor]]:
@@ -93,6 +99,13 @@ class ClassificationTrainer(Trainer):
         images = AugmentedImages(self.source, self.recipe.augment, size, seed)
         draws = with_positions(batches, self.state.step, self.recipe.batch_size, rank, world)
         return load_images(images, draws, size, self.fabric.device, world=world)
+
+    def load_evaluation(self, batches: list[np.ndarray]) -> Iterable[tuple[Tensor, Tensor]]:
+        """Yield batches for validation and test, given the image indices of each."""
+        size, device, world = self.run.image_size, self.fabric.device, self.fabric.world_size
+        if isinstance(self.images, CentralCrops):
+            return load_images(self.images, batches, size, device, world=world)
+        return make_loader(self.images, batches, device)
 
     def compute_loss(self, batch: tuple[Tensor, Tensor], seed: StepSeed) -> Tensor:
         images, labels = (x.to(self.fabric.device, non_blocking=True) for x in batch)
@@ -174,7 +187,7 @@ class ClassificationTrainer(Trainer):
         batches = eval_batches(indices, EVAL_BATCH, rank, world)
         self.model.eval()
         rows = []
-        for images, labels in make_loader(self.images, batches, self.fabric.device):
+        for images, labels in self.load_evaluation(batches):
             x = self.model_input(images.to(self.fabric.device))
             logits = self.infer(x).float()  # [B, classes]
             y = labels.to(self.fabric.device)
@@ -215,7 +228,7 @@ class ClassificationTrainer(Trainer):
         return record
 
 
-def limit_splits(packed: Packed, run: Run) -> dict[str, np.ndarray]:
+def limit_splits(packed: Packed | ImageFiles, run: Run) -> dict[str, np.ndarray]:
     """Image indices of each split of a run, at most as many as the scale allows.
 
     Raises:
