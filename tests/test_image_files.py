@@ -26,7 +26,6 @@ from hovit.data.image_files import (
     TRAIN_TAR,
     VAL_LABELS,
     VAL_TAR,
-    ImageFiles,
     open_files,
     prepare,
 )
@@ -156,19 +155,26 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_and_looks_the_same(
     monkeypatch.setattr(
         "hovit.data.augmented.RandomResizedCropAndInterpolation.get_params", lambda *_: box
     )
-    sizes = []
-    real = ImageFiles.to_rgb
-
-    def spy(self: ImageFiles, image: Image.Image, i: int) -> Image.Image:
-        sizes.append(image.size)
-        return real(self, image, i)
-
-    monkeypatch.setattr(ImageFiles, "to_rgb", spy)
-    small = np.asarray(random_crop(files, index, 64)).astype(int)
-    assert sizes == [(100, 75)]
+    assert tuple(files.decode(files.open(index), index, 8).shape) == (3, 75, 100)
+    small = random_crop(files, index, 64).permute(1, 2, 0).numpy().astype(int)
     whole = Image.open(path).convert("RGB").resize((64, 64), Image.Resampling.BICUBIC,
                                                    (80, 40, 720, 552))  # fmt: skip
     assert np.abs(small - np.asarray(whole)).mean() < 2
+
+
+def test_every_kind_of_file_is_decoded_as_pillow_does(tree: Path) -> None:
+    folder = tree / "imagenet/train" / CLASSES[0]
+    png = io.BytesIO()
+    Image.open(io.BytesIO(jpeg(3))).save(png, "PNG")  # ImageNet has a PNG under such a name
+    for i, content in enumerate((jpeg(1), jpeg(2, mode="L"), jpeg(3, mode="CMYK"), png.getvalue())):
+        (folder / f"{CLASSES[0]}_{i}.JPEG").write_bytes(content)
+    prepare(PACK, tree, tree / "a")
+    files = open_files(PACK, tree / "a")
+    for i in range(4):
+        path = folder / f"{CLASSES[0]}_{i}.JPEG"
+        (index,) = (k for k in range(51) if files.path(k) == path)
+        found = files.decode(files.open(index), index).permute(1, 2, 0).numpy().astype(int)
+        assert np.abs(found - np.asarray(Image.open(path).convert("RGB"))).max() <= 1
 
 
 def test_every_damaged_file_has_a_line(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:

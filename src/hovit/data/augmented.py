@@ -24,6 +24,8 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resized_crop
 
 from ..config.schema import Recipe
 from ..utils.errors import HovitError
@@ -41,14 +43,19 @@ class ImageSource(Protocol):
     labels: Any  # int64 [N], an array or a tensor
 
     def open(self, index: int) -> Image.Image:
-        """Open an image; its pixels may be decoded later.
+        """Open an image without decoding it.
 
         Raises:
             HovitError: naming a file that cannot be read.
         """
 
-    def to_rgb(self, image: Image.Image, index: int) -> Image.Image:
-        """Decode an open image to RGB.
+    def decode(self, image: Image.Image, index: int, shrink: int) -> Tensor:
+        """Decode an open image to RGB, uint8 [3, H, W].
+
+        Args:
+            image: result of `open`.
+            index: of the image.
+            shrink: the sides may be smaller by up to this factor, if that is faster.
 
         Raises:
             HovitError: naming a file that cannot be decoded.
@@ -69,8 +76,8 @@ class PackedSource:
     def open(self, index: int) -> Image.Image:
         return Image.fromarray(self.images[index])
 
-    def to_rgb(self, image: Image.Image, index: int) -> Image.Image:
-        return image
+    def decode(self, image: Image.Image, index: int, shrink: int) -> Tensor:
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class AugmentedImages(Dataset[Batch]):
@@ -104,30 +111,24 @@ class AugmentedImages(Dataset[Batch]):
 
     def _augmented(self, index: int, position: int) -> np.ndarray:
         seed_generators((*self.seed, position, CONTENT_SEED))
-        image = random_crop(self.source, index, self.size)
+        pixels = random_crop(self.source, index, self.size)
         if random.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            pixels = pixels.flip(2)
+        image = pixels.permute(1, 2, 0).contiguous().numpy()
         if self.rand_augment:
-            image = self.rand_augment(image)
-        return np.asarray(image)
+            image = np.asarray(self.rand_augment(Image.fromarray(image)))
+        return image
 
 
-def random_crop(source: ImageSource, index: int, size: int) -> Image.Image:
-    """A random crop of 8 to 100 % of an image's area, resized to `size` pixels (bicubic).
-
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop still has `size` pixels there:
-    libjpeg then computes fewer coefficients (Pillow's draft mode).
-    """
+def random_crop(source: ImageSource, index: int, size: int) -> Tensor:
+    """A random crop of 8 to 100 % of an image's area, resized (bicubic): uint8 [3, size, size]."""
     image = source.open(index)
     top, left, high, wide = RandomResizedCropAndInterpolation.get_params(image, SCALE, RATIO)
     width, height = image.size
-    shrink = min(wide, high) // size
-    if shrink >= 2:
-        image.draft(None, (width // shrink, height // shrink))
-    x, y = image.size[0] / width, image.size[1] / height  # 1 unless the draft is smaller
-    rgb = source.to_rgb(image, index)
-    box = (left * x, top * y, min((left + wide) * x, rgb.width), min((top + high) * y, rgb.height))
-    return rgb.resize((size, size), Image.Resampling.BICUBIC, box)
+    pixels = source.decode(image, index, shrink=min(wide, high) // size)
+    x, y = pixels.shape[2] / width, pixels.shape[1] / height  # 1 unless decoded smaller
+    box = [round(each) for each in (top * y, left * x, high * y, wide * x)]
+    return resized_crop(pixels, *box, [size, size], InterpolationMode.BICUBIC)
 
 
 @cache

@@ -6,9 +6,10 @@ as torchvision's `ImageNet` and timm expect it, or the archives that torchvision
 read from inside them, at the offset that the manifest states. Nothing is copied. The 100,000 test
 images have no labels and are not read.
 
-Decoding is Pillow's. RandAugment works on its images, and Pillow and torchvision.io decode with the
-same libjpeg-turbo; Pillow also decodes a large JPEG at a fraction of its size. `bench/loader.py`
-compares both, and torchvision's ImageFolder loader.
+Pillow decodes, and torchvision crops and resizes tensors of bytes: its bicubic resizing uses AVX2.
+`bench/loader.py --files` compares it with torchvision's ImageFolder loader. torchvision.io decodes
+somewhat faster than Pillow, but is deprecated since torchvision 0.29; FFCV copies the data set, and
+DALI has transforms of its own, on the GPU.
 
 The pack of such a data set has two files: `manifest.csv` (split, label, class, path, offset, bytes)
 and `pack.json` (description, place, and a fingerprint over splits, labels, names and sizes).
@@ -311,8 +312,20 @@ class ImageFiles:
         offset, size = int(self._offsets[index]), int(self._bytes[index])
         return _open(self.path(index), offset, size)
 
+    def decode(self, image: Image.Image, index: int, shrink: int = 1) -> Tensor:
+        """Decode to RGB, uint8 [3, H, W], without EXIF orientation, as torchvision and timm do.
+
+        Where the sides may be smaller by a factor of 2 or more, libjpeg decodes fewer coefficients.
+
+        Raises:
+            HovitError: naming a damaged file.
+        """
+        if shrink >= 2:
+            image.draft(None, (image.width // shrink, image.height // shrink))
+        return torch.from_numpy(np.array(self.to_rgb(image, index))).permute(2, 0, 1)
+
     def to_rgb(self, image: Image.Image, index: int) -> Image.Image:
-        """Decode to RGB, without EXIF orientation, as torchvision and timm do.
+        """Decode by Pillow.
 
         Raises:
             HovitError: naming a damaged file.
