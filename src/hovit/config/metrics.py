@@ -50,6 +50,7 @@ METRICS = {
         Metric("ap_medium", "AP medium", 1, "trained"),
         Metric("ap_large", "AP large", 1, "trained"),  # objects above 96 x 96 pixels
         Metric("latency", "Latency, ms", 2, "timed"),  # of one batch
+        Metric("captured", "As a CUDA graph, ms", 2, "timed"),  # beside latency, where it differs
         Metric("throughput", "Images/s", 1, "timed"),  # at the largest batch measured
         Metric("throughput_cpu", "Images/s, CPU", 1, is_measured=False),
         Metric("images", "Images", 0, "counted"),
@@ -67,7 +68,7 @@ RATIO_HEADING, RATIO_DECIMALS = "× baseline", 2
 class Quantity:
     """One number of a row: a metric, measured or reported, latency at one batch size.
 
-    Its text is `top1`, `latency_32` or `reported_top1`.
+    Its text is `top1`, `latency_32`, `captured_32` or `reported_top1`.
     """
 
     metric: Metric
@@ -99,7 +100,7 @@ class Quantity:
 def quantity(text: str) -> Quantity | None:
     """The quantity of that text; None if there is no such metric."""
     name = text.removeprefix("reported_")
-    batch = re.fullmatch(r"(latency)_([1-9][0-9]*)", name)
+    batch = re.fullmatch(r"(latency|captured)_([1-9][0-9]*)", name)
     metric = METRICS.get(batch[1] if batch else name)
     if metric is None:
         return None

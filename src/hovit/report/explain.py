@@ -65,10 +65,13 @@ def _number_of(sources: Sources, study: Study, column: str) -> Quantity:
         HovitError: if the study has no such column.
     """
     number = quantity(column)
-    is_column = number and not number.reported and number.metric.name in study.columns
-    if number and is_column and (number.metric.name != "latency" or number.batch):
-        return number
     latencies = sources.run.batches(study) if "latency" in study.columns else []
+    latencies += [each for source in sources.timed(study) for each in source.captured(study)]
+    is_column = number and not number.reported and number.metric.name in study.columns
+    if number and (number in latencies or (is_column and number.metric.name != "latency")):
+        return number
+    if number and is_column and number.batch:
+        return number
     others = [name for name in study.columns if name != "latency"]
     allowed = ", ".join([*others, *map(str, latencies)])
     raise HovitError(f"table {study.id} has no column {column!r}; it has {allowed}")

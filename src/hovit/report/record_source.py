@@ -13,10 +13,16 @@ from ..records.record import Record, read_record
 from ..utils.device import Device
 from ..utils.errors import HovitError
 
+# What a row of a measurement has besides exact counts.
+TIMED_KEYS = ("latency", "captured", "peak_memory_mb", "device")
+
 
 def plural(n: int, noun: str) -> str:
     """`1 epoch`, `2 epochs`."""
     return f"{n} {noun}{'s' * (n != 1)}"
+
+
+SAME_LATENCY = 0.03  # relative difference between an eager pass and a CUDA graph
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,13 +125,13 @@ class RecordSource:
     def _cited_row(self, study: Study, ref: str) -> dict[str, Any]:
         """Measurements of another study's row, with latencies of this study's protocol only.
 
-        The protocol: inference in fp32 with freed memory kept, at the batch sizes of this study
-        and, on a CPU, with its number of threads.
+        The protocol: inference in fp32 with freed memory kept, at the batch sizes of this study,
+        in the version of the first cited record and, on a CPU, with this study's number of threads.
         """
         study_id, row_id = ref.split("/")
         task = self.plan.measure_task(self.plan.study(study_id))
         record, found = self.record(task), self.rows(task).get(row_id, {})
-        row = {key: found[key] for key in found if key not in ("latency", "device")}
+        row = {key: found[key] for key in found if key not in TIMED_KEYS}
         if record is None or not found.get("latency"):
             return row
         device = Device(**found["device"])
@@ -136,10 +142,16 @@ class RecordSource:
             and setting["precision"].startswith("fp32")
             and setting["memory"] in ("kept", "freed memory kept, where the C library is glibc")
             and (device.kind == "cuda" or device.threads == (study.threads or latency.threads))
+            and record.results.get("protocol") == self._cited_protocol(study)
         )
         wanted = {str(batch) for batch in study.batches or latency.batches}
         times = {batch: each for batch, each in found["latency"].items() if batch in wanted}
         return row | {"latency": times, "device": found["device"]} if same and times else row
+
+    def _cited_protocol(self, study: Study) -> Any:
+        """The version of the latency protocol of the first cited record."""
+        records = (self.measured(self.plan.study(name)) for name in study.cites)
+        return next((r.results.get("protocol") for r in records if r), None)
 
     def evaluated(self, study: Study) -> Record | None:
         """The record of given weights' accuracy on ImageNet, for a study that trains nothing."""
@@ -194,6 +206,16 @@ class RecordSource:
         planned = study.batches or self.plan.scale.latency.batches
         found = [quantity(f"latency_{batch}") for batch in sorted(measured) or planned]
         return [number for number in found if number]
+
+    def captured(self, study: Study) -> list[Quantity]:
+        """The latencies as CUDA graphs, at the batch sizes where one differs from the eager one."""
+        differ = {
+            int(batch)
+            for row in self.measured_rows(study).values()
+            for batch, graph in row.get("captured", {}).items()
+            if abs(graph["median"] / row["latency"][batch]["median"] - 1) > SAME_LATENCY
+        }
+        return [found for b in sorted(differ) if (found := quantity(f"captured_{b}"))]
 
     def throughput_batch(self, study: Study) -> int | None:
         """Batch size of a study's throughput: the largest that was timed."""

@@ -94,13 +94,11 @@ class Results(RecordSource):
         if found is None:
             return None
         paths = self._measured_paths(study, row)
-        latency = found.get("latency", {})
         if number.metric.name == "throughput":
-            return _throughput(
-                latency, paths, self.throughput_batch(study) if study.cites else None
-            )
-        if number.metric.name == "latency":
-            batch = latency.get(str(number.batch))
+            size = self.throughput_batch(study) if study.cites else None
+            return _throughput(found.get("latency", {}), paths, size)
+        if number.metric.name in ("latency", "captured"):
+            batch = found.get(number.metric.name, {}).get(str(number.batch))
             if batch is None:
                 return None
             iqr = batch["q3"] - batch["q1"]
