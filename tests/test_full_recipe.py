@@ -97,7 +97,6 @@ def test_the_average_is_that_of_timm() -> None:
 
 
 def test_clipping_is_that_of_timm_without_the_last_layer() -> None:
-    fabric = make_fabric("32-true", accelerator="cpu")
     nets = [nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
     x = 100 * torch.randn(8, 6)
