@@ -28,7 +28,8 @@ def plan() -> Plan:
 def drawn(plan: Plan, root: Path, name: str) -> Canvas:
     """A figure, laid out as it is saved."""
     with mpl.rc_context(style.RC):
-        canvas = FIGURES[name].plot(FIGURES[name].results(load_sources(plan, root)))
+        figure, sources = FIGURES[name], load_sources(plan, root)
+        canvas = figure.plot(sources if figure.all_sources else figure.results(sources))
         canvas.draw_without_rendering()
     plt.close(canvas)
     return canvas
