@@ -14,7 +14,7 @@ from synthetic import GPU, measure_record, train_record, write_all
 
 from hovit.config.plan import Plan, load_plan
 from hovit.records.record import read_record, write_record
-from hovit.report.claims.judge import judge_all
+from hovit.report.claims.check import check_all
 from hovit.report.page.write import PAGE, WEB, write_page
 from hovit.report.results import Results
 from hovit.report.sources import Sources, load_sources
@@ -50,7 +50,7 @@ def data_of(root: Path) -> dict:
 
 def test_every_claim_table_and_number_is_there(plan: Plan, root: Path) -> None:
     text, data = (root / PAGE).read_text(), data_of(root)
-    assert list(data["claims"]) == [v.id for v in judge_all(load_sources(plan, root))]
+    assert list(data["claims"]) == [v.id for v in check_all(load_sources(plan, root))]
     for name, file in plan.config.claims.items():
         assert all(data["claims"][claim.id]["file"] == name for claim in file.claims)
         assert all(str(escape(entry.says)) in text for entry in file.not_checkable)
@@ -184,7 +184,7 @@ def shown_claims(tab: Browser) -> list[str]:
 
 @needs_chromium
 def test_claims_are_filtered(tab: Browser, plan: Plan, root: Path) -> None:
-    verdicts = [v.verdict for v in judge_all(load_sources(plan, root))]
+    verdicts = [v.verdict for v in check_all(load_sources(plan, root))]
     assert shown_claims(tab) == verdicts
     tab.click('#filters input[value="reproduced"]')
     assert shown_claims(tab) == [v for v in verdicts if v != "reproduced"]

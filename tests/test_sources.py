@@ -9,7 +9,7 @@ from synthetic import GPU, measure_record, train_record, write_all
 from hovit.config.metrics import METRICS, Quantity, quantity
 from hovit.config.plan import Plan, load_plan
 from hovit.records.record import write_record
-from hovit.report.claims.judge import judge_all
+from hovit.report.claims.check import check_all
 from hovit.report.figures.draw import FIGURES
 from hovit.report.sources import Sources, load_sources
 from hovit.report.tables.columns import NOTHING, Table, make_table
@@ -93,7 +93,7 @@ def test_markdown_csv_and_latex_say_where_a_cell_comes_from(
 
 
 def test_a_claim_never_mixes_devices(sources: Sources) -> None:
-    places = {v.id: {Path(p).parts[2] for p in v.records} for v in judge_all(sources)}
+    places = {v.id: {Path(p).parts[2] for p in v.records} for v in check_all(sources)}
     assert all(len(found) <= 1 for found in places.values())
     assert {"test-cpu"} in places.values()
     assert {"test-gpu"} in places.values()

@@ -351,18 +351,19 @@ def claims(
         bool, typer.Option("--accept", help="Write results/verdicts.json: expect these verdicts.")
     ] = False,
 ) -> None:
-    """Judge the papers' claims by records; write results/claims.json and .md."""
-    from .report.claims import judge as report
+    """Check the papers' claims by records; write results/claims.json and .md."""
+    from .report.claims import check as checks
+    from .report.claims.write import write_claims
 
     plan = load_plan(scale, weights_file=weights)
-    print(report.write_claims(plan))
+    print(write_claims(plan))
     if accept:
-        report.accept(plan)
-    if check and (differences := report.check_accepted(plan)):
+        checks.accept(plan)
+    if check and (differences := checks.check_accepted(plan)):
         for line in differences:
             print(line, file=sys.stderr)
         raise HovitError(
-            f"{len(differences)} verdicts or reported numbers differ from {report.ACCEPTED}; "
+            f"{len(differences)} verdicts or reported numbers differ from {checks.ACCEPTED}; "
             "if they should, `hovit claims --accept`"
         )
 

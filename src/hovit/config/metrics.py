@@ -5,6 +5,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 MetricKind = Literal["exact", "trained", "timed", "counted"]
+# Units after a number in a sentence, with the factor of the metric's heading.
+SYMBOLS = {
+    "parameters": "parameters", "parameters_m": "M parameters", "parameters_used": "parameters",
+    "parameters_unused": "parameters", "part_parameters": "parameters", "macs": "G multiply-adds",
+    "activations": "MB", "top1": "%", "val_top1": "%", "latency": "ms", "throughput": "images/s",
+    "throughput_cpu": "images/s", "images": "images", "images_train": "images",
+    "images_val": "images", "images_test": "images", "gigabytes": "GB",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,11 @@ class Metric:
     kind: MetricKind = "exact"
     unit: float = 1.0
     is_measured: bool = True
+
+    @property
+    def symbol(self) -> str:
+        """Unit after a number in a sentence; "" for none."""
+        return SYMBOLS.get(self.name, "")
 
 
 METRICS = {

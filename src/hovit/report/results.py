@@ -1,19 +1,21 @@
 """The numbers in the records of one source, with their spread."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from ..config.metrics import Quantity, quantity
+from ..config.runs import PREDICTIONS
 from ..config.schema import Row, Study
+from ..records.paired import PairedDifference, Score, paired_difference
+from ..records.predictions import metrics, read_predictions
 from ..utils.errors import HovitError, one_line
 from ..utils.files import read_json
+from .noise import NORMAL, binomial_noise, pooled_variance, seed_noise
 from .record_source import RecordSource
-
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # t at 95 %, by n
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,14 @@ class Value:
     """A number with its spread.
 
     Args:
-        mean: mean over seeds; for latency the median over rounds.
+        mean: mean over random seeds; for latency the median over rounds.
         spread: standard deviation over seeds (0 for one seed), or the inter-quartile range.
         n: seeds, or rounds; 1 for an exact number.
         noise: how far the number may be off. For training: half the width of a 95 % interval over
-            seeds (Student's t), combined with one over test images for accuracy and loss. For
-            latency: half the inter-quartile range. For an analysis: as its record states.
+            random seeds, combined with one over test images for accuracy and loss. The variance
+            over seeds is pooled over the rows of the study (`Results.seed_variance`). For latency:
+            half the inter-quartile range. For an analysis: as its record states.
+        seed_noise: the part of the noise that random seeds cause.
         samples: latency of each round, in the order that all rows of a record share.
         paths: the records behind the number.
     """
@@ -35,6 +39,7 @@ class Value:
     spread: float = 0.0
     n: int = 1
     noise: float = 0.0
+    seed_noise: float = 0.0
     samples: tuple[float, ...] = ()
     paths: tuple[Path, ...] = ()
 
@@ -42,6 +47,10 @@ class Value:
 @dataclass(frozen=True, eq=False)
 class Results(RecordSource):
     """The numbers in the records of one source."""
+
+    _tables: dict[Path, pd.DataFrame | None] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def value(self, study: Study, row: Row, number: Quantity | str) -> Value | None:
         """A number of a row; None if no record has it, or the paper does not report it."""
@@ -66,22 +75,75 @@ class Results(RecordSource):
             return None
         mean, n = sum(values) / len(values), len(values)
         spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else 0.0
-        noise = STUDENT.get(n, 2.0) * spread / math.sqrt(n)
+        over_seeds = seed_noise(*self.seed_variance(study, row, metric), n)
+        over_images = 0.0
         if metric in ("top1", "val_top1"):  # all seeds share the images: more seeds do not help
             images = runs[0][1].results["images_val" if metric == "val_top1" else "images_test"]
-            noise = math.hypot(noise, _binomial(mean, images))
+            over_images = binomial_noise(mean, images)
         if metric == "loss":
             errors = [float(r.results.get("loss_error", 0.0)) for _, r in runs]
-            noise = math.hypot(noise, 1.96 * sum(errors) / n)
+            over_images = NORMAL * sum(errors) / n
         paths = tuple(self.place(self.plan.train_task(run).path) for run, _ in runs)
-        return Value(mean, spread, n, noise, paths=paths)
+        noise = math.hypot(over_seeds, over_images)
+        return Value(mean, spread, n, noise, over_seeds, paths=paths)
+
+    def seed_variance(self, study: Study, row: Row, metric: str) -> tuple[float, int]:
+        """The variance of a metric over random seeds, and its degrees of freedom.
+
+        It is pooled over the rows of the study that share the row's recipe and images. A row with
+        one seed therefore has the seed noise of the others, and one with two is not judged by two
+        numbers alone.
+        """
+        own = self.plan.runs_of(study, row)
+        groups: dict[str, list[float]] = {}
+        for other in study.rows:
+            runs = self.plan.runs_of(study, other)
+            alike = runs and (runs[0].recipe, runs[0].role) == (own[0].recipe, own[0].role)
+            if alike and runs[0].id not in groups:
+                records = [record for _, record in self.trained(study, other)]
+                numbers = [r.results[metric] for r in records if metric in r.results]
+                groups[runs[0].id] = [float(number) for number in numbers]
+        return pooled_variance(groups.values())
+
+    def paired(
+        self, study: Study, row: Row, other_study: Study, other: Row, score: Score
+    ) -> PairedDifference | None:
+        """The difference of two trained rows over the test images that both were tested on.
+
+        None if predictions are missing or were made on other images.
+        """
+        both = [self._predictions(study, row), self._predictions(other_study, other)]
+        return paired_difference(both[0], both[1], score)
+
+    def _predictions(self, study: Study, row: Row) -> list[pd.DataFrame]:
+        """Test predictions of a row for each random seed; none if one of them is missing."""
+        tables = []
+        for run, record in self.trained(study, row):
+            path = self.place(run.folder / PREDICTIONS)
+            if path not in self._tables:
+                self._tables[path] = self._read_predictions(path, record.results.get("top1"))
+            tables.append(self._tables[path])
+        found = [table for table in tables if table is not None]
+        return found if len(found) == len(tables) else []
+
+    def _read_predictions(self, path: Path, top1: float | None) -> pd.DataFrame | None:
+        if not (self.root / path).exists():
+            return None
+        try:
+            table = read_predictions(self.root / path)
+            if top1 is None or abs(metrics(table)[1] - top1) > 1e-6:
+                raise HovitError(f"{path}: does not give the top-1 of its record")
+        except HovitError as error:
+            self.problems[path] = f"{error}; not used"
+            return None
+        return table
 
     def _evaluated_value(self, study: Study, row: Row) -> Value | None:
         task = self.plan.evaluate_task(study)
         found = self.rows(task).get(row.id)
         if task is None or found is None:
             return None
-        noise = _binomial(found["top1"], found["images"])
+        noise = binomial_noise(found["top1"], found["images"])
         return Value(found["top1"], noise=noise, paths=(self.place(task.path),))
 
     def _measured_value(self, study: Study, row: Row, number: Quantity) -> Value | None:
@@ -98,7 +160,8 @@ class Results(RecordSource):
             if batch is None:
                 return None
             iqr = batch["q3"] - batch["q1"]
-            return Value(batch["median"], iqr, batch["n"], iqr / 2, tuple(batch["ms"]), paths)
+            ms = tuple(batch["ms"])
+            return Value(batch["median"], iqr, batch["n"], iqr / 2, samples=ms, paths=paths)
         name = "parameters" if number.metric.name == "parameters_m" else number.metric.name
         return Value(float(found[name]), paths=paths) if name in found else None
 
@@ -137,13 +200,8 @@ def _throughput(latency: dict[str, dict[str, Any]], paths: tuple[Path, ...]) -> 
     batch, images = latency[size], 1e3 * int(size)
     spread = images / batch["q1"] - images / batch["q3"]
     samples = tuple(images / ms for ms in batch["ms"])
-    return Value(images / batch["median"], spread, batch["n"], spread / 2, samples, paths)
-
-
-def _binomial(percent: float, images: int) -> float:
-    """Half the width of the 95 % interval of an accuracy over so many images, in points."""
-    share = percent / 100
-    return 196 * math.sqrt(share * (1 - share) / images)
+    median, n = images / batch["median"], batch["n"]
+    return Value(median, spread, n, spread / 2, samples=samples, paths=paths)
 
 
 def _image_counts(folder: Path) -> tuple[dict[str, int], int]:
