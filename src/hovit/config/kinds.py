@@ -20,6 +20,7 @@ class AnalysisKind:
 
 ANALYSIS_KINDS = {
     "attention_maps": AnalysisKind(shows_images=True),
+    "generated_images": AnalysisKind(shows_images=True),
     "head_similarity": AnalysisKind(),
     "kept_patches": AnalysisKind(shows_images=True),
     "runtime_breakdown": AnalysisKind(measures_time=True),

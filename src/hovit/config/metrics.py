@@ -27,6 +27,7 @@ class Metric:
             stopwatch; `counted` comes from the images.
         unit: factor from the unit of a record to the unit of the heading.
         is_measured: whether anything here measures it; otherwise a paper reports it.
+        derived_from: the metric in the records that it is computed from; empty: itself.
     """
 
     name: str
@@ -35,6 +36,12 @@ class Metric:
     kind: MetricKind = "exact"
     unit: float = 1.0
     is_measured: bool = True
+    derived_from: str = ""
+
+    @property
+    def recorded(self) -> str:
+        """Name of the metric in records."""
+        return self.derived_from or self.name
 
     @property
     def symbol(self) -> str:
@@ -53,6 +60,9 @@ METRICS = {
         Metric("macs", "MACs, G", 3, unit=1e-9),  # multiply-adds of one image
         Metric("activations", "Kept for backward, MB", 2, unit=1e-6),  # of one image
         Metric("top1", "Top-1, %", 2, "trained"),
+        Metric("top1_interval", "Top-1, 95 % interval", 1, "trained", derived_from="top1"),
+        # Of the row minus its baseline, over the same test images (hovit/report/paired.py).
+        Metric("top1_difference", "Top-1 − baseline, points", 1, "trained", derived_from="top1"),
         Metric("loss", "Loss", 4, "trained"),
         Metric("val_top1", "Val top-1, %", 2, "trained"),
         Metric("ap", "AP", 1, "trained"),  # COCO average precision, IoU 0.50 to 0.95

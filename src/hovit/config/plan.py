@@ -240,9 +240,10 @@ class Plan:
 
     def _analysis_packs(self, analysis: Analysis, runs: dict[str, Run]) -> dict[str, Pack]:
         """The images of each row: the run's own, or the scale's photographs for a picture."""
-        if self.scale.photographs is None or not ANALYSIS_KINDS[analysis.kind].shows_images:
+        name = self.scale.shown_photographs
+        if name is None or not ANALYSIS_KINDS[analysis.kind].shows_images:
             return {ref: run.pack for ref, run in runs.items()}
-        photographs = self.config.datasets[self.scale.photographs]
+        photographs = self.config.datasets[name]
         return {ref: Pack(photographs, run.image_size) for ref, run in runs.items()}
 
     # Claims

@@ -30,9 +30,11 @@ class Resolver:
     _sha256: dict[Path, str] = field(default_factory=dict, compare=False)
 
     def runs_of(self, study: Study, row: Row) -> list[Run]:
-        """The runs of a row, one for each seed; none if the scale has no such dataset."""
+        """The runs of a row, one for each seed; none if the scale has no such dataset or row."""
         role = row.dataset or study.dataset
         if row.model is None or not study.trained or role not in self.scale.datasets:
+            return []
+        if not self.scale.includes(study, row):
             return []
         seeds = self.scale.seeds[:1] if role in ONE_SEED else self.scale.seeds
         return [self._run(study, row, seed) for seed in seeds]

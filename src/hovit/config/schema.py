@@ -262,7 +262,10 @@ class Scale(Strict):
     title: Text
     rank: Annotated[int, Field(ge=0)]  # evidence of the largest rank comes first
     datasets: dict[Role, Name]
-    photographs: Name | None = None  # test images for figures; None: those of the run
+    # Test images for figures; None: those of the role `photographs`, or else of the run.
+    photographs: Name | None = None
+    # Study -> the rows that this scale runs; a study that is not named runs all its rows.
+    rows: dict[Name, Annotated[tuple[Text, ...], Field(min_length=1)]] = {}
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
     image_size: Annotated[int, Field(ge=32)] | None = None  # maximum; None: the recipe's
     epoch_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -281,6 +284,15 @@ class Scale(Strict):
     analysis_images: Annotated[int, Field(ge=1)] | None = None  # maximum; None: the analysis's
     # Inexact metrics that claims may check at this scale; smoke checks none of them.
     judges: frozenset[Literal["top1", "val_top1", "loss", "latency"]]
+
+    @property
+    def shown_photographs(self) -> str | None:
+        """The data set whose test images figures show; None: the images of the run."""
+        return self.photographs or self.datasets.get("photographs")
+
+    def includes(self, study: "Study", row: "Row") -> bool:
+        """Whether this scale runs a row."""
+        return study.id not in self.rows or row.id in self.rows[study.id]
 
     def model_of(self, row: "Row") -> str:
         """The model that is trained and timed for a row: the row's own, or its stand-in."""
@@ -317,7 +329,7 @@ class Row(Strict):
     total: Annotated[int, Field(gt=0)] | None = None  # images, split without any data by
     rule: Name | None = None  # the rule of this dataset
     part: Text | None = None  # submodule with a separate parameter count
-    baseline: str | None = None  # row that its latency is compared with
+    baseline: str | None = None  # row that latency and top-1 are compared with
     reported: dict[MetricName, Printed] = {}
     ours: bool = False  # the paper has no such row
     reported_only: bool = False  # only the paper's numbers; nothing is run

@@ -61,6 +61,9 @@ def _check_scales(config: Config, root: Path, must: Must) -> None:
         ):
             for recipe in recipes:
                 must(config.recipes, recipe, f"{file}: {key}")
+        for study, rows in scale.rows.items():
+            for row in rows:
+                _check_row_ref(config, f"{study}/{row}", f"{file}: rows.{study}", must)
         for name, weights in scale.weights.items():
             where = f"{file}: weights.{name}.row"
             if weights.row and _check_row_ref(config, weights.row, where, must).pretrained:

@@ -17,10 +17,18 @@ from typing import Any
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-default_cfgs = generate_default_cfgs({"front_linear": {"num_classes": 1000}})
+default_cfgs = generate_default_cfgs(
+    {
+        "front_linear": {
+            "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7),
+            "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
+            "first_conv": "backbone.conv1", "classifier": "backbone.fc",  # those of ResNet50
+        }
+    }
+)  # fmt: skip
 
 
 class Renormalize(nn.Module):
@@ -195,10 +203,15 @@ def front_linear(pretrained: bool = False, front: str = "resnet50", **kwargs: An
     """A network of timm with a new linear classifier; weights of the network are loaded later.
 
     Raises:
-        RuntimeError: for `pretrained` or `features_only`, which exist for the network itself.
+        RuntimeError: for `pretrained`, which exists for the network itself.
     """
-    if pretrained or kwargs.get("features_only"):
-        raise RuntimeError(f"pretrained and features_only: create {front!r} itself")
-    kwargs = {key: value for key, value in kwargs.items() if not key.startswith("pretrained_cfg")}
-    kwargs.pop("cache_dir", None)
-    return FrontLinear(front, **kwargs)
+    if pretrained:
+        raise RuntimeError(f"pretrained: create {front!r} itself")
+    return build_model_with_cfg(
+        FrontLinear,
+        "front_linear",
+        pretrained,
+        feature_cfg={"feature_cls": "getter"},
+        front=front,
+        **kwargs,
+    )

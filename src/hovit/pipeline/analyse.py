@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from ..analysis.attention_maps import attention_maps
+from ..analysis.generated_images import generated_images
 from ..analysis.head_similarity import head_similarity
 from ..analysis.kept_patches import kept_patches
 from ..analysis.runtime_breakdown import runtime_breakdown
@@ -30,7 +31,8 @@ from ..utils.files import file_digest, write_text
 FUNCTIONS: dict[str, Callable[..., dict[str, Any]]] = {
     function.__name__: function
     for function in (
-        attention_maps, head_similarity, kept_patches, runtime_breakdown, taylor_pruning,
+        attention_maps, generated_images, head_similarity, kept_patches, runtime_breakdown,
+        taylor_pruning,
     )
 }  # fmt: skip
 

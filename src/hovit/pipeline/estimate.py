@@ -1,13 +1,15 @@
 """Describe a run, a study or an analysis, and estimate its cost on this machine.
 
-The estimate divides the multiply-adds of training (three forward passes) by a speed measured now,
-on one model and one batch. It is an order of magnitude.
+The estimate divides the multiply-adds of training (three forward passes; one pass over all images
+for a frozen front) by a speed measured now, on one model and one batch. It is an order of
+magnitude.
 """
 
 import time
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..config.plan import Plan
 from ..config.runs import Run
@@ -136,8 +138,9 @@ def _cost_line(runs: list[Run]) -> str:
         images = _images(run)
         if images is None:
             return f"cost: unknown until the images are there (`hovit data {run.pack.id}`)"
-        count, each = _size(run)
-        total += 3 * each * images * run.recipe.epochs
+        trained, of_pack = images
+        count, once, each = _size(run)
+        total += once * of_pack + 3 * each * trained * run.recipe.epochs
         parameters += count
     minutes = total / speed / 60
     return (
@@ -147,8 +150,23 @@ def _cost_line(runs: list[Run]) -> str:
     )
 
 
-def _size(run: Run) -> tuple[int, int]:
-    """(parameters, multiply-adds of a forward pass for one image)."""
+class _Front(nn.Module):
+    """The pretrained front of a model, as a model."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.front_features(x)
+
+
+def _size(run: Run) -> tuple[int, int, int]:
+    """(parameters, multiply-adds for one image once, and in each forward pass of an epoch).
+
+    A frozen front computes its features once.
+    """
+    once = 0
     if run.recipe.detection:
         from ..detection.model import count_macs, make_backbone, retinanet
 
@@ -159,22 +177,26 @@ def _size(run: Run) -> tuple[int, int]:
     else:
         net = create_model(run.model, run.dataset.num_classes, run.image_size, **run.model_args)
         each = macs(net, run.image_size)
-    return sum(p.numel() for p in net.parameters()), each
+        if run.recipe.frozen_front:
+            once = macs(_Front(net), run.image_size)
+    return sum(p.numel() for p in net.parameters()), once, each - once
 
 
-def _images(run: Run) -> int | None:
-    """Training images of a run, if its data are packed or config states the number."""
+def _images(run: Run) -> tuple[int, int] | None:
+    """(training images of a run, images of its pack), if packed or if config states the number."""
     path = run.pack.folder / "pack.json"
     if not path.exists():
         if run.dataset.images is None:
             return None
-        images = run.dataset.split.sizes(run.dataset.images)[0]
-        return min(images, run.limit.train or images)
+        total = run.dataset.images
+        images = run.dataset.split.sizes(total)[0]
+        return min(images, run.limit.train or images), total
     try:
-        images = int(read_json(path)["images"]["train"])
-    except (KeyError, TypeError, ValueError):
+        counts = read_json(path)["images"]
+        images, total = int(counts["train"]), sum(map(int, counts.values()))
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise HovitError(f"{path}: not a pack's; delete it") from None
-    return min(images, run.limit.train or images)
+    return min(images, run.limit.train or images), total
 
 
 def probe(device: torch.device) -> float:

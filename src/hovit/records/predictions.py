@@ -10,6 +10,7 @@ from ..utils.errors import HovitError, one_line
 from ..utils.files import atomic
 
 COLUMNS = ["index", "label", "predicted", "loss"]
+KEY = COLUMNS[:2]  # the image and its class
 
 
 def metrics(predictions: pd.DataFrame) -> tuple[float, float]:

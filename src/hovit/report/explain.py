@@ -100,7 +100,7 @@ def _records(results: Results, study: Study, row: Row, number: Quantity) -> list
         return _training(results, study, row)
     if number.is_trained:
         evaluate = plan.evaluate_task(study)
-        if number.metric.name == "top1" and evaluate and results.record(evaluate):
+        if number.metric.recorded == "top1" and evaluate and results.record(evaluate):
             return _record(results, evaluate)
         return [
             "  nothing is trained for it; this evaluates given weights on ImageNet:",

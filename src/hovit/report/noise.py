@@ -20,10 +20,15 @@ def student(freedom: int) -> float:
     return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
+def binomial_variance(percent: float, images: int) -> float:
+    """Variance of an accuracy over so many images, in points squared."""
+    share = percent / 100
+    return 1e4 * share * (1 - share) / images
+
+
 def binomial_noise(percent: float, images: int) -> float:
     """Half the width of the 95 % interval of an accuracy over so many images, in points."""
-    share = percent / 100
-    return 100 * NORMAL * math.sqrt(share * (1 - share) / images)
+    return NORMAL * math.sqrt(binomial_variance(percent, images))
 
 
 def pooled_variance(groups: Iterable[Sequence[float]]) -> tuple[float, int]:

@@ -5,11 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from ..config.metrics import Quantity, quantity
 from ..config.plan import Plan
-from ..config.runs import RUNS, Run
+from ..config.runs import PREDICTIONS, RUNS, Run
 from ..config.schema import Row, Study
-from ..config.tasks import Task
+from ..config.tasks import Task, TrainTask
+from ..records.predictions import predictions_digest, read_predictions
 from ..records.record import Record, read_record
 from ..utils.device import Device
 from ..utils.errors import HovitError
@@ -36,6 +39,9 @@ class RecordSource:
     base: Path = RUNS
     problems: dict[Path, str] = field(default_factory=dict, compare=False)
     _read: dict[Path, Record | None] = field(default_factory=dict, compare=False, repr=False)
+    _predictions: dict[Path, pd.DataFrame | None] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @property
     def is_evidence(self) -> bool:
@@ -98,6 +104,29 @@ class RecordSource:
         found = [(run, self.record(self.plan.train_task(run))) for run in runs]
         return [(run, record) for run, record in found if record]
 
+    def predictions(self, run: Run) -> pd.DataFrame | None:
+        """Test predictions of a classifier; None if its record or its predictions cannot be used.
+
+        `problems` names predictions that are missing, broken, or not those of the record.
+        """
+        record = self.record(self.plan.train_task(run))
+        if record is None or run.is_detector:
+            return None
+        place = self.place(run.folder / PREDICTIONS)
+        if place not in self._predictions:
+            self._predictions[place] = self._checked_predictions(place, record)
+        return self._predictions[place]
+
+    def _checked_predictions(self, place: Path, record: Record) -> pd.DataFrame | None:
+        try:
+            table = read_predictions(self.root / place)
+            if predictions_digest(table) != record.results.get("predictions_sha256"):
+                raise HovitError(f"{place}: not the predictions of its record")
+        except HovitError as error:
+            self.problems[place] = f"{error}; not used"
+            return None
+        return table
+
     def measured(self, study: Study) -> Record | None:
         """The record of a study's measurements."""
         return self.record(self.plan.measure_task(study))
@@ -117,7 +146,9 @@ class RecordSource:
     def problems_of(self, study: Study) -> list[str]:
         """What is wrong with records that a study's table would use."""
         tasks = [*self.plan.tasks([study]), self.plan.evaluate_task(study)]
-        places = [self.place(task.path) for task in tasks if task]
+        paths = [task.path for task in tasks if task]
+        paths += [task.run.folder / PREDICTIONS for task in tasks if isinstance(task, TrainTask)]
+        places = [self.place(path) for path in paths]
         return [self.problems[place] for place in places if place in self.problems]
 
     def analysed_rows(self, analysis_id: str) -> dict[str, dict[str, Any]]:

@@ -1,20 +1,19 @@
 """The numbers in the records of one source, with their spread."""
 
 import math
-from dataclasses import dataclass, field
+import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from ..config.metrics import Quantity, quantity
-from ..config.runs import PREDICTIONS
 from ..config.schema import Row, Study
-from ..records.paired import PairedDifference, Score, paired_difference
-from ..records.predictions import metrics, read_predictions
 from ..utils.errors import HovitError, one_line
 from ..utils.files import read_json
-from .noise import NORMAL, binomial_noise, pooled_variance, seed_noise
+from .noise import NORMAL, binomial_noise, binomial_variance, pooled_variance, seed_noise
+from .paired import mcnemar, pair
 from .record_source import RecordSource
 
 
@@ -43,14 +42,35 @@ class Value:
     samples: tuple[float, ...] = ()
     paths: tuple[Path, ...] = ()
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of a trained number."""
+        return self.mean - self.noise, self.mean + self.noise
+
+
+@dataclass(frozen=True)
+class PairedValue(Value):
+    """A difference in top-1 between two rows over the same test images, in points.
+
+    Its `noise` is half the width of a 95 % interval over random seeds and test images.
+
+    Args:
+        better, worse: test images that only this row, or only the other row, classifies correctly,
+            counted over all seeds.
+    """
+
+    better: int = 0
+    worse: int = 0
+
+    @property
+    def p(self) -> float:
+        """p of the exact McNemar test over the test images of these trained models."""
+        return mcnemar(self.better, self.worse)
+
 
 @dataclass(frozen=True, eq=False)
 class Results(RecordSource):
     """The numbers in the records of one source."""
-
-    _tables: dict[Path, pd.DataFrame | None] = field(
-        default_factory=dict, compare=False, repr=False
-    )
 
     def value(self, study: Study, row: Row, number: Quantity | str) -> Value | None:
         """A number of a row; None if no record has it, or the paper does not report it."""
@@ -60,10 +80,14 @@ class Results(RecordSource):
         if parsed.reported:
             printed = row.reported.get(parsed.metric.name)
             return Value(float(printed)) if printed and "–" not in printed else None
-        if parsed.metric.name == "top1" and not study.trained:
+        if parsed.metric.name == "top1_difference":
+            if row.baseline is None:
+                return None
+            return self.paired_difference(study, row, study, study.row(row.baseline))
+        if parsed.metric.recorded == "top1" and not study.trained:
             return self._evaluated_value(study, row)
         if parsed.is_trained:
-            return self._trained_value(study, row, parsed.metric.name)
+            return self._trained_value(study, row, parsed.metric.recorded)
         if parsed.is_counted:
             return self._counted_value(row, parsed.metric.name)
         return self._measured_value(study, row, parsed)
@@ -73,8 +97,8 @@ class Results(RecordSource):
         values = [float(r.results[metric]) for _, r in runs if metric in r.results]
         if not values:  # no run, or AP for a size that no object has
             return None
-        mean, n = sum(values) / len(values), len(values)
-        spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else 0.0
+        mean, spread = _over_seeds(values)
+        n = len(values)
         over_seeds = seed_noise(*self.seed_variance(study, row, metric), n)
         over_images = 0.0
         if metric in ("top1", "val_top1"):  # all seeds share the images: more seeds do not help
@@ -92,7 +116,8 @@ class Results(RecordSource):
 
         It is pooled over the rows of the study that share the row's recipe and images. A row with
         one seed therefore has the seed noise of the others, and one with two is not judged by two
-        numbers alone.
+        numbers alone. Where each seed draws its own test images, the variance that this causes is
+        left out: the noise over test images contains it.
         """
         own = self.plan.runs_of(study, row)
         groups: dict[str, list[float]] = {}
@@ -103,40 +128,50 @@ class Results(RecordSource):
                 records = [record for _, record in self.trained(study, other)]
                 numbers = [r.results[metric] for r in records if metric in r.results]
                 groups[runs[0].id] = [float(number) for number in numbers]
-        return pooled_variance(groups.values())
+        variance, freedom = pooled_variance(groups.values())
+        if metric == "top1" and own[0].dataset.split.per_run:
+            drawn = [
+                binomial_variance(float(r.results["top1"]), r.results["images_test"])
+                for other in study.rows
+                for _, r in self.trained(study, other)
+            ]
+            variance = max(variance - statistics.fmean(drawn), 0.0) if drawn else variance
+        return variance, freedom
 
-    def paired(
-        self, study: Study, row: Row, other_study: Study, other: Row, score: Score
-    ) -> PairedDifference | None:
-        """The difference of two trained rows over the test images that both were tested on.
+    def paired_difference(
+        self, study: Study, row: Row, other_study: Study, other: Row
+    ) -> PairedValue | None:
+        """Top-1 of a row minus that of another row, over the same test images.
 
-        None if predictions are missing or were made on other images.
+        Uses the random seeds that both rows have. None if there is no such seed, or if the two
+        were not tested on the same images. The noise combines the pooled variance over seeds of
+        both rows with the noise over test images of the pairs.
         """
-        both = [self._predictions(study, row), self._predictions(other_study, other)]
-        return paired_difference(both[0], both[1], score)
-
-    def _predictions(self, study: Study, row: Row) -> list[pd.DataFrame]:
-        """Test predictions of a row for each random seed; none if one of them is missing."""
-        tables = []
-        for run, record in self.trained(study, row):
-            path = self.place(run.folder / PREDICTIONS)
-            if path not in self._tables:
-                self._tables[path] = self._read_predictions(path, record.results.get("top1"))
-            tables.append(self._tables[path])
-        found = [table for table in tables if table is not None]
-        return found if len(found) == len(tables) else []
-
-    def _read_predictions(self, path: Path, top1: float | None) -> pd.DataFrame | None:
-        if not (self.root / path).exists():
+        rows = self.trained(study, row), self.trained(other_study, other)
+        others = {run.seed: run for run, _ in rows[1]}
+        tables, paths = [], []
+        for run, _ in rows[0]:
+            second = others.get(run.seed)
+            if second is None or second.dataset.to_spec() != run.dataset.to_spec():
+                continue
+            predictions = [self.predictions(each) for each in (run, second)]
+            if predictions[0] is None or predictions[1] is None:
+                continue
+            tables.append((run.seed, predictions[0], predictions[1]))
+            paths += [self.place(self.plan.train_task(each).path) for each in (run, second)]
+        if (pairs := pair(tables)) is None:
             return None
-        try:
-            table = read_predictions(self.root / path)
-            if top1 is None or abs(metrics(table)[1] - top1) > 1e-6:
-                raise HovitError(f"{path}: does not give the top-1 of its record")
-        except HovitError as error:
-            self.problems[path] = f"{error}; not used"
-            return None
-        return table
+        mean, spread = _over_seeds(pairs.differences)
+        sides = ((study, row), (other_study, other))
+        n = len(tables)
+        over_seeds = math.hypot(
+            *(seed_noise(*self.seed_variance(*side, "top1"), n) for side in sides)
+        )
+        noise = math.hypot(over_seeds, pairs.image_noise)
+        return PairedValue(
+            mean, spread, n, noise, over_seeds, paths=tuple(paths),
+            better=pairs.better, worse=pairs.worse,
+        )  # fmt: skip
 
     def _evaluated_value(self, study: Study, row: Row) -> Value | None:
         task = self.plan.evaluate_task(study)
@@ -190,6 +225,11 @@ class Results(RecordSource):
             return None
         noise = found.get(f"{name}_noise", 0.0)
         return Value(float(found[name]), noise=noise, paths=(self.place(task.path),))
+
+
+def _over_seeds(values: list[float]) -> tuple[float, float]:
+    """(mean, standard deviation over random seeds; 0 for one seed)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def _throughput(latency: dict[str, dict[str, Any]], paths: tuple[Path, ...]) -> Value | None:

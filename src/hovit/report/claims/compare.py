@@ -7,10 +7,11 @@ from typing import Literal
 from ...config.kinds import ANALYSIS_KINDS
 from ...config.metrics import Quantity, quantity
 from ...config.schema import Claim, Row, Study, split_ref
-from ..noise import NORMAL, half_iqr
+from ..noise import half_iqr
 from ..number import significant
 from ..record_source import plural
-from ..results import Results, Value
+from ..results import PairedValue, Results, Value
+from ..tables.columns import format_p
 
 NO_RECORD = "no record"
 DEVICES = {"cpu": "a CPU", "cuda": "a GPU"}
@@ -79,7 +80,7 @@ def referenced(results: Results, ref: str, absolute: bool) -> Value | Missing:
     number = quantity(metric)
     if number is None:
         return none
-    checked = "latency" if number.is_timed else number.metric.name
+    checked = "latency" if number.is_timed else number.metric.recorded
     if _is_measured(number) and checked not in scale.judges:
         return Missing(f"scale {scale.id} does not check {WORDS[checked]}", is_general=True)
     value = results.value(study, row, number)
@@ -139,42 +140,47 @@ def is_exact(claim: Claim) -> bool:
 
 def compare(results: Results, claim: Claim, values: list[Value]) -> Outcome:
     """Compare a claim's numbers with the paper: the verdict, and the reason."""
-    number, noise = measured_number(results, claim, values)
+    paired = _paired(results, claim)
+    number, noise = (paired.mean, paired.noise) if paired else measured_number(claim, values)
     if claim.reported is None:
         verdict, why = _compare_two(claim, number, noise, *values)
         detail = ""
     else:
         verdict, why, detail = _compare_reported(claim, number, noise)
-    if verdict in DECIDED and _has_one_seed(results, claim, values):
+    why = "; ".join(filter(None, (why, _pairs(paired) if paired else "")))
+    if verdict in DECIDED and _has_one_seed(results, claim, values, paired):
         detail = f"{verdict} ({detail})" if detail else verdict
         verdict = "provisional"
     return Outcome(verdict, number, why, _shown(claim, number, values), detail)
 
 
-def measured_number(results: Results, claim: Claim, values: list[Value]) -> tuple[float, float]:
-    """(the number that is compared with the paper's, its noise)."""
+def measured_number(claim: Claim, values: list[Value]) -> tuple[float, float]:
+    """(the number that is compared with the paper's, its noise), without pairs of images."""
     if claim.to is None:
         named = quantity(split_ref(claim.of)[3])
         unit = named.metric.unit if named else 1.0  # as tables and papers print it
         return values[0].mean * unit, values[0].noise * unit
-    number, noise = against(claim.kind, *values)
-    if claim.kind in (*COMPARISONS, "difference"):
-        noise = _paired_noise(results, claim, *values) or noise
-    return number, noise
+    return against(claim.kind, *values)
 
 
-def _paired_noise(results: Results, claim: Claim, a: Value, b: Value) -> float | None:
-    """Noise of the difference of two accuracies, paired by test image; None if they are not."""
-    analysis_id, study_id, row_id, metric = split_ref(claim.of)
-    _, other_study_id, other_id, other_metric = split_ref(claim.to or claim.of)
-    if analysis_id or metric != other_metric or metric not in ("top1", "loss"):
+def _paired(results: Results, claim: Claim) -> PairedValue | None:
+    """The difference of two accuracies over the same test images; None if it cannot be paired."""
+    if claim.to is None or claim.kind not in (*COMPARISONS, "difference"):
         return None
-    study, other = results.plan.study(study_id), results.plan.study(other_study_id)
-    score: Literal["top1", "loss"] = "top1" if metric == "top1" else "loss"
-    paired = results.paired(study, study.row(row_id), other, other.row(other_id), score)
-    if paired is None:
+    refs = split_ref(claim.of), split_ref(claim.to)
+    if any(analysis or metric != "top1" for analysis, _, _, metric in refs):
         return None
-    return math.hypot(a.seed_noise, b.seed_noise, NORMAL * paired.error)
+    (_, study, row, _), (_, other_study, other, _) = refs
+    first, second = map(results.plan.study, (study, other_study))
+    return results.paired_difference(first, first.row(row), second, second.row(other))
+
+
+def _pairs(paired: PairedValue) -> str:
+    """How many test images two rows classify differently, and the p of the test."""
+    return (
+        f"of the same test images, {paired.better:,} are right only with the first and "
+        f"{paired.worse:,} only with the second ({format_p(paired.p)}, exact McNemar test)"
+    )
 
 
 def against(kind: str, a: Value, b: Value) -> tuple[float, float]:
@@ -249,8 +255,12 @@ def _compare_reported(claim: Claim, number: float, noise: float) -> tuple[str, s
     return ("contradicted" if effect < -noise else "within noise"), limit, ""
 
 
-def _has_one_seed(results: Results, claim: Claim, values: list[Value]) -> bool:
-    """Whether a trained side of a claim has one random seed only."""
+def _has_one_seed(
+    results: Results, claim: Claim, values: list[Value], paired: PairedValue | None
+) -> bool:
+    """Whether a trained side of a claim, or its pairs, have one random seed only."""
+    if paired is not None and paired.n == 1:
+        return True
     refs = filter(None, (claim.of, claim.to))
     for ref, value in zip(refs, values, strict=True):
         analysis_id, study_id, _, metric = split_ref(ref)

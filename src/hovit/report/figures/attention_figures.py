@@ -196,7 +196,7 @@ def attention_maps(results: Results) -> "Canvas":
         )
     else:
         say_unmeasured(axes[0][0])
-    state(canvas, results, [study], photographs(results))
+    state(canvas, results, [study], photographs(results, "attention_maps"))
     return canvas
 
 
@@ -225,10 +225,12 @@ def seeds(results: Results, studies: list[Study]) -> list[str]:
     return [f"n = {least}{plural(found[-1], 'seed')}"] if found else []
 
 
-def photographs(results: Results) -> list[str]:
-    """The data set of the photographs, if a figure shows those instead of the run's images."""
-    name = results.plan.scale.photographs
-    return [f"photographs: {results.plan.config.datasets[name].title}"] if name else []
+def photographs(results: Results, analysis_id: str) -> list[str]:
+    """The data set of the photographs, if a figure shows those instead of the images of the run."""
+    task = results.plan.analyse_task(results.plan.analysis(analysis_id))
+    packs = task.packs.items() if task else ()
+    titles = {p.dataset.title for ref, p in packs if task and p.dataset != task.runs[ref].dataset}
+    return [f"photographs: {', '.join(sorted(titles))}"] if titles else []
 
 
 TOP1_BARS = "bars: 95 % interval of each point's top-1, over test images and seeds"

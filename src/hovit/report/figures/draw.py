@@ -19,6 +19,7 @@ from .attention_figures import (
     attention_maps,
 )
 from .hovit_figures import IDEAS, accuracy_latency, five_ideas, training_curves
+from .launcher_figures import generated_images
 from .skipvit_figures import kept_patches, skipvit_accuracy, skipvit_speed, skipvit_warmup
 
 if TYPE_CHECKING:
@@ -102,6 +103,12 @@ FIGURES = {
         ("levit_attention",),
         attention_maps,
         analyses=("attention_maps",),
+    ),
+    "generated_images": Figure(
+        "Image that the Launcher generates from a photograph",
+        ("launcher_imagenet",),
+        generated_images,
+        analyses=("generated_images",),
     ),
     "mhsa_share": Figure(
         "Accuracy by the share of attention",

@@ -159,7 +159,7 @@ def kept_patches(results: Results) -> "Canvas":
         for label, colour in colours.items()
     ]
     canvas.legend(handles=keys, loc="outside upper center", ncols=len(keys))
-    state(canvas, results, [study], photographs(results))
+    state(canvas, results, [study], photographs(results, "kept_patches"))
     return canvas
 
 

@@ -97,7 +97,7 @@ def origin(results: Results, study: Study, row: Row, number: Quantity, value: Va
         devices = sorted({str(record.provenance.device) for _, record in trained})
         dataset = f"{run.dataset.title} at {run.image_size} px"
         n = f"n = {plural(len(trained), 'seed')}"
-        field = f"results.{number}"
+        field = f"results.{number.metric.recorded}"
         return Origin(records, field, "; ".join(devices), n, scale, dataset, model)
     timed = number.is_inexact or value.n > 1
     device = str(results.latency_device(study) or "") if timed else ""

@@ -136,7 +136,7 @@ def _sources(column: Column) -> list[Results]:
 
 def _is_judged(column: Column) -> bool:
     """Whether it holds trained or timed numbers, at a scale that checks such numbers."""
-    metric = "latency" if column.number.is_timed else column.number.metric.name
+    metric = "latency" if column.number.is_timed else column.number.metric.recorded
     return any(metric in results.plan.scale.judges for results in _sources(column))
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from ...config.metrics import RATIO_DECIMALS, RATIO_HEADING, Metric, Quantity, quantity
 from ...config.schema import Row, Study
-from ..results import Results, Value
+from ..results import PairedValue, Results, Value
 from ..sources import Sources
 
 NOTHING = "—"
@@ -60,12 +60,23 @@ class Table:
 
 
 def format_value(value: Value, metric: Metric) -> str:
-    """A value as a table shows it: mean, and ± spread over seeds."""
+    """A value as a table shows it: mean, and ± spread over seeds, or a 95 % interval."""
     if metric.name == "gigabytes":
         return f"{value.mean:.3g}"
+    low, high = value.interval
+    if metric.name == "top1_interval":
+        return f"{max(low, 0):.{metric.decimals}f} to {min(high, 100):.{metric.decimals}f}"
     text = f"{value.mean * metric.unit:,.{metric.decimals}f}"
+    if isinstance(value, PairedValue):
+        ends = f"{low:.{metric.decimals}f} to {high:.{metric.decimals}f}"
+        return f"{text} ({ends}), {format_p(value.p)}"
     over_seeds = value.spread and metric.kind != "timed"
     return f"{text} ± {value.spread:.{metric.decimals}f}" if over_seeds else text
+
+
+def format_p(p: float) -> str:
+    """A p-value with two digits: `p = 0.031`, or `p < 0.001`."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
 def format_printed(printed: str) -> str:

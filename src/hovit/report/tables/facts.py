@@ -46,13 +46,16 @@ def describe(results: Results, study: Study) -> dict[str, str]:
 
 def _training(results: Results, study: Study) -> dict[str, str]:
     """Images, device, commit, recipe and seeds of the trained rows."""
-    plan, facts = results.plan, {}
+    plan, scale, facts = results.plan, results.plan.scale, {}
     rows = plan.rows_run(study)
     runs = [run for row in rows for run in plan.runs_of(study, row)]
     records = [record for row in rows for _, record in results.trained(study, row)]
     facts["Data"] = "; ".join(dict.fromkeys(_images_of(run) for run in runs))
     if none := {row.dataset or study.dataset for row in study.rows} - {run.role for run in runs}:
         facts["Not run"] = f"{', '.join(sorted(none))}: this scale has no such images"
+    if skipped := sum(not scale.includes(study, row) for row in study.rows):
+        labels = "; ".join(row.label for row in rows)
+        facts["Not run"] = f"{plural(skipped, 'row')}; this scale trains only {labels}"
     if records:
         facts["Images"] = _split_counts(results, study, rows)
         devices = sorted({str(record.provenance.device) for record in records})

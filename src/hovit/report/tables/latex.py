@@ -10,7 +10,7 @@ LATEX = str.maketrans(
         "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
         "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
         "×": r"$\times$", "±": r"$\pm$", "→": r"$\to$", "†": r"$\dagger$", "—": "---", "–": "--",
-        "…": r"\dots{}",
+        "…": r"\dots{}", "−": "$-$", "<": "$<$",
     }
 )  # fmt: skip
 

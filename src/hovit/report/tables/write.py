@@ -8,7 +8,7 @@ from ...config.metrics import Quantity, quantity
 from ...config.plan import Plan
 from ...config.schema import Row, Study
 from ...utils.files import write_text
-from ..results import Results
+from ..results import PairedValue, Results
 from ..sources import Sources, load_sources
 from .columns import Column, Table, make_table
 from .facts import describe
@@ -114,6 +114,12 @@ def _numbers(
         if value and value.n > 1:
             spread = "iqr" if number.is_timed else "sd"
             found |= {f"{before}{each}_{spread}": value.spread, f"{before}{each}_n": value.n}
+        if value and number.metric.derived_from:
+            low, high = value.interval
+            found |= {f"{before}{each}_low": low, f"{before}{each}_high": high}
+        if isinstance(value, PairedValue):
+            counts = {"better": value.better, "worse": value.worse, "p": value.p}
+            found |= {f"{before}{each}_{name}": count for name, count in counts.items()}
     return found
 
 
