@@ -141,12 +141,14 @@ class _Collector:
     def context(self, results: Results, study: Study) -> dict[str, Any]:
         """What a study's numbers from one source share: scale, images, runs."""
         plan = results.plan
-        data, runs = {}, {}
+        data, runs, stand_ins = {}, {}, {}
         for row in study.rows:
             if found := plan.runs_of(study, row):
                 images = found[0].dataset
                 stands = f" (stands in for {images.stands_for})" if images.stands_for else ""
                 data[row.id] = f"{images.title}{stands}, {found[0].image_size} px"
+                if images.stands_for:
+                    stand_ins[row.id] = f"{images.title}{stands}"
             if trained := results.trained(study, row):
                 paths = [results.place(plan.train_task(run).path) for run, _ in trained]
                 runs[row.id] = [self.keep(path) for path in paths]
@@ -156,7 +158,8 @@ class _Collector:
             data = dict.fromkeys(evaluated.results["rows"], what)
         scale = f"{plan.scale.id}: {plan.scale.title}"
         state = "evidence" if results.is_evidence else "run"
-        return {"scale": scale, "state": state, "name": results.name, "data": data, "runs": runs}
+        return {"scale": scale, "state": state, "name": results.name, "data": data, "runs": runs,
+                "stand_ins": stand_ins}  # fmt: skip
 
     def row(self, study: Study, row: Row) -> dict[str, Any]:
         """What a row is; `system` is the same for the same model in every table."""
