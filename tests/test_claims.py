@@ -122,19 +122,6 @@ def test_models_are_paired_by_test_image_where_both_saw_the_same(tmp_path: Path)
     assert noise[True] < 3 < noise[False]
 
 
-def test_predictions_that_do_not_fit_their_record_are_not_used(tmp_path: Path) -> None:
-    plan = load_plan("proxy", CONFIG)
-    for row, top1 in (("hovit", [34.0, 34.5]), ("levit_deck", [30.0, 30.5])):
-        runs(plan, tmp_path, row, top1)
-    study = plan.study("hovit")
-    folder = tmp_path / plan.runs_of(study, study.row("hovit"))[0].folder
-    write_predictions(folder / "predictions.csv.gz", made_up_predictions(90.0))
-    results = Results(plan, tmp_path)
-    row, other = study.row("hovit"), study.row("levit_deck")
-    assert results.paired(study, row, study, other, "top1") is None
-    assert "does not give the top-1 of its record; not used" in str(results.problems)
-
-
 # Verdicts -----------------------------------------------------------------------------------------
 
 

@@ -28,7 +28,8 @@ from hovit.report.figures.draw import FIGURES, draw
 from hovit.report.noise import student
 from hovit.report.results import Results, Value
 from hovit.report.sources import Sources, load_sources
-from hovit.report.tables.write import write_index, write_table
+from hovit.report.tables.view import view
+from hovit.report.tables.write import write_index, write_table, write_table_from
 from hovit.utils.errors import HovitError
 from hovit.utils.files import write_json
 
@@ -45,14 +46,17 @@ def test_every_table_in_three_forms(plan: Plan, root: Path) -> None:
         text = stem.with_suffix(".md").read_text()
         table = pd.read_csv(stem.with_suffix(".csv"), dtype=str)
         assert list(table["row"]) == [row.id for row in study.rows]
-        assert len(re.findall(r"^\| ", text, re.M)) == len(study.rows) + 2
+        rows = re.findall(r"^\|.*$", text, re.M)
+        assert len(rows) % (len(study.rows) + 2) == 0  # whole tables, with header and rule
+        assert len(rows) > 0
+        assert max(map(len, rows)) <= 100, study.id
         tex = stem.with_suffix(".tex").read_text()
         assert tex.count(r"\begin") == tex.count(r"\end") == 2
         body = tex.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
         columns = re.search(r"\\begin\{tabular\}\{(l+r+)\}", tex)
         assert columns is not None
         assert {len(re.split(r"(?<!\\)&", line)) for line in body} == {len(columns[1])}
-        for metric in study.columns:  # each number of the seed stands there, to its last digit
+        for metric in study.columns:  # each reported number stands there, to its last digit
             for i, row in enumerate(study.rows):
                 if printed := row.reported.get(metric):
                     assert table[f"{metric}_reported"][i] == printed
@@ -77,10 +81,46 @@ def test_a_mean_has_its_spread_and_latency_its_ratio(plan: Plan, root: Path) -> 
     assert table.loc["hovit", "top1_sd"] == pytest.approx(0.5**0.5)
     assert table.loc["hovit", "top1_n"] == 2
     text = (root / "results/tables/hovit.md").read_text()
-    assert f"{base + 0.5:.2f} ± 0.71" in text
-    assert "1.30" in text  # 13 ms over LeViT's 10 ms
-    assert "0.55" in text  # the deck's 5.82 over 10.50
+    assert f"| {base + 0.5:.1f} ± 0.7 (2) |" in text
+    assert "| 1.30 |" in text  # 13 ms over LeViT's 10 ms
+    assert "| 5.82 | 0.554 |" in text  # the deck's 5.82 over 10.50
     assert "| 10.50 |" in text
+    assert "Top-1, % on stand-ins" in text
+    assert "batch 32, ms" in text
+
+
+def test_committed_tables_fit_a_page_and_hide_smoke_accuracies(tmp_path: Path) -> None:
+    """Of every study: lines of at most 100 characters; no smoke number next to a reported one."""
+    smoke = load_plan("smoke", ROOT / "config")
+    study = smoke.study("hovit_cifar100")  # no committed result
+    for run in smoke.runs_of(study, study.row("hovit")):
+        write_record(tmp_path / run.folder / "record.json", train_record(run, 51.5))
+    (tmp_path / "results/evidence").symlink_to(ROOT / "results/evidence")
+    sources = load_sources(smoke, tmp_path)
+    for each in smoke.config.studies.values():
+        write_table_from(sources, each, tmp_path)
+        text = (tmp_path / f"results/tables/{each.id}.md").read_text()
+        assert max(map(len, re.findall(r"^\|.*$", text, re.M))) <= 100, each.id
+    text = (tmp_path / "results/tables/hovit_cifar100.md").read_text()
+    assert "| HoViT | 50–60 |\n" in text
+    assert "51.5" not in text.split("## Provenance")[0]
+    assert "Accuracies and times of this run (scale `smoke`" in text
+    assert "51.5" in (tmp_path / "results/tables/hovit_cifar100.csv").read_text()
+    skipvit = (tmp_path / "results/tables/skipvit.md").read_text()
+    assert "ViT-S baseline (ViT-Ti here)" in skipvit
+
+
+def test_rows_of_a_table_come_from_one_source_where_possible(plan: Plan, root: Path) -> None:
+    """One row of a larger scale does not stand among rows of a smaller one."""
+    proxy = load_plan("proxy", ROOT / "config")
+    study = proxy.study("hovit")
+    shutil.copytree(root / "results/runs", root / "results/evidence/test-cpu")
+    for run in proxy.runs_of(study, study.row("hovit")):
+        place = run.folder.relative_to("results/runs") / "record.json"
+        write_record(root / "results/evidence/test-gpu" / place, train_record(run, 77.0))
+    text = "\n".join(view(load_sources(plan, root), study))
+    assert "77.0" not in text
+    assert "committed results, scale mini" in text
 
 
 def test_reported_and_three_baselines_wherever_the_deck_compares(plan: Plan) -> None:

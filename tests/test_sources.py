@@ -81,9 +81,8 @@ def test_markdown_csv_and_latex_say_where_a_cell_comes_from(
     write_table(plan, plan.study("hovit"), tmp_path)
     stem = tmp_path / "results/tables/hovit"
     text = stem.with_suffix(".md").read_text()
-    assert "<sup>a</sup>" in text
-    assert f"- **Evidence a**: scale: `proxy`: {load_plan('proxy', ROOT / 'config').scale.title}" \
-        in text  # fmt: skip
+    title = load_plan("proxy", ROOT / "config").scale.title
+    assert f"- **Committed results a**: scale: `proxy`: {title}" in text
     assert r"\textsuperscript{b}" in stem.with_suffix(".tex").read_text()
     header, *lines = stem.with_suffix(".csv").read_text().splitlines()
     assert "evidence_top1_from" in header
