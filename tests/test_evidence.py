@@ -16,7 +16,7 @@ from synthetic import GPU, made_up_predictions, measure_record, write_all
 from hovit.config.load import load_config
 from hovit.config.plan import Plan, load_plan
 from hovit.config.schema import Config
-from hovit.pipeline.evidence import EVIDENCE, add, records_in, verify
+from hovit.pipeline.evidence import CODE, EVIDENCE, add, records_in, verify
 from hovit.records.predictions import metrics, predictions_digest, write_predictions
 from hovit.records.record import read_record, write_record
 from hovit.report.claims.check import check_all
@@ -61,6 +61,12 @@ def here(history: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 @pytest.fixture
 def plan(here: Path) -> Plan:
     return load_plan("smoke", here / "config")
+
+
+def verify_copied(config: Config, root: Path) -> tuple[int, list[str]]:
+    """`verify` of records that no `hovit evidence add` brought: CODE does not list them."""
+    count, problems = verify(config, root)
+    return count, [line for line in problems if not line.startswith(f"{CODE}: out of date")]
 
 
 def test_what_verifies_is_taken_byte_for_byte_and_once(config: Config, here: Path) -> None:
@@ -140,7 +146,7 @@ def test_every_mutation_turns_it_red(config: Config, here: Path, mutation: str) 
     assert not (here / EVIDENCE).exists()  # nothing of the lot is taken
 
     shutil.copytree(here / "elsewhere", here / EVIDENCE / "test-cpu")
-    count, problems = verify(config, here)
+    count, problems = verify_copied(config, here)
     assert len(problems) == 1
     assert says in problems[0]
     assert "hovit.pets.deck/seed0" in problems[0]
@@ -150,7 +156,7 @@ def test_every_mutation_turns_it_red(config: Config, here: Path, mutation: str) 
 def test_evidence_in_another_devices_folder_is_red(config: Config, here: Path) -> None:
     add(config, [here / "elsewhere"], here)
     (here / EVIDENCE / "test-cpu").rename(here / EVIDENCE / "better-cpu")
-    count, problems = verify(config, here)
+    count, problems = verify_copied(config, here)
     assert len(problems) == count
     assert "belongs to" in problems[0]
 
@@ -174,6 +180,27 @@ def test_a_commit_that_is_not_known_is_looked_for(config: Config, here: Path) ->
     other_code(path)
     with pytest.raises(HovitError, match="its code hash does not match the sources in any commit"):
         add(config, [here / "elsewhere"], here)
+
+
+def test_an_archive_without_history_verifies(config: Config, here: Path, tmp_path: Path) -> None:
+    """A tree without .git, as Zenodo has it, checks code hashes against code.json."""
+    add(config, [here / "elsewhere"], here)
+    archive = tmp_path / "archive"
+    shutil.copytree(here / EVIDENCE, archive / EVIDENCE)
+    count, problems = verify(config, archive)
+    assert count > 0
+    assert not problems
+    (archive / CODE).unlink()
+    _, problems = verify(config, archive)
+    assert len(problems) == count
+    assert all("history is not here" in line for line in problems)
+
+
+def test_code_hashes_of_another_tree_are_out_of_date(config: Config, here: Path) -> None:
+    add(config, [here / "elsewhere"], here)
+    write_json(here / CODE, {})
+    _, problems = verify(config, here)
+    assert problems == [f"{CODE}: out of date; run `hovit evidence add {EVIDENCE}`"]
 
 
 def test_nothing_to_add_is_said(config: Config, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_the_figure_shows_photographs_and_generated_images(tmp_path: Path) -> No
     write_record(tmp_path / plan.analyse_task(plan.analysis("generated_images")).path, record)
     said = words(drawn(plan, tmp_path, "generated_images"))
     assert "not packed here" in said
-    assert "L_HoViT, frozen" in said
+    assert "L_HoViT,\nfrozen" in said
     pack: Pack = plan.run("levit_deck.pets.deck").pack
     prepare(pack, tmp_path, tmp_path / pack.folder)
     canvas = drawn(plan, tmp_path, "generated_images")

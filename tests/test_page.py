@@ -278,7 +278,10 @@ def test_stand_in_accuracies_never_share_a_plot_with_reported_ones(tab: Browser)
 
 @needs_chromium
 def test_the_plot_follows_its_axes_and_its_points_open(tab: Browser) -> None:
-    choose_images(tab, "digits (scikit-learn) (stands in for Oxford-IIIT Pet)")
+    choose_images(
+        tab,
+        "digits (scikit-learn) (stands in for Oxford-IIIT Pet, CIFAR-10, CIFAR-100 and ImageNet)",
+    )
     choices = tab.js("[...document.querySelectorAll('#axes [name=x] option')].map(o => o.value)")
     assert {"parameters||", "latency_32:ratio||", "latency_8|run|Test CPU, 2 threads"} <= {*choices}
     for choice in choices:

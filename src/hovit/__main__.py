@@ -2,11 +2,25 @@
 
 import sys
 
-from .pipeline.worker import hand_over
 
-code = hand_over(sys.argv[1:])
-if code is None:
-    from .cli import main
+def main() -> None:
+    """Run the command line. `pip install hovit` alone installs the models without it."""
+    try:
+        from .cli import main as run
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("hovit"):
+            raise
+        sys.exit(
+            f"error: the command line needs {error.name}: run `make setup` in a clone, "
+            "or install the extra: `pip install '.[artifact]'`"
+        )
+    run()
 
-    main()
-sys.exit(code)
+
+if __name__ == "__main__":
+    from .pipeline.worker import hand_over
+
+    code = hand_over(sys.argv[1:])
+    if code is None:
+        main()
+    sys.exit(code)

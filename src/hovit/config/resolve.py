@@ -34,7 +34,7 @@ class Resolver:
         role = row.dataset or study.dataset
         if row.model is None or not study.trained or role not in self.scale.datasets:
             return []
-        if not self.scale.includes(study, row):
+        if not study.runs_at(self.scale, row):
             return []
         seeds = self.scale.seeds[:1] if role in ONE_SEED else self.scale.seeds
         return [self._run(study, row, seed) for seed in seeds]

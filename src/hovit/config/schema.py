@@ -264,8 +264,6 @@ class Scale(Strict):
     datasets: dict[Role, Name]
     # Test images for figures; None: those of the role `photographs`, or else of the run.
     photographs: Name | None = None
-    # Study -> the rows that this scale runs; a study that is not named runs all its rows.
-    rows: dict[Name, Annotated[tuple[Text, ...], Field(min_length=1)]] = {}
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
     image_size: Annotated[int, Field(ge=32)] | None = None  # maximum; None: the recipe's
     epoch_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -289,10 +287,6 @@ class Scale(Strict):
     def shown_photographs(self) -> str | None:
         """The data set whose test images figures show; None: the images of the run."""
         return self.photographs or self.datasets.get("photographs")
-
-    def includes(self, study: "Study", row: "Row") -> bool:
-        """Whether this scale runs a row."""
-        return study.id not in self.rows or row.id in self.rows[study.id]
 
     def model_of(self, row: "Row") -> str:
         """The model that is trained and timed for a row: the row's own, or its stand-in."""
@@ -365,6 +359,8 @@ class Study(Strict):
     image_size: Annotated[int, Field(ge=32)] | None = 224
     columns: Annotated[tuple[MetricName, ...], Field(min_length=1)]
     notes: tuple[Text, ...] = ()
+    # Scale -> the rows that are trained and measured there; all rows at other scales.
+    rows_at: dict[Name, Annotated[tuple[Text, ...], Field(min_length=1)]] = {}
     rows: Annotated[tuple[Row, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -373,6 +369,10 @@ class Study(Strict):
         if self.on_gpu and not (fits and self.workload == "inference"):
             raise ValueError("`on_gpu` belongs to a study of inference with `throughput` alone")
         return self
+
+    def runs_at(self, scale: Scale, row: Row) -> bool:
+        """Whether a row is trained and measured at a scale that has its images."""
+        return scale.id not in self.rows_at or row.id in self.rows_at[scale.id]
 
     def row(self, row_id: str) -> Row:
         """The row of that id.

@@ -196,7 +196,11 @@ class MeasureTask(StudyTask):
             "num_classes": study.num_classes,
             "image_size": study.image_size,
             "latency": self._latency() if timed else None,
-            "rows": {row.id: self._row(row) for row in study.rows if row.model},
+            "rows": {
+                row.id: self._row(row)
+                for row in study.rows
+                if row.model and study.runs_at(self.scale, row)
+            },
         }
 
     def _latency(self) -> dict[str, Any]:

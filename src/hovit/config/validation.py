@@ -61,9 +61,6 @@ def _check_scales(config: Config, root: Path, must: Must) -> None:
         ):
             for recipe in recipes:
                 must(config.recipes, recipe, f"{file}: {key}")
-        for study, rows in scale.rows.items():
-            for row in rows:
-                _check_row_ref(config, f"{study}/{row}", f"{file}: rows.{study}", must)
         for name, weights in scale.weights.items():
             where = f"{file}: weights.{name}.row"
             if weights.row and _check_row_ref(config, weights.row, where, must).pretrained:
@@ -99,6 +96,10 @@ def _check_rows(config: Config, root: Path, study: Study, must: Must) -> None:
     file = f"studies/{study.id}.yaml"
     must(config.recipes, study.recipe, f"{file}: recipe")
     ids = [row.id for row in study.rows]
+    for scale, chosen in study.rows_at.items():
+        must(config.scales, scale, f"{file}: rows_at")
+        for row_id in chosen:
+            must(ids, row_id, f"{file}: rows_at.{scale}")
     for i, row in enumerate(study.rows):
         if row.id in ids[:i]:
             raise HovitError(f"{root}/{file}: rows[{i}].id: {row.id!r} is given twice")

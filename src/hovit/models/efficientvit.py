@@ -17,7 +17,6 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resize_rel_pos_bias_table_levit, to_2tuple
 from timm.models import (
-    build_model_with_cfg,
     checkpoint,
     generate_default_cfgs,
     register_model,
@@ -25,6 +24,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from .build import build_model
 from .efficientvit_layers import (
     Block,
     CascadedGroupAttention,
@@ -266,7 +266,7 @@ MODEL_ARGS: dict[str, dict[str, Any]] = {
 
 
 def _efficientvit(variant: str, pretrained: bool, **kwargs: Any) -> EfficientViT:
-    return build_model_with_cfg(
+    return build_model(
         EfficientViT,
         variant,
         pretrained,

@@ -20,10 +20,11 @@ from typing import Any
 import timm
 import torch
 from timm.layers import to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from . import hovit, levit_deck
+from .build import build_model
 from .front import Fronted, make_renormalize, within_backbone
 
 IMAGE_CHANNELS = 3  # of the generated image, whatever the channels of the input
@@ -133,7 +134,7 @@ def _register_launcher(backbone: str) -> Callable[..., Launcher]:
     """Register `l_{backbone}`: the Launcher in front of this backbone."""
 
     def create_launcher(pretrained: bool = False, **kwargs: Any) -> Launcher:
-        return build_model_with_cfg(
+        return build_model(
             partial(Launcher, backbone),
             f"l_{backbone}",
             pretrained,

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
-    build_model_with_cfg,
     checkpoint,
     generate_default_cfgs,
     register_model,
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from ..attention.forms import ATTENTION_OPTIONS, get_form
 from ..attention.modules import check_attention
+from .build import build_model
 from .levit_layers import HEAD_DIM, SHRINKS, AttentionStage, Block, ConvStage, to_grid, to_tokens
 
 
@@ -258,7 +258,7 @@ default_cfgs = generate_default_cfgs({name: deck_cfg() for name in MODEL_ARGS})
 
 def create_levit_deck(variant: str, pretrained: bool, **kwargs: Any) -> LevitDeck:
     """Build a variant through timm; `kwargs` override its arguments."""
-    return build_model_with_cfg(
+    return build_model(
         LevitDeck,
         variant,
         pretrained,

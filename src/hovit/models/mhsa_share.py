@@ -14,8 +14,10 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
+
+from .build import build_model
 
 
 class AttentionLayer(nn.Module):
@@ -173,7 +175,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _mhsa(variant: str, pretrained: bool, **kwargs: Any) -> Any:
-    return build_model_with_cfg(
+    return build_model(
         partial(with_mhsa_share, BASES[variant]),
         variant,
         pretrained,

@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
+from .build import build_model
 from .schedule import Schedule, keep_count
 from .token_skipping import choose, class_attention, fuse, put_back, take
 
@@ -238,7 +239,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _skipvit(variant: str, pretrained: bool, **kwargs: Any) -> SkipViT:
-    return build_model_with_cfg(
+    return build_model(
         SkipViT,
         variant,
         pretrained,

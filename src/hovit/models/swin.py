@@ -16,12 +16,13 @@ two sides of the image. FLatten's own windows cover the whole map and need no sh
 import copy
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from torch import Tensor
 
 from ..attention.forms import ATTENTION_OPTIONS, get_form
 from ..attention.modules import check_attention, create_attention
+from .build import build_model
 
 
 class SwinAttention(WindowAttention):
@@ -163,7 +164,7 @@ default_cfgs = generate_default_cfgs(
 def _swin(variant: str, pretrained: bool, **kwargs: Any) -> Swin:
     args = MODEL_ARGS[variant] | kwargs
     feature_cfg = {"flatten_sequential": True, "out_indices": tuple(range(len(args["depths"])))}
-    return build_model_with_cfg(Swin, variant, pretrained, feature_cfg=feature_cfg, **args)
+    return build_model(Swin, variant, pretrained, feature_cfg=feature_cfg, **args)
 
 
 @register_model

@@ -2,8 +2,11 @@
 
 Each record is a copy of the program's own file. `add` takes a record only if it verifies; `verify`
 checks all of them again: the seal, the spec against config row by row, the code hash against the
-repository's history (which needs a full clone), and metrics against the predictions. Tables and
-claims check seal and spec every time; a test runs `verify` on the committed records.
+repository's history, and metrics against the predictions. Tables and claims check seal and spec
+every time; a test runs `verify` on the committed records.
+
+An archive or a shallow clone lacks the history. There, code hashes are checked against
+`results/evidence/code.json`, which `add` writes where the history is complete.
 """
 
 import re
@@ -22,8 +25,10 @@ from ..records.predictions import metrics, predictions_digest, read_predictions
 from ..records.record import Record, read_record
 from ..utils.code_hash import record_code
 from ..utils.errors import HovitError
-from ..utils.files import atomic
-from ..utils.git import git
+from ..utils.files import atomic, read_json, write_json
+from ..utils.git import git, is_repository
+
+CODE = EVIDENCE / "code.json"  # commit -> code hashes of the records made at it
 
 
 def add(config: Config, sources: list[Path], root: Path = Path()) -> list[Path]:
@@ -60,6 +65,9 @@ def add(config: Config, sources: list[Path], root: Path = Path()) -> list[Path]:
             _copy(path.parent / name, place.parent / name)
         _copy(path, place)
         taken.append(place)
+    if complete_history(root):
+        records = [read_record(path) for path in records_in(root / EVIDENCE)]
+        write_json(root / CODE, code_hashes(records))
     return taken
 
 
@@ -68,19 +76,33 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, temporary)
 
 
+def code_hashes(records: list[Record]) -> dict[str, list[str]]:
+    """The code hashes that records state, by commit; `unknown` for records without one."""
+    found: dict[str, set[str]] = {}
+    for record in records:
+        found.setdefault(_known_commit(record), set()).add(record.provenance.code)
+    return {commit: sorted(hashes) for commit, hashes in sorted(found.items())}
+
+
 def verify(config: Config, root: Path = Path()) -> tuple[int, list[str]]:
     """Check all evidence again: (number of records, problems)."""
     paths = records_in(root / EVIDENCE)
     plans = {name: Plan(config, scale) for name, scale in config.scales.items()}
-    problems = []
+    verified, problems = [], []
     for path in paths:
         try:
             record = check(plans, path, root)
             place = root / EVIDENCE / slug(record.provenance.device) / location(record)
             if place != path:
                 raise HovitError(f"{path}: belongs to {place}")
+            verified.append(record)
         except HovitError as error:
             problems.append(str(error))
+    stated = _stated_hashes(root)
+    for commit, hashes in code_hashes(verified).items():
+        if not set(hashes) <= set(stated.get(commit, [])):
+            problems.append(f"{CODE}: out of date; run `hovit evidence add {EVIDENCE}`")
+            break
     return len(paths), problems
 
 
@@ -143,13 +165,43 @@ def _check_predictions(path: Path, record: Record) -> None:
 
 def _check_code(path: Path, record: Record, root: Path) -> None:
     """Find the record's code hash in the history: at its own commit, or at any if it knew none."""
-    made = record.provenance
-    known = made.commit if made.commit != "unknown" and not made.dirty else None
-    for commit in [known] if known else _history(root):
-        if record_code(record.kind, record.spec, _package_at(root, commit)) == made.code:
+    code, commit = record.provenance.code, _known_commit(record)
+    if not complete_history(root):
+        if code not in _stated_hashes(root).get(commit, []):
+            raise HovitError(
+                f"{path}: the git history is not here, and {CODE} does not list its code hash"
+            )
+        return
+    for one in _history(root) if commit == UNKNOWN else [commit]:
+        if record_code(record.kind, record.spec, _package_at(root, one)) == code:
             return
-    where = f"at commit {known[:10]}" if known else "in any commit"
+    where = "in any commit" if commit == UNKNOWN else f"at commit {commit[:10]}"
     raise HovitError(f"{path}: its code hash does not match the sources {where}")
+
+
+UNKNOWN = "unknown"
+
+
+def _known_commit(record: Record) -> str:
+    """The commit at which a record was made; UNKNOWN if it is not known, or sources had changed."""
+    made = record.provenance
+    return UNKNOWN if made.dirty else made.commit
+
+
+def complete_history(root: Path) -> bool:
+    """Whether `root` is a git repository with its whole history."""
+    return _complete_history(root.resolve())
+
+
+@lru_cache
+def _complete_history(root: Path) -> bool:
+    if not is_repository(root):
+        return False
+    return git(root, "rev-parse", "--is-shallow-repository").decode().strip() == "false"
+
+
+def _stated_hashes(root: Path) -> dict[str, list[str]]:
+    return read_json(root / CODE) if (root / CODE).exists() else {}
 
 
 @lru_cache

@@ -46,7 +46,9 @@ def generated_images(results: Results) -> "Canvas":
                 show_photograph(ax, results, task.packs[ref], index)
             _label(axes[0][0], "test image")
         images = upsample(row)
-        label = study.row(ref.split("/")[1]).label
+        label = (
+            study.row(ref.split("/")[1]).label.replace(" (", "\n(").replace(", frozen", ",\nfrozen")
+        )
         _label(axes[1 + 2 * n][0], label)
         _label(axes[2 + 2 * n][0], f"minus their mean\n({row['varying']:.1f} % of variance)")
         for line, shown in ((1, images), (2, images - images.mean(0))):

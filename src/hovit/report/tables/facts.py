@@ -53,9 +53,9 @@ def _training(results: Results, study: Study) -> dict[str, str]:
     facts["Data"] = "; ".join(dict.fromkeys(_images_of(run) for run in runs))
     if none := {row.dataset or study.dataset for row in study.rows} - {run.role for run in runs}:
         facts["Not run"] = f"{', '.join(sorted(none))}: this scale has no such images"
-    if skipped := sum(not scale.includes(study, row) for row in study.rows):
+    if skipped := sum(not study.runs_at(scale, row) for row in study.rows):
         labels = "; ".join(row.label for row in rows)
-        facts["Not run"] = f"{plural(skipped, 'row')}; this scale trains only {labels}"
+        facts["Not run"] = f"{plural(skipped, 'row')}; this scale trains and measures only {labels}"
     if records:
         facts["Images"] = _split_counts(results, study, rows)
         devices = sorted({str(record.provenance.device) for record in records})
@@ -65,7 +65,8 @@ def _training(results: Results, study: Study) -> dict[str, str]:
         )
         commits = {r.provenance.commit[:10] + " + changes" * r.provenance.dirty for r in records}
         facts["Commit"] = ", ".join(sorted(commits))
-    facts["Recipe"] = f"{runs[0].recipe.title}; here {_settings(runs[0].recipe)}"
+    recipes = {run.recipe.id: run.recipe for run in runs}.values()
+    facts["Recipe"] = "; ".join(f"{each.title}; here {_settings(each)}" for each in recipes)
     facts["Seeds"] = _seeds(results, study)
     if any(row.pretrained for row in rows):
         trained = [row for row in rows if results.trained(study, row)]
