@@ -2,7 +2,7 @@
 
 All block sizes run in turn on the same inputs. Reported for each: its time over the time of the
 whole batch in one block (median of the ratios in each round, quartiles, n). The size in use is
-`hovit.attention.similarity.BLOCK`.
+`hovit.attention.similarity.BLOCKS`.
 
     python bench/attention_blocks.py
     python bench/attention_blocks.py --tokens 49 --threads 1
@@ -39,7 +39,7 @@ class Blocks(nn.Module):
         return tuple(torch.randn(batch, *self.shape) for _ in range(3))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        similarity.BLOCK = self.block
+        similarity.BLOCKS["cpu"] = self.block
         return similarity.attention(self.form, q, k, v)
 
 

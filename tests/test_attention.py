@@ -16,11 +16,13 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import hovit.models  # noqa: F401
+from hovit.attention import flex
 from hovit.attention import similarity as sim
 from hovit.attention.forms import ATTENTION_FORMS
 from hovit.attention.linear import (
     CHUNK,
-    MIN_LOG_GATE,
+    LEAST_PRODUCT,
+    _fits_float32,
     focus,
     gated_chunks,
     gated_recurrence,
@@ -132,7 +134,7 @@ def test_scores_of_any_leading_dimensions(name: str, lead: tuple[int, ...]) -> N
 def test_block_size_changes_neither_width_nor_dtype(
     name: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sim, "BLOCK", block)
+    monkeypatch.setitem(sim.BLOCKS, "cpu", block)
     q, k, _ = qkv((6, 2, 5, 8))
     v, temperature = torch.randn(6, 2, 5, 3), torch.tensor([0.5, 3.0])
     out = sim.attention(name, q, k, v, temperature=temperature)
@@ -150,16 +152,16 @@ def test_block_size_with_biases_of_windows(
     q, k, v = qkv((6, 2, 5, 8))
     bias = torch.randn(windows, 2, 5, 5)
     for block in (1, 60, 130, 10**6):
-        monkeypatch.setattr(sim, "BLOCK", block)
+        monkeypatch.setitem(sim.BLOCKS, "cpu", block)
         assert error(sim.attention(name, q, k, v, bias), plain(name, q, k, v, bias)) <= 1e-5
 
 
 @given(count=st.integers(1, 60), size=st.integers(1, 10**6), period=st.integers(1, 12))
 def test_a_block_is_whole_periods_or_a_divisor_of_one(count: int, size: int, period: int) -> None:
-    step = sim._step(count * period, size, period)
+    step = sim._step(count * period, size, period, 2**19)
     assert step >= 1
     assert step % period == 0 or period % step == 0
-    assert step == 1 or step * size <= sim.BLOCK
+    assert step == 1 or step * size <= 2**19
 
 
 @pytest.mark.parametrize("name", sim.SIMILARITIES)
@@ -370,14 +372,53 @@ def test_chunks_and_recurrence_agree(n: int, chunk: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 31, 32, 33, 100, 196])
-def test_gates_at_their_floor_for_a_whole_chunk(n: int) -> None:
-    q, k, v = qkv((2, 2, n, 16))
-    a = torch.full((2, 2, n, 16), MIN_LOG_GATE)
-    slow = gated_recurrence(*(t.double() for t in (q, k, v, a, a)))
-    assert error(gated_chunks(q, k, v, a, a), slow) <= 1e-4
+@pytest.mark.parametrize("gate", [-0.9, -5.0, math.log(1e-8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_chunks_are_exact_for_small_gates(n: int, gate: float, dtype: torch.dtype) -> None:
+    """All gates equal, then random ones down to this one; also the gradients."""
+    for a in (torch.full((2, 2, n, 16), gate), gates((2, 2, n, 16), gate)):
+        inputs = [t.to(dtype).requires_grad_() for t in (*qkv((2, 2, n, 16)), a, a.flip(-1))]
+        exact = [t.detach().double().requires_grad_() for t in inputs]
+        out, slow = gated_chunks(*inputs), gated_recurrence(*exact)
+        tolerance = 1e-10 if dtype == torch.float64 else 1e-4
+        assert error(out, slow) <= tolerance
+        weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape)
+        found = torch.autograd.grad(out, inputs, weights.to(dtype))
+        references = torch.autograd.grad(slow, exact, weights)
+        largest = max(float(reference.norm()) for reference in references)
+        for grad, reference in zip(found, references, strict=True):
+            # Gradients of small gates are differences of larger ones, and almost 0.
+            scale = max(float(reference.norm()), 1e-3 * largest)
+            assert float((grad.double() - reference).norm()) <= 10 * tolerance * scale
 
 
-@pytest.mark.parametrize("least", [0.0, MIN_LOG_GATE])
+def test_small_gates_in_bfloat16() -> None:
+    """The module casts to float32, so rounding of the inputs is all that differs."""
+    torch.manual_seed(0)
+    form = GatedAttention(32, 2, tau=1.0)
+    for gate in (form.alpha, form.beta):
+        torch.nn.init.constant_(gate[1].bias, math.log(1e-8))
+    inputs = [torch.randn(2, 49, 32).bfloat16() for _ in range(4)]
+    expected = copy.deepcopy(form).bfloat16().double()
+    expected.scan = gated_recurrence
+    with torch.no_grad():
+        out = form.bfloat16()(*inputs, (7, 7))
+        assert out.dtype == torch.bfloat16
+        assert error(out, expected(*(t.double() for t in inputs), (7, 7))) <= 2e-2
+
+
+def test_float64_is_used_for_small_products_of_gates_only() -> None:
+    least = LEAST_PRODUCT[torch.float32] / 49
+    for gate, fits in ((0.0, True), (0.99 * least, True), (1.01 * least, False)):
+        for other in (0.0, gate):
+            a, b = torch.full((1, 2, 196, 8), gate), torch.full((1, 2, 196, 8), other)
+            assert _fits_float32(a, b, CHUNK) == _fits_float32(b, a, CHUNK) == fits
+    small = torch.full((1, 1, 98, 8), -100.0)
+    assert not _fits_float32(small, small, CHUNK)
+    assert _fits_float32(small.to("meta"), small.to("meta"), CHUNK)  # shapes alone are counted
+
+
+@pytest.mark.parametrize("least", [0.0, -0.9, -5.0])
 @pytest.mark.parametrize("chunk", [17, CHUNK])
 def test_large_inputs_over_several_chunks(chunk: int, least: float) -> None:
     q, k, v = (t * 1e4 for t in qkv((1, 2, 3 * CHUNK + 5, 16)))
@@ -392,6 +433,30 @@ def test_large_inputs_over_several_chunks(chunk: int, least: float) -> None:
     for got, reference in zip(inputs, wanted, strict=True):
         assert got.grad.isfinite().all()
         assert error(got.grad, reference.grad) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+            ],
+        )
+    ],
+)
+@pytest.mark.parametrize("gate", [-0.1, math.log(1e-8)])
+def test_chunks_on_a_card(gate: float, device: str) -> None:
+    a = gates((2, 4, 196, 64), gate)
+    inputs = [t.to(device).requires_grad_() for t in (*qkv((2, 4, 196, 64)), a, a.flip(-1))]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    out, slow = gated_chunks(*inputs), gated_recurrence(*exact)
+    assert error(out, slow) <= 1e-5
+    found = torch.autograd.grad(out.sum(), inputs)
+    for grad, reference in zip(found, torch.autograd.grad(slow.sum(), exact), strict=True):
+        assert error(grad, reference) <= 1e-4
 
 
 @pytest.mark.parametrize("tau", [0.5, 1.0, 16.0])
@@ -725,4 +790,5 @@ def test_the_table_of_forms_matches_functions_and_modules() -> None:
     assert ATTENTION_FORMS.keys() == FORM_CLASSES.keys()
     for name, (module, _) in FORM_CLASSES.items():
         arguments = set(signature(module).parameters) - {"dim", "heads", "tokens", "similarity"}
-        assert set(ATTENTION_FORMS[name].options) == arguments
+        without = set() if name in flex.SCORES else {"plain"}  # there is no other computation
+        assert set(ATTENTION_FORMS[name].options) == arguments - without

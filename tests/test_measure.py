@@ -19,10 +19,20 @@ import hovit.models  # noqa: F401 (registers)
 from hovit.config.plan import Plan, load_plan
 from hovit.config.runs import protocol
 from hovit.config.schema import Latency, OnGpu
+from hovit.measure import latency as latency_module
 from hovit.measure.cost import FLASH_ON_CPU, _counter, cost, macs
-from hovit.measure.latency import forward_ms, gradients_ms, measure_latency, summary
+from hovit.measure.latency import (
+    CapturedPass,
+    forward_ms,
+    forward_pass,
+    gradients_ms,
+    measure_latency,
+    summary,
+    timed,
+)
 from hovit.pipeline import measure as study_module
 from hovit.pipeline.measure import measure_study
+from hovit.pipeline.timing_process import time_in_processes
 from hovit.records.record import Device, read_record
 from hovit.utils.device import describe_device, keep_freed_memory, pick_device
 from hovit.utils.errors import HovitError, OutOfTime
@@ -616,3 +626,130 @@ def test_measuring_keeps_freed_memory_where_its_record_says_so(keep, monkeypatch
     monkeypatch.setattr(study_module, "keep_freed_memory", lambda: called.append(True))
     record = measure_study(plan.measure_task(study), CPU, tmp_path)
     assert bool(called) == keep == (record.spec["latency"]["memory"] == "kept")
+
+
+# Protocol on a GPU, shown on a CPU ---------------------------------------------------------------
+
+
+def a_card(monkeypatch, cost_ms):
+    """CUDA events whose clock a call moves on by `cost_ms`; returns a call and its log."""
+    clock, calls = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing=False):
+            self.at = None
+
+        def record(self):
+            self.at = clock[0]
+
+        def synchronize(self):
+            calls.append("synchronize")
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    def call(*_):
+        clock[0] += cost_ms
+        calls.append("pass")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    return call, calls
+
+
+@pytest.mark.parametrize("cost_ms", [0.02, 0.7, 9.0, 25.0])
+def test_a_sample_on_a_card_takes_ten_milliseconds(monkeypatch, cost_ms):
+    call, calls = a_card(monkeypatch, cost_ms)
+    on_a_card = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    assert timed(call, on_a_card) == pytest.approx(cost_ms)
+    *_, last = "".join("s" if c == "synchronize" else "p" for c in calls).split("s")[:-1]
+    assert 10 <= len(last) * cost_ms <= max(10 + 3 * cost_ms, 12)
+
+
+def test_a_model_on_a_card_warms_up_for_a_third_of_a_second(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def call():
+        now[0] += 0.07
+        return 1.0
+
+    for device, warmup, took in (("cuda", 3, 5), ("cuda", 9, 9), ("cpu", 3, 3)):
+        now[0] = 0.0
+        latency_module._warm_up(call, warmup, torch.device(device))
+        assert round(now[0] / 0.07) == took
+
+
+def test_captured_passes_are_timed_in_the_same_rounds():
+    models = {"a": Tiny(), "b": Tiny()}
+    captured = CapturedPass(forward_pass)
+    samples = measure_latency(
+        models, CPU, image_size=16, batches=(1, 2), rounds=3, warmup=1, captured=captured
+    )
+    assert all({*by} == {"1", "1 captured", "2", "2 captured"} for by in samples.values())
+    assert all(len(ms) == 3 for by in samples.values() for ms in by.values())
+    for model in models.values():
+        events = captured.graphs[id(model)].events
+        assert [name for name, _ in events] == ["eager", "capture", "eager", "capture", "replay"]
+        assert events[-1] == ("replay", 6)
+
+
+def test_a_pass_that_cannot_be_captured_is_timed_eagerly_only():
+    class Waits(Tiny):
+        def forward(self, x):
+            return super().forward(x) * float(x.sum() > 0)
+
+    samples = measure_latency(
+        {"waits": Waits(), "tiny": Tiny()}, CPU, image_size=16, batches=(1,), rounds=2, warmup=1,
+        captured=CapturedPass(forward_pass),
+    )  # fmt: skip
+    assert {*samples["waits"]} == {"1"}
+    assert {*samples["tiny"]} == {"1", "1 captured"}
+
+
+def test_gradients_can_be_captured():
+    samples = measure_latency(
+        {"tiny": Tiny()}, CPU, image_size=16, batches=(2,), rounds=1, warmup=1,
+        timer=gradients_ms, captured=CapturedPass(latency_module.PASSES[gradients_ms]),
+    )  # fmt: skip
+    assert {*samples["tiny"]} == {"2", "2 captured"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_captured_passes_and_memory_on_a_card():
+    peaks = {}
+    samples = measure_latency(
+        {"tiny": Tiny()}, torch.device("cuda"), image_size=64, batches=(1, 8), rounds=3, warmup=1,
+        captured=CapturedPass(forward_pass), peaks=peaks,
+    )  # fmt: skip
+    assert {*samples["tiny"]} == {"1", "1 captured", "8", "8 captured"}
+    assert 0 < peaks["tiny"]["1"] < peaks["tiny"]["8"]
+
+
+# Several processes -------------------------------------------------------------------------------
+
+
+def test_processes_share_the_rounds(tiny_plan, tmp_path):
+    plan, study = tiny_plan
+    latency = plan.scale.latency.model_copy(update={"processes": 2})
+    task = Plan(plan.config, plan.scale.model_copy(update={"latency": latency})).measure_task(study)
+    assert task.spec["latency"]["processes"] == 2
+    assert "processes" not in plan.measure_task(study).spec["latency"]
+    with pytest.raises(OutOfTime):
+        measure_study(task, CPU, root=tmp_path, deadline=0)
+    record = measure_study(task, CPU, root=tmp_path)
+    assert record.results["protocol"] == "cpu-clock"
+    for row in record.results["rows"].values():
+        (found,) = row["latency"].values()
+        assert found["n"] == 3
+        assert len(found["processes"]) == 2
+        assert found["processes"][0] == summary(found["ms"][:2])["median"]
+        assert found["processes"][1] == pytest.approx(found["ms"][2], abs=1e-4)
+        assert Device(**row["device"]) == describe_device(CPU)
+    assert [path.name for path in (tmp_path / task.path).parent.iterdir()] == ["depth.json"]
+
+
+def test_a_process_that_fails_is_one_line(tmp_path):
+    spec = {"latency": {"rounds": 2, "processes": 2, "threads": 1, "memory": "returned"}}
+    with pytest.raises(HovitError, match=r"^x\.process0\.partial\.json: KeyError: 'image_size'$"):
+        time_in_processes(spec | {"rows": {}}, {}, tmp_path / "x.partial.json", float("inf"))

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 from pydantic import ValidationError
-from synthetic import GPU, measure_record, train_record
+from synthetic import CPU, GPU, measure_record, train_record
 
 from hovit.config.plan import Plan, load_plan
 from hovit.config.schema import Claim
@@ -121,6 +121,53 @@ def test_rows_of_a_table_come_from_one_source_where_possible(plan: Plan, root: P
     text = "\n".join(view(load_sources(plan, root), study))
     assert "77.0" not in text
     assert "committed results, scale mini" in text
+
+
+def timed_text(plan: Plan, root: Path, device, protocol: str | None, **more) -> str:
+    """The table of `hovit`, its latencies from `device` with `more` in each row."""
+    record = measure_record(plan, "hovit", device)
+    if protocol:
+        record.results["protocol"] = protocol
+    for i, row in enumerate(record.results["rows"].values()):
+        row |= {key: make(row, i) for key, make in more.items()}
+    write_record(root / plan.measure_task(plan.study("hovit")).path, record)
+    write_table(plan, plan.study("hovit"), root)
+    return (root / "results/tables/hovit.md").read_text()
+
+
+def scaled(factor: float):
+    """`captured` of a row: each latency times a factor."""
+
+    def make(row, i):
+        return {
+            batch: each | {key: each[key] * factor for key in ("median", "q1", "q3")}
+            | {"ms": [factor * ms for ms in each["ms"]]}
+            for batch, each in row["latency"].items()
+        }  # fmt: skip
+
+    return make
+
+
+def test_cuda_graphs_have_columns_where_they_differ(plan: Plan, root: Path) -> None:
+    text = timed_text(plan, root, GPU, "cuda-events-10ms", captured=scaled(0.25))
+    assert "As a CUDA graph, ms<br>this run, batch 1, captured" in text
+    table = pd.read_csv(root / "results/tables/hovit.csv").set_index("row")
+    assert table.loc["levit_deck", "captured_1"] == 2.5
+    assert table.loc["levit_deck", "captured_1_n"] == 30
+    assert "captured" not in timed_text(plan, root, GPU, None, captured=scaled(0.99))
+
+
+def test_a_table_says_how_a_record_was_measured(plan: Plan, root: Path) -> None:
+    def in_processes(row, i):
+        return {b: each | {"processes": [10.0, 10.0 + i]} for b, each in row["latency"].items()}
+
+    assert "one pass per sample" in timed_text(plan, root, GPU, None)
+    text = timed_text(plan, root, GPU, "cuda-events-10ms")
+    assert "a sample is the mean of the passes in 10 ms, after 0.3 s of warm-up" in text
+    text = timed_text(plan, root, CPU, "cpu-clock", latency=in_processes)
+    rows = len(plan.measure_task(plan.study("hovit")).spec["rows"])
+    assert f"in 2 processes, whose medians of a row differ by up to {rows - 1}0%" in text
+    assert "processes" not in timed_text(plan, root, CPU, "cpu-clock")
 
 
 def test_reported_and_three_baselines_wherever_the_deck_compares(plan: Plan) -> None:

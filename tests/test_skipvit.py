@@ -23,6 +23,7 @@ from hovit.models.token_skipping import choose, class_attention, fuse, put_back,
 from hovit.training.classification import train
 from hovit.training.trainer import Options, make_fabric
 from hovit.utils.errors import HovitError, OutOfTime
+from hovit.utils.graphs import SyncLog, capture
 
 POSTER = [  # Table 1
     "6(45%)+fused token",
@@ -485,6 +486,37 @@ def test_no_graph_break_and_no_data_dependent_shape(schedule):
     model, x = small(schedule), torch.randn(2, 3, 32, 32)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("schedule", ["", *FEW])
+def test_no_operator_of_a_training_step_waits_for_the_device(schedule, autocast):
+    """Nothing reads a value: no `item`, `nonzero` or boolean index, forward or backward."""
+    model = small(schedule, drop_path_rate=0.1, proj_drop_rate=0.1).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    x, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 3])
+    for _ in range(2):
+        with SyncLog() as log:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = torch.nn.functional.cross_entropy(model(x), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert not log.counts
+    with SyncLog() as log, torch.inference_mode():
+        model.eval()(x)
+    assert not log.counts
+
+
+def test_a_replayed_model_gives_the_same_numbers():
+    """The CPU stand-in of a CUDA graph: two batches in turn, as by eager calls."""
+    model = loud(small("6(45%)+11")).eval()
+    batches = torch.randn(2, 4, 3, 32, 32)
+    with torch.no_grad():
+        graphed = capture(model, batches[0])
+        for x in (*batches, *batches):
+            assert torch.equal(graphed(x), model(x))
+    assert not graphed.reason
 
 
 def test_the_analysis_of_kept_patches():

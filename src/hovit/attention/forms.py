@@ -32,9 +32,9 @@ class AttentionForm:
 
 ATTENTION_FORMS = {
     "dot": AttentionForm(fused=True),
-    "euclidean": AttentionForm(),
+    "euclidean": AttentionForm(("plain",)),
     "sqeuclidean": AttentionForm(fused=True),
-    "jaccard": AttentionForm(temperature=True),
+    "jaccard": AttentionForm(("plain",), temperature=True),
     "jaccard_minmax": AttentionForm(temperature=True, pairwise=True),
     "focused": AttentionForm(("power", "kernel"), softmax=False, needs_grid=True),
     "gated": AttentionForm(("tau", "rank", "two_way", "chunk"), softmax=False, output_gate=True),

@@ -20,7 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .forms import get_form
-from .linear import CHUNK, MIN_LOG_GATE, focus, gated_chunks, gated_recurrence, linear_attention
+from .linear import (
+    CHUNK,
+    compiled_focused_attention,
+    focused_attention,
+    focused_features,
+    gated_chunks,
+    gated_recurrence,
+)
 from .similarity import SIMILARITIES, attention
 
 Size = tuple[int, int]
@@ -65,12 +72,25 @@ class SimilarityAttention(nn.Module):
 
     Jaccard lies between -1/3 and 1, too flat for a softmax. It therefore gets a learned temperature
     for each head, initialised to sqrt(d) (our choice).
+
+    Args:
+        dim: channels.
+        heads: heads.
+        similarity: a key of SIMILARITIES.
+        plain: compute Jaccard and Euclidean by matrix products and elementwise passes over the
+            whole batch, on every device (`similarity.attention`).
+
+    Raises:
+        ValueError: if a value is not as described.
     """
 
-    def __init__(self, dim: int, heads: int, similarity: str) -> None:
+    def __init__(self, dim: int, heads: int, similarity: str, plain: bool = False) -> None:
         super().__init__()
+        if not isinstance(plain, bool):
+            raise ValueError(f"plain={plain!r}: true or false")
         self.heads = heads
         self.similarity = similarity
+        self.plain = plain
         start = torch.full((heads,), math.sqrt(head_width(dim, heads)))
         self.temperature = nn.Parameter(start) if get_form(similarity).temperature else None
 
@@ -78,7 +98,8 @@ class SimilarityAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, size: Size, bias: Tensor | None = None
     ) -> Tensor:
         q, k, v = (to_heads(t, self.heads) for t in (q, k, v))
-        return from_heads(attention(self.similarity, q, k, v, bias, self.temperature))
+        out = attention(self.similarity, q, k, v, bias, self.temperature, self.plain)
+        return from_heads(out)
 
     def weights(self, q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
         """Attention matrix for q and k, [B, heads, N, d] each -> [B, heads, N, N]."""
@@ -128,24 +149,26 @@ class FocusedAttention(nn.Module):
     ) -> Tensor:
         v = to_heads(v, self.heads)
         with full_precision(x):
-            q, k = (to_heads(t, self.heads) for t in self.focused(q, k))
-            mixed = linear_attention(q, k, v.to(q.dtype))
+            q, k, wide_v, scale, position = self._wide(q, k, v)
+            inputs = (q, k, wide_v, scale, position, self.power)
+            mixed = compiled_focused_attention(*inputs) if x.is_cuda else None
+            if mixed is None:
+                mixed = focused_attention(*inputs)
         local = v.flatten(0, 1).transpose(1, 2).unflatten(2, size)  # [B heads, d, H, W]
         local = self.conv(local).flatten(2).transpose(1, 2).unflatten(0, (-1, self.heads))
         return from_heads(mixed + local).to(x.dtype)
 
-    def focused(self, q: Tensor, k: Tensor) -> list[Tensor]:
-        """phi(q) and phi(k), [B, N, dim] each."""
+    def _wide(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+        """q, k, v, scale and position in float32 or wider."""
         wide = torch.promote_types(q.dtype, torch.float32)
-        q, k = q.to(wide), k.to(wide)
-        if self.position is not None:
-            k = k + self.position
-        scale = F.softplus(self.scale.to(wide))
-        return [focus((F.relu(t) + 1e-6) / scale, self.power) for t in (q, k)]
+        inputs = (q, k, v, self.scale, self.position)
+        return tuple(x if x is None else x.to(wide) for x in inputs)
 
     def weights(self, q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
         """Attention matrix without the convolution: [B, heads, N, d] -> [B, heads, N, N]."""
-        q, k = (to_heads(t, self.heads) for t in self.focused(from_heads(q), from_heads(k)))
+        q, k, _, scale, position = self._wide(from_heads(q), from_heads(k), q)
+        features = focused_features(q, k, scale, position, self.power)
+        q, k = (to_heads(x, self.heads) for x in features)
         scores = q @ k.transpose(-2, -1)
         return scores / scores.sum(-1, keepdim=True).clamp(min=1e-12)
 
@@ -157,9 +180,8 @@ class GatedAttention(nn.Module):
     Swish(x W_r + b_r) * LN(o), with LN on each head. Everything but the projections of x runs in
     float32 even under autocast.
 
-    Gates below e^-0.9 per token are clamped, in chunks or not (our choice; chunks need it). At
-    tau = 16 this affects pre-activations below -14, at tau = 4 below -3.6. At tau = 1 it affects
-    those below -0.38, a seventh of the gates of a new module, so eq. 4-11 do not hold there.
+    Gates have no floor, one token at a time; in chunks it is e^-20, which float32 does not tell
+    from 0 beside 1 (`gated_chunks`).
 
     Args:
         dim: channels of k and of v.
@@ -204,10 +226,7 @@ class GatedAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, size: Size, bias: Tensor | None = None
     ) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        logs = [
-            (F.logsigmoid(f(x).to(wide)) / self.tau).clamp(min=MIN_LOG_GATE)
-            for f in (self.alpha, self.beta)
-        ]
+        logs = [F.logsigmoid(f(x).to(wide)) / self.tau for f in (self.alpha, self.beta)]
         with full_precision(x):
             q, k, v, *logs = (to_heads(t.to(wide), self.heads) for t in (q, k, v, *logs))
             out = self.scan(q, k, v, logs[0], logs[1])
@@ -251,4 +270,4 @@ def create_attention(
         return FocusedAttention(dim, heads, tokens=tokens, **options)
     if name == "gated":
         return GatedAttention(dim, heads, **options)
-    return SimilarityAttention(dim, heads, name)
+    return SimilarityAttention(dim, heads, name, **options)

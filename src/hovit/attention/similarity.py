@@ -4,11 +4,8 @@ Source: the HoViT deck (seeds/000), "01 Swin Based Approach" and "02 LeViT Based
 Jaccard and Euclidean and prints J = |A & B| / |A | B| and d = sqrt(sum (x - y)^2). How a vector
 represents a set, the softmax scale and the temperature are our choices, stated in each docstring.
 
-Scores are matrix products followed by a few elementwise passes. Without gradients, the passes
-process as many matrices at a time as fit into the L2 caches (`bench/attention_blocks.py` times
-other sizes, the study `attention_speed` the whole). `dot` and `sqeuclidean` run in PyTorch's fused
-kernel. FlexAttention is not used: on a CPU (torch 2.15) it has no backward pass, and a score_mod
-that reads the norms of q and k, compiled separately for each size, is no faster at batch 32.
+Scores are matrix products followed by a few elementwise passes. `dot` and `sqeuclidean` run in
+PyTorch's fused kernel, and on a GPU so do `jaccard` and `euclidean` (`flex`). `attention` chooses.
 """
 
 import math
@@ -18,9 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import flex
+from .flex import epsilon
 from .forms import get_form
 
-BLOCK = 2**19  # scores per block: 2 MiB in float32, two cores' L2 caches on our machine
+# Scores per block, by device. On a CPU 2 MiB in float32, two cores' L2 caches on our machine. On a
+# GPU blocks would run one after another; 1 GiB only bounds the memory of `jaccard_minmax`.
+BLOCKS = {"cpu": 2**19, "cuda": 2**28}
 
 
 def dot(q: Tensor, k: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ def euclidean(q: Tensor, k: Tensor) -> Tensor:
     in_place = not (torch.is_grad_enabled() or torch.is_autocast_enabled(q.device.type))
     out = norms if in_place else None
     squares = torch.baddbmm(norms, q, k.transpose(-2, -1), alpha=-2 * inverse_d, out=out)
-    roots = squares.clamp_(min=_epsilon(squares)).sqrt_()
+    roots = squares.clamp_(min=epsilon(squares)).sqrt_()
     return (-roots if roots.requires_grad else roots.neg_()).view(shape)
 
 
@@ -76,7 +77,7 @@ def jaccard(q: Tensor, k: Tensor) -> Tensor:
     q, k, shape = _stacked(q, k)
     inverse_d = 1 / q.shape[-1]
     intersection = torch.baddbmm(q.new_zeros(1), q, k.transpose(-2, -1), beta=0, alpha=inverse_d)
-    union = (_mean_square(q)[..., None] + _epsilon(q, inverse_d)) + _mean_square(k)[..., None, :]
+    union = (_mean_square(q)[..., None] + epsilon(q, inverse_d)) + _mean_square(k)[..., None, :]
     union = union.sub_(intersection)
     scores = intersection / union if intersection.requires_grad else intersection.div_(union)
     return scores.view(shape)
@@ -91,7 +92,7 @@ def jaccard_minmax(q: Tensor, k: Tensor) -> Tensor:
     """
     a, b = F.softplus(q)[..., :, None, :], F.softplus(k)[..., None, :, :]  # [..., N, M, d]
     intersection = torch.minimum(a, b).sum(-1)
-    return intersection / torch.maximum(a, b).sum(-1).clamp(min=_epsilon(intersection))
+    return intersection / torch.maximum(a, b).sum(-1).clamp(min=epsilon(intersection))
 
 
 def _stacked(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
@@ -109,11 +110,6 @@ def _mean_square(x: Tensor) -> Tensor:
     return (norm * x.shape[-1] ** -0.5).square().to(x.dtype)
 
 
-def _epsilon(x: Tensor, scale: float = 1.0) -> float:
-    """Lower bound that keeps divisions and gradients of roots finite in the dtype of x."""
-    return max(1e-12 * scale, torch.finfo(x.dtype).tiny)
-
-
 SIMILARITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     f.__name__: f for f in (dot, euclidean, sqeuclidean, jaccard, jaccard_minmax)
 }
@@ -126,6 +122,7 @@ def attention(
     v: Tensor,
     bias: Tensor | None = None,
     temperature: Tensor | None = None,
+    plain: bool = False,
 ) -> Tensor:
     """softmax(temperature * s(q, k) + bias) v.
 
@@ -136,29 +133,64 @@ def attention(
         v: [B, h, M, e].
         bias: [W, h, N, M], where W divides B (1, or the number of windows of an image).
         temperature: [h].
+        plain: matrix products and elementwise passes over the whole batch on every device.
 
     Returns:
         [B, h, N, e].
     """
-    form, score = get_form(similarity), SIMILARITIES[similarity]
+    form = get_form(similarity)
     if form.fused:
         return _fused(similarity, q, k, v, bias, temperature)
+    # A GPU is bound by launches and by memory: one kernel does it all. A CPU has no FlexAttention
+    # with gradients (torch 2.15), and without them it is no faster than blocks that stay in the
+    # L2 caches. With gradients all passes are kept for the backward pass, so blocks save nothing.
+    if q.is_cuda and not plain and similarity in flex.SCORES:
+        out = flex.fused_attention(similarity, q, k, v, bias, temperature)
+        if out is not None:
+            return out
+    inputs = [x for x in (q, k, v, bias, temperature) if x is not None]
+    if plain or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+        return _products(similarity, q, k, v, bias, temperature)
+    return _blocks(similarity, q, k, v, bias, temperature)
+
+
+def _products(
+    similarity: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor | None,
+) -> Tensor:
+    """`attention` by two matrix products with elementwise passes between them."""
+    scores = SIMILARITIES[similarity](q, k)  # [B, h, N, M]
     if temperature is not None:
         temperature = temperature[:, None, None]
+        needs_grad = scores.requires_grad or (torch.is_grad_enabled() and temperature.requires_grad)
+        scores = scores * temperature if needs_grad else scores.mul_(temperature)
+    if bias is not None:
+        scores = (scores.unflatten(0, (-1, len(bias))) + bias).flatten(0, 1)
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+def _blocks(
+    similarity: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor | None,
+) -> Tensor:
+    """`_products` for a few images at a time; without gradients."""
     batch, heads, n, d = q.shape
-    size = heads * n * k.shape[2] * (d if form.pairwise else 1)
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    step = batch if needs_grad else _step(batch, size, 1 if bias is None else len(bias))
+    size = heads * n * k.shape[2] * (d if get_form(similarity).pairwise else 1)
+    limit = BLOCKS.get(q.device.type, BLOCKS["cuda"])
+    step = _step(batch, size, 1 if bias is None else len(bias), limit)
 
     def block(i: int) -> Tensor:
         rows = slice(i, i + step)
-        scores = score(q[rows], k[rows])  # [step, h, N, M]
-        if temperature is not None:
-            scores = scores * temperature if needs_grad else scores.mul_(temperature)
-        if bias is not None:
-            window = bias[i % len(bias) :][:step]
-            scores = (scores.unflatten(0, (-1, len(window))) + window).flatten(0, 1)
-        return scores.softmax(-1).to(v.dtype) @ v[rows]
+        window = None if bias is None else bias[i % len(bias) :][:step]
+        return _products(similarity, q[rows], k[rows], v[rows], window, temperature)
 
     first = block(0)
     if step == batch:
@@ -192,12 +224,12 @@ def _fused(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
-def _step(count: int, size: int, period: int) -> int:
+def _step(count: int, size: int, period: int, limit: int) -> int:
     """Images per block, out of `count` images with `size` scores each.
 
-    As many as fit into BLOCK, rounded to whole periods of the bias or a divisor of one.
+    As many as fit into `limit`, rounded to whole periods of the bias or a divisor of one.
     """
-    step = max(1, min(count, BLOCK // size))
+    step = max(1, min(count, limit // size))
     if step >= period:
         return step // period * period
     return next(n for n in range(step, 0, -1) if period % n == 0)

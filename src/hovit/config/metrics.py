@@ -9,8 +9,8 @@ MetricKind = Literal["exact", "trained", "timed", "counted"]
 SYMBOLS = {
     "parameters": "parameters", "parameters_m": "M parameters", "parameters_used": "parameters",
     "parameters_unused": "parameters", "part_parameters": "parameters", "macs": "G multiply-adds",
-    "activations": "MB", "top1": "%", "val_top1": "%", "latency": "ms", "throughput": "images/s",
-    "throughput_cpu": "images/s", "images": "images", "images_train": "images",
+    "activations": "MB", "top1": "%", "val_top1": "%", "latency": "ms", "captured": "ms",
+    "throughput": "images/s", "throughput_cpu": "images/s", "images": "images", "images_train": "images",
     "images_val": "images", "images_test": "images", "gigabytes": "GB",
 }  # fmt: skip
 
@@ -72,6 +72,7 @@ METRICS = {
         Metric("ap_medium", "AP medium", 1, "trained"),
         Metric("ap_large", "AP large", 1, "trained"),  # objects above 96 x 96 pixels
         Metric("latency", "Latency, ms", 2, "timed"),  # of one batch
+        Metric("captured", "As a CUDA graph, ms", 2, "timed"),  # beside latency, where it differs
         Metric("throughput", "Images/s", 1, "timed"),  # at the largest batch measured
         Metric("throughput_cpu", "Images/s, CPU", 1, is_measured=False),
         Metric("images", "Images", 0, "counted"),
@@ -89,7 +90,7 @@ RATIO_HEADING, RATIO_DECIMALS = "× baseline", 2
 class Quantity:
     """One number of a row: a metric, measured or reported, latency at one batch size.
 
-    Its text is `top1`, `latency_32` or `reported_top1`.
+    Its text is `top1`, `latency_32`, `captured_32` or `reported_top1`.
     """
 
     metric: Metric
@@ -121,7 +122,7 @@ class Quantity:
 def quantity(text: str) -> Quantity | None:
     """The quantity of that text; None if there is no such metric."""
     name = text.removeprefix("reported_")
-    batch = re.fullmatch(r"(latency)_([1-9][0-9]*)", name)
+    batch = re.fullmatch(r"(latency|captured)_([1-9][0-9]*)", name)
     metric = METRICS.get(batch[1] if batch else name)
     if metric is None:
         return None

@@ -237,6 +237,7 @@ class Latency(Strict):
     rounds: Annotated[int, Field(ge=3)] = 30
     warmup: Annotated[int, Field(ge=1)] = 3
     threads: Annotated[int, Field(ge=1)] = 2
+    processes: Annotated[int, Field(ge=1)] = 1  # on a CPU, which share the rounds
     image_size: Annotated[int, Field(ge=32)] | None = None  # maximum; None: the study's
 
 

@@ -207,6 +207,8 @@ class MeasureTask(StudyTask):
         """How latency is measured."""
         study = self.study
         latency = self.scale.latency.model_dump(mode="json")
+        if latency["processes"] == 1:  # specs from before this setting do not state it
+            del latency["processes"]
         if study.batches:
             latency["batches"] = list(study.batches)
         if study.threads:

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,12 @@ from ..config.runs import protocol
 from ..config.tasks import MeasureTask
 from ..measure.cost import cost
 from ..measure.latency import (
+    CAPTURED,
+    PASSES,
+    PROTOCOLS,
+    CapturedPass,
     Samples,
+    Timer,
     TrainingStep,
     forward_ms,
     gradients_ms,
@@ -27,6 +32,7 @@ from ..utils.create_model import create_model
 from ..utils.device import describe_device, keep_freed_memory, peak_memory_mb
 from ..utils.errors import HovitError, OutOfTime
 from ..utils.files import read_sealed, write_sealed
+from .timing_process import partial_files, time_in_processes
 
 
 def measure_study(
@@ -57,17 +63,16 @@ def measure_study(
     rows = {name: _cost(row, spec, backward) for name, row in spec["rows"].items()}
     where = describe_device(device)
     partial = root / task.path.with_suffix(".partial.json")
+    results: dict[str, Any] = {"rows": rows}
     if spec["latency"]:
-        if study.keep_memory:  # only now: counting needs larger blocks
-            keep_freed_memory()
-        samples = _latency(task, device, where, partial, deadline)
-        for name, by_batch in samples.items():
-            rows[name]["device"] = where.model_dump()
-            rows[name]["latency"] = {b: summary(v) | {"ms": v} for b, v in by_batch.items()}
+        results["protocol"] = PROTOCOLS[device.type]
+        for name, timed in _latency(task, device, where, partial, deadline).items():
+            rows[name] |= {"device": where.model_dump()} | timed
     seconds = time.monotonic() - begin
-    record = task.make_record({"rows": rows}, where, seconds, peak_memory_mb(device))
+    record = task.make_record(results, where, seconds, peak_memory_mb(device))
     write_record(root / task.path, record)
-    partial.unlink(missing_ok=True)
+    for path in (partial, *(partial_files(spec, partial) if spec["latency"] else ())):
+        path.unlink(missing_ok=True)
     return record
 
 
@@ -96,28 +101,85 @@ def _latency(
     where: Device,
     partial: Path,
     deadline: float,
+) -> dict[str, dict[str, Any]]:
+    """What was timed of each row: `latency` by batch, and where there are `captured`, `peaks`.
+
+    Each process of a CPU adds its median to `processes` of a batch.
+    """
+    begun = {"spec_hash": task.spec_hash, "code": task.code, "device": where.model_dump()}
+    peaks: dict[str, dict[str, float]] = {}
+    if device.type == "cpu" and task.spec["latency"].get("processes", 1) > 1:
+        parts = time_in_processes(task.spec, begun, partial, deadline)
+    else:
+        if task.study.keep_memory:  # only now: counting needs larger blocks
+            keep_freed_memory()
+        parts = [time_models(task.spec, begun, device, partial, deadline, peaks)]
+    rows: dict[str, dict[str, Any]] = {}
+    for name, timed in _timed_rows(task.spec, device).items():
+        rows[name] = {"latency": {}}
+        for key in parts[0][timed]:
+            each = [part[timed][key] for part in parts]
+            values = [ms for part in each for ms in part]
+            found = summary(values) | {"ms": values}
+            if len(parts) > 1:
+                found["processes"] = [summary(part)["median"] for part in each]
+            column = "captured" if key.endswith(CAPTURED) else "latency"
+            rows[name].setdefault(column, {})[key.removesuffix(CAPTURED)] = found
+        if timed in peaks:
+            rows[name]["peak_memory_mb"] = peaks[timed]
+    return rows
+
+
+def _timed_rows(spec: dict[str, Any], device: torch.device) -> dict[str, str]:
+    """Row -> the first row with the same model and size; only that one is timed."""
+    size = protocol(spec["latency"], device.type)["image_size"]
+    first: dict[str, str] = {}
+    return {
+        name: first.setdefault(
+            json.dumps([row["model"], row["model_args"], row.get("latency_size", size)]), name
+        )
+        for name, row in spec["rows"].items()
+    }
+
+
+def time_models(
+    spec: dict[str, Any],
+    begun: dict[str, Any],
+    device: torch.device,
+    partial: Path,
+    deadline: float,
+    peaks: dict[str, dict[str, float]] | None = None,
 ) -> Samples:
-    """Interleaved latency of the rows; rows of the same model are timed once."""
-    spec = task.spec
+    """Interleaved latency of a spec's rows in this process; rows of the same model are timed once.
+
+    Args:
+        spec: spec of the measurement.
+        begun: what the samples belong to: spec hash, code and device.
+        device: device to time on.
+        partial: where samples are kept after each round.
+        deadline: `time.monotonic()` after which to stop.
+        peaks: filled on a GPU: row -> batch -> peak memory in MB.
+
+    Raises:
+        OutOfTime: at the deadline; the same call resumes.
+        HovitError: if `partial` is of another device.
+    """
     settings = protocol(spec["latency"], device.type)
-    same: dict[str, list[str]] = {}
-    for name, row in spec["rows"].items():
-        size = row.get("latency_size", settings["image_size"])
-        same.setdefault(json.dumps([row["model"], row["model_args"], size]), []).append(name)
-    sizes = {names[0]: json.loads(key)[2] for key, names in same.items()}
+    rows = {name: spec["rows"][name] for name in dict.fromkeys(_timed_rows(spec, device).values())}
+    sizes = {name: row.get("latency_size", settings["image_size"]) for name, row in rows.items()}
     models = {
         name: create_model(row["model"], spec["num_classes"], sizes[name], **row["model_args"])
-        for name, row in spec["rows"].items()
-        if name in sizes
+        for name, row in rows.items()
     }
-    begun = {"spec_hash": task.spec_hash, "code": task.code, "device": where.model_dump()}
 
     def after_round(so_far: Samples) -> None:
         write_sealed(partial, begun | {"samples": so_far})
         if time.monotonic() > deadline:
             raise OutOfTime
 
-    samples = measure_latency(
+    timer = _timer(settings)
+    make_pass = PASSES.get(timer) if device.type == "cuda" else None
+    return measure_latency(
         models,
         device,
         image_size=sizes,
@@ -125,13 +187,14 @@ def _latency(
         rounds=settings["rounds"],
         warmup=settings["warmup"],
         samples=_resume(partial, begun),
-        timer=_timer(settings),
+        timer=timer,
+        captured=CapturedPass(make_pass) if make_pass else None,
+        peaks=peaks,
         after_round=after_round,
     )
-    return {name: samples[names[0]] for names in same.values() for name in names}
 
 
-def _timer(settings: Mapping[str, Any]) -> Callable[..., float]:
+def _timer(settings: Mapping[str, Any]) -> Timer:
     workload = settings.get("workload", "inference")
     if workload == "training":
         return TrainingStep()

@@ -68,10 +68,13 @@ def _number_of(sources: Sources, study: Study, column: str) -> Quantity:
         HovitError: if the study has no such column.
     """
     number = quantity(column)
-    is_column = number and not number.reported and number.metric.name in study.columns
-    if number and is_column and (number.metric.name != "latency" or number.batch):
-        return number
     latencies = sources.run.batches(study) if "latency" in study.columns else []
+    latencies += [each for source in sources.timed(study) for each in source.captured(study)]
+    is_column = number and not number.reported and number.metric.name in study.columns
+    if number and (number in latencies or (is_column and number.metric.name != "latency")):
+        return number
+    if number and is_column and number.batch:
+        return number
     others = [name for name in study.columns if name != "latency"]
     allowed = ", ".join([*others, *map(str, latencies)])
     raise HovitError(f"table {study.id} has no column {column!r}; it has {allowed}")
@@ -109,7 +112,9 @@ def _circumstances(results: Results, study: Study, row: Row, number: Quantity) -
     """Batch and image size of a time, images of an accuracy, image size and classes of a count."""
     if number.is_timed:
         batch = number.batch or results.throughput_batch(study)
-        return ", ".join(filter(None, (f"batch {batch}", timed_pixels(results, study, row))))
+        graph = "as a CUDA graph" if number.metric.name == "captured" else ""
+        facts = (f"batch {batch}", timed_pixels(results, study, row), graph)
+        return ", ".join(filter(None, facts))
     runs = results.plan.runs_of(study, row)
     if number.is_trained and runs:
         return f"{runs[0].image_size} px on {runs[0].dataset.title}"

@@ -23,6 +23,9 @@ def plural(n: int, noun: str) -> str:
     return f"{n} {noun}{'s' * (n != 1)}"
 
 
+SAME_LATENCY = 0.03  # relative difference between an eager pass and a CUDA graph
+
+
 @dataclass(frozen=True, eq=False)
 class RecordSource:
     """The records of one source: this run, or the evidence of one device at one scale.
@@ -196,6 +199,16 @@ class RecordSource:
         planned = study.batches or self.plan.scale.latency.batches
         found = [quantity(f"latency_{batch}") for batch in sorted(measured) or planned]
         return [number for number in found if number]
+
+    def captured(self, study: Study) -> list[Quantity]:
+        """The latencies as CUDA graphs, at the batch sizes where one differs from the eager one."""
+        differ = {
+            int(batch)
+            for row in self.measured_rows(study).values()
+            for batch, graph in row.get("captured", {}).items()
+            if abs(graph["median"] / row["latency"][batch]["median"] - 1) > SAME_LATENCY
+        }
+        return [found for b in sorted(differ) if (found := quantity(f"captured_{b}"))]
 
     def throughput_batch(self, study: Study) -> int | None:
         """Batch size of a study's throughput: the largest that was timed."""

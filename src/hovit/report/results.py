@@ -187,11 +187,10 @@ class Results(RecordSource):
         if task is None or found is None:
             return None
         paths = (self.place(task.path),)
-        latency = found.get("latency", {})
         if number.metric.name == "throughput":
-            return _throughput(latency, paths)
-        if number.metric.name == "latency":
-            batch = latency.get(str(number.batch))
+            return _throughput(found.get("latency", {}), paths)
+        if number.metric.name in ("latency", "captured"):
+            batch = found.get(number.metric.name, {}).get(str(number.batch))
             if batch is None:
                 return None
             iqr = batch["q3"] - batch["q1"]

@@ -312,9 +312,13 @@ def _summary(record: Record) -> dict[str, Any]:
         return {key: found for key, found in record.results.items() if key != "history"}
     rows = {}
     for name, row in record.results["rows"].items():
-        latency = {
-            batch: {key: found for key, found in each.items() if key != "ms"}
-            for batch, each in row.get("latency", {}).items()
+        timed = {
+            column: {
+                batch: {key: found for key, found in each.items() if key != "ms"}
+                for batch, each in row[column].items()
+            }
+            for column in ("latency", "captured")
+            if column in row
         }
-        rows[name] = row | ({"latency": latency} if latency else {})
-    return {"rows": rows}
+        rows[name] = row | timed
+    return record.results | {"rows": rows}

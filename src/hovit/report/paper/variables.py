@@ -111,7 +111,7 @@ def _field(results: Results, study: Study, number: Quantity) -> str:
     if number.metric.name == "throughput":
         return f"latency.{results.throughput_batch(study)}.median"
     if number.batch:
-        return f"latency.{number.batch}.median"
+        return f"{number.metric.name}.{number.batch}.median"
     return number.metric.name.removesuffix("_m")
 
 

@@ -153,13 +153,13 @@ class _Builder:
         columns = []
         for results, source, kind in timed:
             results.latency_device(self.study)  # refuses two devices
-            for number in results.batches(self.study):
+            for number in (*results.batches(self.study), *results.captured(self.study)):
                 columns.append(self.of_one(number, results, _with_batch(source, number), kind))
         reported = quantity("reported_latency")
         assert reported is not None
         columns.append(self._ratio(reported, None, "reported", "reported"))
         for results, source, kind in timed:
-            for number in results.batches(self.study):
+            for number in (*results.batches(self.study), *results.captured(self.study)):
                 columns.append(self._ratio(number, results, _with_batch(source, number), kind))
         return columns
 
@@ -209,7 +209,8 @@ class _Builder:
 
 
 def _with_batch(source: str, number: Quantity) -> str:
-    return f"{source}, batch {number.batch}"
+    captured = ", captured" if number.metric.name == "captured" else ""
+    return f"{source}, batch {number.batch}{captured}"
 
 
 def baseline_ratio(

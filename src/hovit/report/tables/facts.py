@@ -16,6 +16,10 @@ WORKLOADS = {
 }
 # Identifiers of the protocol in words. Records of the first version hold the words themselves.
 PRECISIONS = {"fp32": "fp32, TF32 off"}
+SAMPLES = {
+    None: "one pass per sample",  # records before the protocol had versions
+    "cuda-events-10ms": "a sample is the mean of the passes in 10 ms, after 0.3 s of warm-up",
+}
 MEMORY = {
     "kept": "freed memory kept, where the C library is glibc",
     "returned": "freed memory returned to the system, as glibc does",
@@ -159,7 +163,24 @@ def _latency(results: Results, study: Study) -> str:
     parts.append(PRECISIONS.get(setting["precision"], setting["precision"]))
     parts.append("ONNX Runtime" if workload == "onnx" else "eager")
     parts.append(f"interleaved, median of {setting['rounds']} rounds (spread in the CSV)")
+    protocol_id = measured.results.get("protocol")
+    parts.append(SAMPLES.get(protocol_id, "") if device.kind == "cuda" else "")
+    parts.append(_processes(results, study))
     return f"{', '.join(filter(None, parts))}; × is the ratio to the row's baseline"
+
+
+def _processes(results: Results, study: Study) -> str:
+    """How many processes measured, and how far their medians of one row lie apart."""
+    each = [
+        batch["processes"]
+        for row in results.measured_rows(study).values()
+        for batch in row.get("latency", {}).values()
+        if "processes" in batch
+    ]
+    if not each:
+        return ""
+    spread = max((max(medians) - min(medians)) / min(medians) for medians in each)
+    return f"in {len(each[0])} processes, whose medians of a row differ by up to {spread:.0%}"
 
 
 def timed_size(results: Results, study: Study, setting: Any) -> str:

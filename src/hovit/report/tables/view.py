@@ -239,11 +239,13 @@ def _of_device(
     results: Results, study: Study, number: Quantity, reported: list[list[Shown]]
 ) -> Part:
     blocks, metric = list(reported), number.metric
-    for each in results.batches(study) if metric.name == "latency" else [number]:
+    latencies = [*results.batches(study), *results.captured(study)]
+    for each in latencies if metric.name == "latency" else [number]:
         values = [results.value(study, row, each) for row in study.rows]
         batch = each.batch or results.throughput_batch(study)
         cells = [significant(value.mean) if value else NOTHING for value in values]
-        blocks.append([(f"batch {batch}, {metric.symbol}", cells),
+        graph = ", CUDA graph" if each.metric.name == "captured" else ""
+        blocks.append([(f"batch {batch}{graph}, {metric.symbol}", cells),
                        ("× baseline", _ratios(results, study, each))])  # fmt: skip
     if metric.name == "throughput" and (macs := quantity("macs")):
         blocks.append([("× by MACs", _ratios(results, study, macs, inverse=True))])

@@ -107,9 +107,10 @@ def _evidence_numbers(
 def _numbers(
     results: Results, study: Study, row: Row, number: Quantity, before: str
 ) -> dict[str, object]:
-    """A number with its spread and n; latency for each batch size."""
+    """A number with its spread and n; latency for each batch size, eager and captured."""
     found: dict[str, object] = {}
-    for each in results.batches(study) if number.metric.name == "latency" else [number]:
+    timed = [*results.batches(study), *results.captured(study)]
+    for each in timed if number.metric.name == "latency" else [number]:
         value = results.value(study, row, each)
         whole = value is not None and not number.is_inexact and number.metric.name != "gigabytes"
         found[f"{before}{each}"] = value and (int(value.mean) if whole else value.mean)

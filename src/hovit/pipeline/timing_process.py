@@ -1,0 +1,114 @@
+"""Time models on a CPU in several fresh processes, one after another.
+
+Where the memory of a process lies decides how fast each of its models is, so ratios between models
+move by up to 15 % from process to process, more than from round to round. The processes share the
+rounds. Each has its own file of samples, and resumes as a single process does.
+
+    python -m hovit.pipeline.timing_process < job.json
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ..measure.latency import Samples
+from ..utils.errors import HovitError, OutOfTime
+from ..utils.files import read_sealed
+
+OUT_OF_TIME = 3  # exit code
+PACKAGE_ROOT = Path(__file__).parents[2]
+
+
+def time_in_processes(
+    spec: dict[str, Any], begun: dict[str, Any], partial: Path, deadline: float
+) -> list[Samples]:
+    """Samples of each process, in order.
+
+    Args:
+        spec: spec of the measurement; its latency says how many rounds and processes.
+        begun: what the samples belong to.
+        partial: file of samples of a measurement in one process.
+        deadline: `time.monotonic()` after which to stop.
+
+    Raises:
+        OutOfTime: at the deadline; the same call resumes.
+        HovitError: if a process fails.
+    """
+    found = []
+    for share, path in zip(_shares(spec["latency"]), partial_files(spec, partial), strict=True):
+        if _is_finished(path, begun, share):
+            found.append(read_sealed(path)["samples"])
+            continue
+        left = None if deadline == math.inf else deadline - time.monotonic()
+        job = {"spec": spec, "begun": begun, "partial": str(path), "rounds": share, "left": left}
+        paths = os.pathsep.join(filter(None, (str(PACKAGE_ROOT), os.environ.get("PYTHONPATH"))))
+        done = subprocess.run(
+            [sys.executable, "-m", __name__], input=json.dumps(job), text=True, check=False,
+            stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": paths},
+        )  # fmt: skip
+        if done.returncode == OUT_OF_TIME:
+            raise OutOfTime
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise HovitError(f"{path.name}: {lines[-1].removeprefix('error: ')}")
+        found.append(read_sealed(path)["samples"])
+    return found
+
+
+def _is_finished(path: Path, begun: dict[str, Any], rounds: int) -> bool:
+    if not path.exists():
+        return False
+    saved = read_sealed(path)
+    lists = [ms for by_batch in saved["samples"].values() for ms in by_batch.values()]
+    return all(saved[key] == begun[key] for key in begun) and min(map(len, lists)) >= rounds
+
+
+def partial_files(spec: dict[str, Any], partial: Path) -> list[Path]:
+    """The file of samples of each process."""
+    name = partial.name.removesuffix(".partial.json")
+    count = len(_shares(spec["latency"]))
+    return [partial.with_name(f"{name}.process{i}.partial.json") for i in range(count)]
+
+
+def _shares(latency: dict[str, Any]) -> list[int]:
+    """Rounds of each process: as equal as possible, one at least."""
+    rounds, processes = latency["rounds"], min(latency.get("processes", 1), latency["rounds"])
+    return [rounds // processes + (i < rounds % processes) for i in range(processes)]
+
+
+def main() -> int:
+    """One process: read its job from stdin, and leave its samples in the job's file."""
+    import torch
+
+    import hovit.models  # noqa: F401 (registers)
+
+    from ..utils.device import keep_freed_memory
+    from .measure import time_models
+
+    job = json.load(sys.stdin)
+    latency = job["spec"]["latency"]
+    torch.manual_seed(0)
+    torch.set_num_threads(latency["threads"])
+    if latency["memory"] == "kept":
+        keep_freed_memory()
+    deadline = math.inf if job["left"] is None else time.monotonic() + job["left"]
+    try:
+        time_models(
+            job["spec"] | {"latency": latency | {"rounds": job["rounds"]}},
+            job["begun"], torch.device("cpu"), Path(job["partial"]), deadline,
+        )  # fmt: skip
+    except OutOfTime:
+        return OUT_OF_TIME
+    except HovitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
