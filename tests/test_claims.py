@@ -27,7 +27,7 @@ from hovit.report.claims.compare import _compare_reported, _compare_two
 from hovit.report.claims.write import write_claims
 from hovit.report.noise import pooled_variance, seed_noise, student
 from hovit.report.number import significant
-from hovit.report.order import in_order, paper_of
+from hovit.report.order import PAPERS, in_order, paper_of
 from hovit.report.results import Results, Value
 from hovit.report.sources import Sources, load_sources
 
@@ -246,8 +246,9 @@ def test_claims_are_listed_by_paper_and_study(tmp_path: Path) -> None:
 def test_studies_are_ordered_by_paper_and_story() -> None:
     studies = in_order(load_plan("smoke", CONFIG).config.studies.values())
     papers = [paper_of(study) for study in studies]
-    assert list(dict.fromkeys(papers)) == ["hovit", "skipvit", "efficientvit"]
+    assert papers == sorted(papers, key=list(PAPERS).index)
     assert studies[0].id == "hovit"
+    assert "ours" not in papers  # what is added here follows the paper that it extends
     new = studies[0].model_copy(update={"id": "zz_new"})
     ids = [study.id for study in in_order([*studies, new])]
     assert ids[ids.index("zz_new") + 1] == "skipvit"  # a new study follows those of its paper

@@ -263,7 +263,8 @@ def test_columns_of_a_source_are_hidden(tab: Browser) -> None:
 def choose_images(tab: Browser, name: str) -> None:
     """Choose the images of the plot."""
     tab.js(f"document.querySelector('#axes [name=task]').value = {json.dumps(name)};"
-           "document.querySelector('#axes').dispatchEvent(new Event('input'))")  # fmt: skip
+           "document.querySelector('#axes [name=task]')"
+           ".dispatchEvent(new Event('input', {bubbles: true}))")  # fmt: skip
 
 
 @needs_chromium

@@ -10,8 +10,8 @@ SYMBOLS = {
     "parameters": "parameters", "parameters_m": "M parameters", "parameters_used": "parameters",
     "parameters_unused": "parameters", "part_parameters": "parameters", "macs": "G multiply-adds",
     "activations": "MB", "top1": "%", "val_top1": "%", "latency": "ms", "captured": "ms",
-    "throughput": "images/s", "throughput_cpu": "images/s", "images": "images", "images_train": "images",
-    "images_val": "images", "images_test": "images", "gigabytes": "GB",
+    "throughput": "images/s", "throughput_cpu": "images/s", "images": "images",
+    "images_train": "images", "images_val": "images", "images_test": "images", "gigabytes": "GB",
 }  # fmt: skip
 
 
