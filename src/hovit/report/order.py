@@ -15,8 +15,8 @@ STORY = {
     "hovit": (
         "hovit", "launcher", "launcher_imagenet", "pretraining", "scratch", "conv_stage",
         "checkerboard", "depth", "conv_shrink", "dropout", "hovit_cifar100", "levit_attention",
-        "attention_models", "swin_similarity", "swin_flatten", "attention_speed", "attention_gradients",
-        "attention_length", "backbones", "datasets",
+        "attention_models", "swin_similarity", "swin_flatten", "attention_speed",
+        "attention_gradients", "attention_length", "backbones", "datasets",
     ),
     "skipvit": ("skipvit", "skipvit_warmup"),
     "efficientvit": (
