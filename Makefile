@@ -1,6 +1,10 @@
 # `make help` lists the targets. Python >= 3.11 with ensurepip is all that must be there.
 
 PYTHON ?= python3
+# For `make gpu-kit`: what to run, where the kit goes, and the packages that the other machine lacks.
+STUDIES = hovit
+KIT = dist/gpu-kit
+MISSING = pydantic pydantic-core annotated-types typing-inspection lightning-fabric lightning-utilities timm
 # What `make tables` passes on; assigned here so that only the command line sets them, never the environment.
 SCALE =
 DATA =
@@ -10,7 +14,7 @@ T =
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup tables table page paper claims test test-all lint format lock dag clean
+.PHONY: help setup tables page paper claims test test-all lint format lock dag gpu-kit clean
 
 MIN_PYTHON = $(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
 IN_VENV = PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -50,10 +54,10 @@ claims: setup ## Check the claims; fails where one is not as results/verdicts.js
 	$(IN_VENV) snakemake --cores all claims$(CONFIG)
 
 test: lint ## Lint, then run the tests; ends with the slowest, and what was skipped and why
-	$(IN_VENV) pytest -n 2 -rs --durations 15
+	$(IN_VENV) pytest -n 2 --dist loadgroup -rs --durations 15
 
 test-all: lint ## As `make test`, and the tests that repeat over every registered model
-	$(IN_VENV) pytest -n 2 -rs -m ""
+	$(IN_VENV) pytest -n 2 --dist loadgroup -rs -m ""
 
 lint: setup ## Check style, types and the Snakefile
 	$(IN_VENV) ruff check
@@ -75,6 +79,13 @@ lock: setup ## Compile the locks again from pyproject.toml; UPGRADE=1 takes newe
 
 dag: setup ## Print the graph of rules as Mermaid
 	@$(IN_VENV) snakemake --rulegraph mermaid-js results/tables$(CONFIG)
+
+# PYTHON is the version of the other machine here, not the interpreter for `make setup`.
+gpu-kit: KIT_PYTHON := $(if $(filter command,$(firstword $(origin PYTHON))),$(PYTHON))
+gpu-kit: override PYTHON := python3
+gpu-kit: setup ## Write a folder for a GPU without network; STUDIES="hovit launcher", SCALE, DATA, PYTHON=3.12, MISSING
+	$(IN_VENV) python -m hovit kit $(KIT) $(STUDIES:%=--study %) --scale $(or $(SCALE),proxy)\
+		$(if $(DATA),--data-root "$(DATA)") $(if $(KIT_PYTHON),--python $(KIT_PYTHON) $(MISSING:%=--package %))
 
 clean: ## Remove tables, claims, page, metrics, figures and logs; runs, evidence and data stay
 	rm -rf results/tables results/metrics results/claims.* results/index.html figures logs

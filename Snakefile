@@ -24,6 +24,8 @@ from hovit.report.paper.write import FILES
 from hovit.utils.code_hash import code_hash
 from hovit.utils.errors import HovitError
 from hovit.utils.files import digest
+from hovit.utils.machine import check_writable, usable_cpus, usable_memory_mb
+from snakemake.utils import available_cpu_count
 
 KNOWN = ["scale", "data_root", "weights", "imagenet"]
 if unknown := sorted(map(str, config.keys() - set(KNOWN))):
@@ -36,8 +38,22 @@ WEIGHTS = config.get("weights") or os.getenv("HOVIT_WEIGHTS")
 IMAGENET = config.get("imagenet") or os.getenv("HOVIT_IMAGENET")
 try:
     PLAN = load_plan(SCALE, weights_file=WEIGHTS)
+    check_writable(".snakemake", "logs", "results")
 except HovitError as error:
     sys.exit(f"error: {error}")
+
+# `--cores all` counts the processors of the machine, and profiles/default names the memory of a
+# usual one. A container may be allowed less; the memory stays enough for one job.
+if workflow.resource_settings.cores == available_cpu_count():
+    workflow.register_resource("_cores", usable_cpus())
+given, usable = workflow.global_resources.get("mem_mb"), usable_memory_mb()
+if (
+    workflow.local_exec
+    and given
+    and given.value
+    and (usable or given.value) < given.value
+):
+    workflow.register_resource("mem_mb", max(usable, PLAN.scale.memory_mb))
 
 # Passed by the environment, not as parameters: the location of files changes no result.
 SETTINGS = {
@@ -229,7 +245,7 @@ use rule train as train_detector with:
 
 # Latency needs the machine for itself: all cores, and the GPU. At a scale that judges no latency,
 # it shares the cores.
-ALL_CORES = workflow.resource_settings.cores or PLAN.scale.threads
+ALL_CORES = (workflow.resource_settings.cores and workflow.cores) or PLAN.scale.threads
 
 
 rule measure:

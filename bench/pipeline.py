@@ -12,6 +12,7 @@ gives the whole. Jobs run side by side, so wall times add up to more than the ru
 import argparse
 import json
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -112,4 +113,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when piped to `head`
     main()

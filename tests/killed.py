@@ -1,16 +1,22 @@
-"""What the fault suite kills: each function is one process's whole work, in a folder of its own."""
+"""Processes forked from a server that has imported everything, for tests that kill or run many.
+
+Each of the first functions is the whole work of a process, in a folder of its own.
+"""
 
 import multiprocessing
 import os
 import random
 import signal
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from conftest import ROOT, small_run
+from conftest import ROOT, SMALL, small_run
 
+from hovit import cli
 from hovit.config.plan import Plan, load_plan
 from hovit.config.schema import Latency, Study
 from hovit.data.pack import prepare
@@ -21,8 +27,9 @@ from hovit.report.tables.write import write_index, write_table
 from hovit.training.classification import train
 from hovit.training.trainer import Options, make_fabric
 
-# By the server that every process is forked from, once; it does not find modules of tests/.
+# The server does not find modules of tests/.
 IMPORTED = ["hovit.models", "hovit.training.classification", "hovit.pipeline.measure",
+            "hovit.pipeline.train", "hovit.cli",
             "hovit.report.figures.draw", "hovit.report.claims.write", "hovit.data.pack",
             "matplotlib.pyplot", "sklearn.datasets", "pytest"]  # fmt: skip
 ROUNDS = 60  # of the measurement
@@ -45,8 +52,7 @@ def measured_study() -> tuple[Plan, Study]:
     plan = load_plan("smoke", ROOT / "config")
     latency = Latency(batches=(1, 2), rounds=ROUNDS, warmup=1, threads=1, image_size=64)
     study = plan.study("depth")
-    small = {"depth": [1, 1, 1]}
-    rows = [row.model_copy(update={"model_args": small}) for row in study.rows[:2]]
+    rows = [row.model_copy(update={"model_args": SMALL}) for row in study.rows[:2]]
     study = study.model_copy(update={"rows": tuple(rows)})
     return Plan(plan.config, plan.scale.model_copy(update={"latency": latency})), study
 
@@ -67,11 +73,31 @@ def reporting(root: Path) -> None:
     draw(plan, next(iter(FIGURES)), root)
 
 
-def start(work: Callable[[Path], None], root: Path) -> multiprocessing.process.BaseProcess:
-    """Start it in a process of its own, forked from one that has imported everything already."""
+def command(root: Path, arguments: list[str], variables: dict[str, str], said: Path) -> None:
+    """Run `hovit ARGUMENTS` in a folder; what it prints goes to the files out and err of `said`."""
+    os.chdir(root)
+    os.environ.update(variables)
+    for number, name in ((1, "out"), (2, "err")):
+        with open(said / name, "wb") as file:
+            os.dup2(file.fileno(), number)
+    sys.argv = ["hovit", *arguments]
+    cli.main()
+
+
+def run_hovit(root: Path, *arguments: str) -> tuple[int | None, str, str]:
+    """Run `hovit ARGUMENTS` in a forked process: exit code, standard output, standard error."""
+    with tempfile.TemporaryDirectory() as folder:
+        said = Path(folder)
+        process = start(command, root, list(arguments), {}, said)
+        process.join()
+        return process.exitcode, (said / "out").read_text(), (said / "err").read_text()
+
+
+def start(work: Callable[..., None], *args: object) -> multiprocessing.process.BaseProcess:
+    """Start a function of this module in a process forked from the server."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
-    process = context.Process(target=work, args=(root,))
+    process = context.Process(target=work, args=args)
     process.start()
     return process
 

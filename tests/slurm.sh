@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The smoke DAG through a real Slurm of one node: bash tests/slurm.sh [TARGET]
-# As root on Debian; installs slurm-wlm and munge, and writes /etc/slurm/. The node claims two cards,
-# so that profiles/slurm is used as it stands. One training is killed while it runs: it must run
-# again, and come to what a run without Slurm comes to, to the bit. The checkout is a copy in a
-# folder with a space and a quote in its name, and is moved at the end: nothing must be left to do.
-# Every process started here is stopped, whatever happens. Not part of `make test`.
+# Run the smoke DAG through a real Slurm with one node: bash tests/slurm.sh [TARGET]
+# Needs root on Debian; installs slurm-wlm and munge, and writes /etc/slurm/. The node claims two
+# GPUs, so that profiles/slurm is used unchanged. The script kills one training while it runs: Slurm
+# must run it again, and the result must be bit-identical to a run without Slurm. The checkout is a
+# copy in a folder with a space and a quote in its name. At the end it is moved, and Snakemake must
+# have nothing to do. All processes started here are stopped on exit. Not part of `make test`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 target=${1:-results/tables/conv_shrink.md}
@@ -13,9 +13,9 @@ export PATH="$PWD/.venv/bin:$PATH"
 fail() { echo "error: $*" >&2; exit 1; }
 [ -x .venv/bin/snakemake ] || fail "no .venv here: run make setup first"
 [ "$(id -u)" = 0 ] || fail "tests/slurm.sh installs and starts Slurm: run it as root"
-! pgrep -x 'slurm(ctl)?d' >/dev/null || fail "Slurm runs here already: use a machine without"
+! pgrep -x 'slurm(ctl)?d' >/dev/null || fail "Slurm runs here already: use another machine"
 for conf in /etc/slurm/slurm.conf /etc/slurm/gres.conf; do
-    [ ! -e $conf ] || head -1 $conf | grep -q 'tests/slurm.sh$' || fail "$conf is of another cluster"
+    [ ! -e $conf ] || head -1 $conf | grep -q 'tests/slurm.sh$' || fail "$conf belongs to another cluster"
 done
 command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null ||
     { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
@@ -26,15 +26,15 @@ checkout="$state/it's a folder/hovit copy"
 started=() # process ids, the last to be stopped first
 run=
 stop() {
-    # not TERM: Snakemake would wait for its jobs, and ask a Slurm that is gone
+    # not TERM: Snakemake would wait for its jobs, and query a Slurm that has stopped
     [ -z "$run" ] || kill -KILL "$run" 2>/dev/null || true
-    for _ in $(seq 20); do # slurmd leaves its jobs behind: they go first
+    for _ in $(seq 20); do # slurmd does not end its jobs: cancel them first
         jobs=$(timeout 5 squeue -h -o %i 2>/dev/null) && [ -n "$jobs" ] || break
         xargs scancel --quiet <<<"$jobs" || true
         sleep 1
     done
     for pid in "${started[@]}"; do kill "$pid" 2>/dev/null || true; done
-    wait # until they have written what they write at their end
+    wait # they still write files when they end
     rm -rf /etc/slurm/slurm.conf /etc/slurm/gres.conf "$state"
 }
 trap stop EXIT
@@ -91,7 +91,7 @@ snakemake "$target" --workflow-profile profiles/slurm --jobs 4 --latency-wait 5 
     --default-resources slurm_partition=main mem_mb=2000 runtime=30 >"$state/snakemake.log" 2>&1 &
 run=$!
 
-training() { # "JOB RUN SEED" of a training under way in this checkout, if there is one
+training() { # "JOB RUN SEED" of a training that is running in this checkout, if any
     local pid words
     for pid in $(pgrep -f 'hovit train'); do
         [ "$(readlink "/proc/$pid/cwd")" = "$checkout" ] || continue
@@ -105,12 +105,12 @@ killed=
 while kill -0 $run 2>/dev/null; do
     running=$(squeue -h -t R -o %k)
     if grep -q '^rule_measure' <<<"$running" && [ "$(wc -l <<<"$running")" -gt 1 ]; then
-        fail "a measurement ran beside another job: $running"
+        fail "a measurement shared the node with another job: $running"
     fi
     if [ -z "$killed" ]; then
         read -r job id seed < <(training) || true
         if [ -n "${job:-}" ]; then
-            scontrol show job "$job" | grep -q 'Tres.*gpu:1' || fail "the training asked for no card"
+            scontrol show job "$job" | grep -q 'Tres.*gpu:1' || fail "the training requested no GPU"
             scancel --signal=KILL --full "$job" && killed=$job
             echo "killed Slurm's job $job while it trained $id, seed $seed"
         fi
@@ -119,7 +119,7 @@ while kill -0 $run 2>/dev/null; do
 done
 wait $run || { tail -40 "$state/snakemake.log"; fail "the DAG failed"; }
 run=
-[ -n "$killed" ] || fail "no job was killed: nothing is shown of retries"
+[ -n "$killed" ] || fail "no job was killed, so no retry was tested"
 grep -q "Trying to restart job" "$state/snakemake.log" || fail "the killed job was not run again"
 cat "$target"
 
@@ -137,6 +137,6 @@ mv "$folder" "$state/by slurm"
 snakemake --cores 1 "$folder/record.json" >"$state/local.log" 2>&1 || { tail -40 "$state/local.log"; fail "the local run failed"; }
 for file in weights.safetensors predictions.csv.gz; do
     [ -e "$state/by slurm/$file" ] || continue # weights that nothing reads are not kept
-    cmp "$state/by slurm/$file" "$folder/$file" || fail "$folder/$file is other without Slurm"
+    cmp "$state/by slurm/$file" "$folder/$file" || fail "$folder/$file differs without Slurm"
 done
-echo "ok: $(grep -c 'has been submitted with SLURM jobid' "$state/snakemake.log") jobs through Slurm; $id, killed and run again, is what it is without Slurm, to the bit"
+echo "ok: $(grep -c 'has been submitted with SLURM jobid' "$state/snakemake.log") jobs through Slurm; $id, killed and run again, is bit-identical to a run without Slurm"

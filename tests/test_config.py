@@ -2,6 +2,7 @@
 
 # ruff: noqa: E501 (tables: a mistake is a line)
 
+import inspect
 import json
 import re
 import shutil
@@ -11,15 +12,25 @@ import sys
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import timm
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import hovit.models
+from hovit.config.kinds import ANALYSIS_KINDS
 from hovit.config.load import load_config
+from hovit.config.models import MODELS_FILE, check_arguments, check_model
 from hovit.config.plan import Plan, load_plan
 from hovit.config.schema import KINDS, Study
+from hovit.models.deployed import DEPLOY_FUNCTIONS, deployed
+from hovit.models.efficientvit_layers import ACTS, NORMS, Switches
+from hovit.models.levit_deck import LevitDeck
+from hovit.models.levit_layers import SHRINKS
+from hovit.pipeline.analyse import FUNCTIONS
+from hovit.pipeline.list_models import list_models
 from hovit.utils import yaml_file as reading
 from hovit.utils.errors import HovitError
 from hovit.utils.yaml_file import load_file
@@ -86,11 +97,13 @@ def test_every_scale_has_a_plan(plans, scale):
 # Mistakes ----------------------------------------------------------------------------------------
 
 DEPTH, DECK, SMOKE = "studies/depth.yaml", "recipes/deck.yaml", "scales/smoke.yaml"
+SKIPVIT = "studies/skipvit.yaml"
+SPEED = "studies/efficientvit_speed.yaml"
 COCO, DETECTION = "datasets/coco.yaml", "recipes/detection.yaml"
 # mistake: (file, text, its replacement, part of the message)
 MISTAKES = {
-    "unknown key": (DECK, "epochs:", "epoch:", "deck.yaml: epoch: unknown key; allowed: id, title, epochs, batch_size"),
-    "unknown key, nested": (DEPTH, "ours: true", "our: true", "depth.yaml: rows[1].our: unknown key; allowed: id, label, model"),
+    "unknown key": (DECK, "epochs:", "epoch:", "deck.yaml: epoch: unknown key; nearest: epochs; allowed: id, title, epochs, batch_size"),
+    "unknown key, nested": (DEPTH, "ours: true", "our: true", "depth.yaml: rows[1].our: unknown key; nearest: ours; allowed: id, label, model"),
     "unknown key, not plain text": (DECK, "epochs: 50", "epochs: 50\n\"a\\nb\\e\": 1", "deck.yaml: 'a\\nb\\x1b': unknown key"),
     "a dataset's shares": ("datasets/digits.yaml", "val: 0.15", "val: 0.5", "digits.yaml: split: value error, train and val"),
     "model_args that the study or scale sets": (DEPTH, "ours: true", "model_args: {checkpoint_path: x.pth}", "depth.yaml: rows[1].model_args: value error, checkpoint_path"),
@@ -145,6 +158,18 @@ MISTAKES = {
     "COCO without images": (COCO, "files: [coco/annotations/instances_train2017.json, coco/train2017]", "files: [coco/train2017]", "coco.yaml: the whole file: value error, coco: `files` and `test_files` are each"),
     "a share of COCO": (COCO, "train: 1", "train: 0.5", "coco.yaml: the whole file: value error, coco: `split: {train: 1}`"),
     "reported only, but with a model": (DEPTH, "ours: true", "reported_only: true", "depth.yaml: rows[1].reported_only: goes with `reported`, without a model"),
+    "an unknown model": (DEPTH, "model: levit_deck_2blocks", "model: levit_dekc_2blocks", "depth.yaml: rows[3].model: no model 'levit_dekc_2blocks'; nearest: levit_deck_2blocks"),
+    "an unknown argument": (DEPTH, "ours: true", "model_args: {drop_rat: 0.1}", "depth.yaml: rows[1].model_args.drop_rat: levit_deck_fixed takes no such argument; nearest: drop_rate"),
+    "an argument as text": (DEPTH, "ours: true", "model_args: {drop_rate: 1e-1}", "depth.yaml: rows[1].model_args.drop_rate: must be float, not '1e-1'"),
+    "a drop schedule": (SKIPVIT, "6(55%)+11", "6(55)+11", "skipvit.yaml: rows[8].model_args.schedule: must be '' or text as '6(45%)+11', not '6(55)+11'"),
+    "an argument of the deployed model": (SPEED, "of: efficientvit_m0, by: timm", "of: efficientvit_m0, by: timm, embed_dims: 1", "model_args.embed_dims: efficientvit_m0 takes no such argument; nearest: embed_dim"),
+    "weights of an unknown tag": (SMOKE, "{row: pretraining/resnet50}", "{timm: resnet50.a1}", "smoke.yaml: weights.resnet50.timm: timm's resnet50 has no weights 'a1'; it has a1_in1k"),
+    "a stand-in that does not exist": (SMOKE, "{model: skipvit_tiny_patch16_224,", "{model: skipvit_tiny_patch16,", "smoke.yaml: models.skipvit_small_patch16_224.model: no model 'skipvit_tiny_patch16'; nearest: skipvit_tiny_patch16_224"),
+    "an argument of an analysis": ("analyses/taylor_pruning.yaml", "steps: 5", "step: 5", "taylor_pruning.yaml: args.step: taylor_pruning takes no such argument; nearest: steps"),
+    "text for a number": (DECK, "lr: 0.001", "lr: 1e-3", "deck.yaml: lr: input should be a valid number, not '1e-3'"),
+    "a float for an integer": (DECK, "epochs: 50", "epochs: 50.0", "deck.yaml: epochs: input should be a valid integer, not 50.0"),
+    "one value for a list": (SMOKE, "seeds: [0]", "seeds: 0", "smoke.yaml: seeds: input should be a valid tuple, not 0"),
+    "nearest of many": (DEPTH, "[parameters,", "[parametres,", "; nearest: parameters"),
     "broken YAML": (DECK, "epochs: 50", "epochs: [50", ": not valid YAML: "),
     "a tab": (DECK, "epochs: 50", "\tepochs: 50", ": not valid YAML: "),
     "code": (DECK, "epochs: 50", "epochs: !!python/object/apply:os.getpid []", ": not valid YAML: "),
@@ -185,6 +210,97 @@ def test_many_mistakes_are_counted(config):
     edit(config, DECK, "epochs: 50\nbatch_size: 32\n", "epochs: 0\nbatch_size: 0\n")
     assert "epochs" in (line := refused(config))
     assert line.endswith("(and 1 more)")
+
+
+# mistake: (model, its arguments, part of the message)
+ARGUMENTS = {
+    "like no other": ("levit_deck", {"qqq": 1}, "x.qqq: levit_deck takes no such argument; it takes attention, checkerboard"),
+    "of another type": ("levit_deck", {"depth": (1, 2.5, 1)}, "x.depth: must be list of int, not (1, 2.5, 1)"),
+    "true for a number": ("levit_deck", {"drop_rate": True}, "x.drop_rate: must be float, not True"),
+    "a float for an integer": ("levit_deck", {"in_chans": 3.0}, "x.in_chans: must be int, not 3.0"),
+    "an attention form": ("hovit", {"attention": "focussed"}, "x.attention: must be 'dot', 'euclidean', 'sqeuclidean', 'jaccard', 'jaccard_minmax', 'focused' or 'gated', not 'focussed'; nearest: focused"),
+    "a form, alone": ("attention_layer", {"form": "gate"}, "not 'gate'; nearest: gated"),
+    "an option of a form": ("attention_layer", {"form": "gated", "ranks": 4}, "x.ranks: attention_layer takes no such argument; nearest: rank"),
+    "of timm's models": ("swin_tiny_patch4_window7_224", {"window": 7}, "x.window: swin_tiny_patch4_window7_224 takes no such argument; nearest: window_size"),
+    "of timm's models, as text": ("resnet50", {"drop_path_rate": "1e-1"}, "x.drop_path_rate: must be float, not '1e-1'"),
+    "two types": ("swin_tiny_patch4_window7_224", {"window_size": "7"}, "x.window_size: must be int or list of int, not '7'"),
+    "a backbone's": ("l_hovit", {"drop_rat": 0.1}, "x.drop_rat: l_hovit takes no such argument; nearest: drop_rate"),
+    "a front": ("l_hovit", {"front": "resnet5"}, "x.front: no model 'resnet5'; nearest: "),
+    "a tag of a front": ("front_linear", {"front": "resnet50.x"}, "x.front: timm's resnet50 has no weights 'x'; it has a1_in1k"),
+    "a model to deploy": ("deployed", {"of": "efficientvit_n0"}, "x.of: no model 'efficientvit_n0'; nearest: efficientvit_m"),
+    "no model to deploy": ("deployed", {"off": "efficientvit_m0"}, "x.off: deployed without of; nearest: of"),
+    "a way to deploy": ("deployed", {"of": "efficientvit_m0", "by": "tim"}, "x.by: must be 'hovit', 'folding', 'timm' or 'nothing', not 'tim'; nearest: timm"),
+    "the deployed model's": ("deployed", {"of": "efficientvit_m0", "embed_dims": 1}, "x.embed_dims: efficientvit_m0 takes no such argument; nearest: embed_dim"),
+    "a switch": ("efficientvit_paper_m4", {"norm": "gn"}, "x.norm: must be 'bn' or 'ln', not 'gn'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", ARGUMENTS)
+def test_a_wrong_argument_of_a_model_is_one_line(mistake):
+    model, args, says = ARGUMENTS[mistake]
+    with pytest.raises(HovitError) as error:
+        check_arguments(model, args, "x")
+    assert says in one_line(error.value)
+
+
+RIGHT = {
+    "hovit": {"drop_rate": 0, "depth": (1, 1, 1), "attention": "gated", "two_way": True},
+    "deployed": {"of": "efficientvit_m0", "by": "timm", "channels_last": False, "num_heads": (4,)},
+    "front_linear": {"front": "tf_efficientnet_lite0.in1k", "bn_eps": 1e-3, "drop_rate": 0.1},
+    "skipvit_small_patch16_224": {"schedule": "4,7(30%, 30%)+fused token", "warmup": 0.15},
+    "resnet50": {"layers": (1, 1, 1, 1), "act_layer": "silu"},
+    "maxvit_tiny_tf_224": {"transformer_norm_layer": "layernorm"},  # timm lists no names here
+}
+
+
+@pytest.mark.parametrize("model", RIGHT)
+def test_right_arguments_of_a_model_are_accepted(model):
+    check_model(model, "x")
+    check_arguments(model, RIGHT[model], "x")
+
+
+def test_the_list_of_models_is_up_to_date():
+    """Models that other tests register are not in it."""
+    with open(MODELS_FILE, encoding="utf-8") as file:
+        assert json.load(file) == list_models(), "run `hovit schema`"
+
+
+OURS = [
+    name
+    for name in timm.list_models()
+    if timm.model_entrypoint(name).__module__.startswith(hovit.models.__name__)
+    and not name.startswith("l_levit")  # as l_hovit
+]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_models_refuse_what_the_list_refuses(name):
+    """An argument that is not in the list is refused by the model itself, too."""
+    with pytest.raises(HovitError):
+        check_arguments(name, {"no_such_argument": 1}, "x")
+    extra = {"of": "hovit"} if name == "deployed" else {}
+    with pytest.raises((TypeError, ValueError)):
+        timm.create_model(name, no_such_argument=1, **extra)
+
+
+def test_names_in_signatures_are_those_that_the_models_know():
+    def names(target, argument):
+        return get_args(get_type_hints(target)[argument])
+
+    assert names(deployed, "by") == tuple(DEPLOY_FUNCTIONS)
+    assert names(LevitDeck.__init__, "shrink") == tuple(SHRINKS)
+    assert names(Switches, "norm") == tuple(NORMS)
+    assert names(Switches, "act") == tuple(ACTS)
+
+
+@pytest.mark.parametrize("kind", ANALYSIS_KINDS)
+def test_arguments_of_an_analysis_are_those_of_its_function(kind):
+    taken = {
+        name: parameter.annotation.__name__
+        for name, parameter in inspect.signature(FUNCTIONS[kind]).parameters.items()
+        if parameter.annotation in (bool, int, float, str)
+    }
+    assert ANALYSIS_KINDS[kind].args == taken
 
 
 # Text on which the YAML reader, or our code, could fail.
@@ -331,7 +447,8 @@ def test_seeds_come_from_the_scale_and_folders_differ(plans, scale):
     for run_id, by_seed in plan.runs.items():
         first = next(iter(by_seed.values()))
         once = first.role in ("pretrain", "upstream", "coco")
-        wanted = plan.scale.seeds[:1] if once else plan.scale.seeds
+        fewer = plan.scale.recipe_seeds.get(first.recipe.id, len(plan.scale.seeds))
+        wanted = plan.scale.seeds[: 1 if once else fewer]
         assert tuple(by_seed) == wanted, run_id
         assert len({run.spec_hash for run in by_seed.values()}) == len(wanted)
     runs = [run for by_seed in plan.runs.values() for run in by_seed.values()]

@@ -16,6 +16,9 @@ from conftest import ROOT
 from PIL import Image
 
 from hovit.config.plan import load_plan
+from hovit.data.pack import prepare
+from hovit.training.checkpoint import save_weights
+from hovit.utils.create_model import create_model
 
 TOP = ("src", "config", "dvc.yaml")
 
@@ -258,12 +261,13 @@ def measured(copy: Copy) -> dict[str, dict[str, float]]:
     return record["results"]["rows"]  # type: ignore[no-any-return]
 
 
-def test_a_model_is_two_files(copy: Copy) -> None:
+def test_a_model_is_three_files(copy: Copy) -> None:
     copy.write("src/hovit/models/another.py", MODEL)
     copy.edit(
         "src/hovit/models/__init__.py", "from . import (\n", "from . import (\n    another,\n"
     )
     copy.edit("src/hovit/models/__init__.py", "__all__ = [\n", '__all__ = [\n    "another",\n')
+    copy.hovit("schema")
     copy.changes_what("Add a model")
     copy.write("config/studies/another.yaml", study("another"))
     assert measured(copy)["only"]["parameters"] == 3 * 37 + 37
@@ -271,7 +275,7 @@ def test_a_model_is_two_files(copy: Copy) -> None:
     assert "148" in (copy.root / "results/tables/another.md").read_text()
 
 
-def test_an_attention_form_is_two_files(copy: Copy) -> None:
+def test_an_attention_form_is_three_files(copy: Copy) -> None:
     modules = "src/hovit/attention/modules.py"
     copy.edit("src/hovit/attention/forms.py", "ATTENTION_FORMS = {\n",
               'ATTENTION_FORMS = {\n    "mean": AttentionForm(softmax=False),\n')  # fmt: skip
@@ -296,6 +300,7 @@ def check_attention(''',
     copy.edit(modules, '    if name == "focused":\n',
               '    if name == "mean":\n        return MeanAttention(dim, heads)\n'
               '    if name == "focused":\n')  # fmt: skip
+    copy.hovit("schema")
     copy.changes_what("Add an attention form")
     args = "model_args: {attention: mean}"
     row = f"  - {{id: mean, label: Mean, model: levit_deck, {args}, ours: true}}\n"
@@ -322,45 +327,27 @@ kind: {kind}
 of: [hovit/hovit]
 images: 2
 """
-# An untrained HoViT, in place of a trained one, and the images that it is analysed on.
-TRAINED = """
-import hovit.models
-from hovit.config.plan import load_plan
-from hovit.data.pack import prepare
-from hovit.training.checkpoint import save_weights
-from hovit.utils.create_model import create_model
-run = load_plan("smoke").run("hovit.pets.deck")
-prepare(run.pack, None)
-model = create_model(run.model, run.dataset.num_classes, run.image_size)
-save_weights(run.folder / "weights.safetensors", model)
-"""
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the weights and the images that the analyses below read."""
-    copy = Copy(tmp_path_factory.mktemp("trained"))
-    copy.run("-c", TRAINED)
-    return copy.root
-
-
-def analysed(copy: Copy, trained: Path) -> dict[str, object]:
-    """Run the analysis `another`: what it finds for its row."""
-    for name in ("data", "results"):
-        shutil.copytree(trained / name, copy.root / name)
+def analysed(copy: Copy) -> dict[str, object]:
+    """Run the analysis `another` of an untrained HoViT: what it finds for its row."""
+    run = load_plan("smoke", ROOT / "config").run("hovit.pets.deck")
+    prepare(run.pack, Path(), copy.root / run.pack.folder)
+    model = create_model(run.model, run.dataset.num_classes, run.image_size)
+    save_weights(copy.root / run.folder / "weights.safetensors", model)
     copy.hovit("analyse", "another", "--accelerator", "cpu")
     record = json.loads((copy.root / "results/runs/smoke/analysis/another.json").read_text())
     return record["results"]["rows"]["hovit/hovit"]
 
 
-def test_an_analysis_is_one_file(copy: Copy, trained: Path) -> None:
+def test_an_analysis_is_one_file(copy: Copy) -> None:
     copy.write("config/analyses/another.yaml", ANALYSIS.format(kind="attention_maps"))
     copy.changes_what("Add an analysis")
     assert re.search(r"another +1 rows  Another analysis", copy.hovit("list"))
-    assert len(analysed(copy, trained)["map"]) > 0  # type: ignore[arg-type]
+    assert len(analysed(copy)["map"]) > 0  # type: ignore[arg-type]
 
 
-def test_a_kind_of_analysis(copy: Copy, trained: Path) -> None:
+def test_a_kind_of_analysis(copy: Copy) -> None:
     copy.write(
         "src/hovit/analysis/largest_weight.py",
         '"""Largest absolute weight of a model."""\n\n\ndef largest_weight(model, images):\n'
@@ -376,7 +363,7 @@ def test_a_kind_of_analysis(copy: Copy, trained: Path) -> None:
     copy.hovit("schema")
     copy.changes_what("Add a kind of analysis")
     copy.write("config/analyses/another.yaml", ANALYSIS.format(kind="largest_weight"))
-    assert analysed(copy, trained)["largest"] > 0  # type: ignore[operator]
+    assert analysed(copy)["largest"] > 0  # type: ignore[operator]
 
 
 def test_a_figure(copy: Copy) -> None:

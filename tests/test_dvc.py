@@ -18,7 +18,7 @@ from hovit.report.figures.draw import FIGURES
 from hovit.utils.dvc_lock import check_stored
 from hovit.utils.errors import HovitError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("dvc")]  # they share one repository
 TRACKED = ("Snakefile", "dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvc/plots", ".dvcignore",
            ".gitignore", "profiles", "config", "src", "results/evidence")  # fmt: skip
 STUDY = """
@@ -144,14 +144,15 @@ def pulled(made: Path, name: str) -> Path:
     return root
 
 
-def snakemake(root: Path, *args: str) -> str:
-    return ok(root, "snakemake", "--cores", "2", "results/tables", *args)
+@pytest.fixture(scope="module")
+def pulled_clone(made: Path) -> Path:
+    """A clone with everything pulled; each test that changes it restores it."""
+    return pulled(made, "pulled")
 
 
 def assert_at_rest(root: Path) -> None:
-    """DVC, Snakemake and git all want nothing."""
-    assert "Nothing to be done" in snakemake(root, "-n")
-    assert "Nothing to be done" in snakemake(root)
+    """DVC, Snakemake and git have nothing to do."""
+    assert "Nothing to be done" in ok(root, "snakemake", "--cores", "2", "results/tables")
     assert "Data and pipelines are up to date" in ok(root, "dvc", "repro")
     assert git(root, "status", "--porcelain") == ""
 
@@ -180,7 +181,13 @@ def test_repro_on_a_fresh_clone_makes_the_tables_and_then_rests(made: Path) -> N
     assert_at_rest(made)
 
 
-def test_pushed_and_pulled_nothing_is_made_again_five_times_of_five(made: Path) -> None:
+def test_after_a_push_and_a_pull_nothing_is_made_again(pulled_clone: Path) -> None:
+    assert_at_rest(pulled_clone)
+    assert "files are the bytes" in ok(pulled_clone, sys.executable, "-m", "hovit", "verify")
+
+
+@pytest.mark.exhaustive
+def test_after_five_pulls_of_five_nothing_is_made_again(made: Path) -> None:
     for i in range(5):
         root = pulled(made, f"pulled {i}")
         assert_at_rest(root)
@@ -215,8 +222,8 @@ def test_metrics_and_plots_show_the_runs(made: Path) -> None:
     assert "val_top1" in (made.parent / "plots/index.html").read_text()
 
 
-def test_a_flipped_byte_is_found_and_named_and_mended(made: Path) -> None:
-    root = pulled(made, "flipped")
+def test_a_flipped_byte_is_found_and_named_and_restored(pulled_clone: Path) -> None:
+    root = pulled_clone
     weights = next(root.glob("results/runs/smoke/hovit*/seed0/weights.safetensors"))
     name = weights.relative_to(root).as_posix()
     flip(weights)
@@ -252,26 +259,21 @@ def test_an_s3_remote_takes_and_gives_everything(made: Path, monkeypatch) -> Non
         url = f"http://{host}:{port}"
         request = urllib.request.Request(f"{url}/hovit", method="PUT")
         urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request).close()
-        source, target = pulled(made, "to s3"), clone(made, made.parent / "from s3")
-        for root in (source, target):
-            ok(root, "dvc", "remote", "add", "--local", "-f", "-d", "store", "s3://hovit/dvc")
-            ok(root, "dvc", "remote", "modify", "--local", "store", "endpointurl", url)
-        assert "pushed" in ok(source, "dvc", "push")
-        assert "up to date" in ok(source, "dvc", "push")
-        ok(target, "dvc", "pull")
-        assert_at_rest(target)
+        target = clone(made, made.parent / "from s3")
+        for root in (made, target):
+            ok(root, "dvc", "remote", "add", "--local", "s3", "s3://hovit/dvc")
+            ok(root, "dvc", "remote", "modify", "--local", "s3", "endpointurl", url)
+        assert "pushed" in ok(made, "dvc", "push", "--remote", "s3")
+        assert "up to date" in ok(made, "dvc", "push", "--remote", "s3")
+        ok(target, "dvc", "pull", "--remote", "s3")
+        assert "files are the bytes" in ok(target, sys.executable, "-m", "hovit", "verify")
+        assert "Data and pipelines are up to date" in ok(target, "dvc", "repro")
     finally:
         server.stop()
 
 
-def change_a_recipe(root: Path) -> None:
-    """So that there is one training to do, of some seconds."""
-    recipe = root / "config/recipes/deck_100.yaml"
-    recipe.write_text(recipe.read_text().replace("lr: 0.001", "lr: 0.002"))
-
-
 def heed_interrupts() -> None:
-    """A shell that puts the tests in the background has all that they start ignore SIGINT."""
+    """Processes that a shell starts in the background ignore SIGINT, and so do their children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -285,30 +287,24 @@ def start_repro(root: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def test_two_at_once_the_second_says_why_it_does_not_run(made: Path) -> None:
-    root = pulled(made, "two at once")
-    change_a_recipe(root)
+def test_an_interrupted_repro_goes_on_and_of_two_at_once_one_is_refused(made: Path) -> None:
+    root = pulled(made, "interrupted")
+    recipe = root / "config/recipes/deck_100.yaml"
+    recipe.write_text(recipe.read_text().replace("lr: 0.001", "lr: 0.002"))
+    process = start_repro(root)
+    while not [*root.glob("logs/train/*/*/*.log")]:
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(1)  # the import of torch alone takes longer, so training has not ended
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+
     first, second = start_repro(root), start_repro(root)
     said = {process.communicate(timeout=250)[0]: process.returncode for process in (first, second)}
     assert sorted(said.values())[0] == 0, said
     for text, code in said.items():
         assert code == 0 or "lock" in text.lower() or "is busy" in text.lower(), text
-    ok(root, "dvc", "repro")
-    git(root, "commit", "-qam", "the new lock")
-    assert_at_rest(root)
-
-
-def test_an_interrupted_repro_goes_on(made: Path) -> None:
-    root = pulled(made, "interrupted")
-    change_a_recipe(root)
-    process = start_repro(root)
-    while not [*root.glob("logs/train/*/*/*.log")]:
-        assert process.poll() is None
-        time.sleep(0.1)
-    time.sleep(1)  # torch's import alone takes longer: it has not ended
-    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
-    process.communicate(timeout=60)
-    assert process.returncode != 0
     ok(root, "dvc", "repro")
     git(root, "commit", "-qam", "the new lock")
     assert_at_rest(root)
@@ -321,9 +317,9 @@ def test_the_environment_need_not_be_activated(made: Path) -> None:
     assert "Nothing to be done" in done
 
 
-def test_results_that_are_there_already_are_taken_over(made: Path) -> None:
-    """`make tables` first and `dvc repro` later makes nothing twice."""
-    root = pulled(made, "taken over")
+def test_results_that_are_there_already_are_taken_over(pulled_clone: Path) -> None:
+    """`dvc repro` after `make tables` makes nothing again."""
+    root = pulled_clone
     (root / "dvc.lock").unlink()
     done = ok(root, "dvc", "repro")
     assert done.count("Nothing to be done") == 4

@@ -12,6 +12,14 @@ from typer.testing import CliRunner
 from hovit.cli import app
 from hovit.config.plan import load_plan
 from hovit.pipeline import estimate
+from hovit.pipeline.card_time import (
+    ARTIFACT,
+    BEGIN,
+    END,
+    estimate_table,
+    macs_of,
+    run_seconds,
+)
 
 
 @pytest.fixture
@@ -83,3 +91,29 @@ def test_an_analysis_is_shown(fresh: Path) -> None:
     )
     assert "4 runs (with those that others start from), 0 done\ncost: about" in text
     assert "nothing to analyse at this scale" in shown("kept_patches", "--scale", "sample")
+
+
+@pytest.mark.exhaustive
+def test_artifact_states_the_estimate_of_the_scale_proxy() -> None:
+    text = (ROOT / ARTIFACT).read_text()
+    block = text.split(BEGIN)[1].split(END)[0]
+    table = estimate_table(load_plan("proxy", ROOT / "config"))
+    assert block == table
+    minutes = [int(n) for n in re.findall(r"\| (\d+) min \|$", table, re.MULTILINE)]
+    assert len(minutes) == 4
+    assert max(minutes) <= 15
+
+
+def test_a_step_takes_as_long_as_the_reference_or_by_its_arithmetic() -> None:
+    plan = load_plan("proxy", ROOT / "config")
+    small, reference = plan.run("hovit.pets.deck"), plan.run("levit_deck.pets.deck")
+    large = plan.run("resnet50.pets.deck")
+    steps, val = 5144 // 32, 1102
+    for run in (small, reference):  # as the larger batch of validation costs arithmetic alone
+        assert run_seconds(run, 2.0) == pytest.approx(50 * (steps + val / 3 / 32) * 2e-3)
+    ratio = macs_of(large) / macs_of(reference)
+    assert ratio > 3
+    assert run_seconds(large, 2.0) == pytest.approx(
+        50 * (steps * ratio + val * ratio / 3 / 32) * 2e-3
+    )
+    assert run_seconds(small, 4.0) == pytest.approx(2 * run_seconds(small, 2.0))

@@ -20,6 +20,7 @@ from hovit.records.predictions import read_predictions, write_predictions
 from hovit.records.record import read_record
 from hovit.utils.code_hash import ENTRIES
 
+pytestmark = pytest.mark.xdist_group("evidence")  # the tests share a clone
 HOVIT = "amd-epyc/mini/hovit.pets.deck/seed0"
 PACKAGE = Path("src/hovit")
 
@@ -44,8 +45,11 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def clone(original: Path, tmp_path: Path) -> Path:
-    """A copy of the clone that may be changed."""
-    return shutil.copytree(original, tmp_path / "clone")
+    """A copy of the clone that may be changed; the repository itself is linked."""
+    root, git = tmp_path / "clone", shutil.ignore_patterns(".git")
+    shutil.copytree(original, root, ignore=git)
+    shutil.copytree(original / ".git", root / ".git", copy_function=os.link)
+    return root
 
 
 def run(root: Path, *args: str) -> subprocess.CompletedProcess[str]:
@@ -158,9 +162,13 @@ CHANGES: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_all_evidence_survives(clone: Path, change: str) -> None:
-    CHANGES[change](clone)
+ONE_BY_ONE = [pytest.param([change], marks=pytest.mark.exhaustive) for change in CHANGES]
+
+
+@pytest.mark.parametrize("changes", [list(CHANGES), *ONE_BY_ONE], ids=", ".join)
+def test_all_evidence_survives(clone: Path, changes: list[str]) -> None:
+    for change in changes:
+        CHANGES[change](clone)
     count = len(records_in(clone / EVIDENCE))
     assert count >= 164
     assert hovit(clone, "evidence", "verify") == f"{count} records of evidence verify\n"

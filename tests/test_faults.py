@@ -26,7 +26,7 @@ from conftest import ROOT, small_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from synthetic import made_up_predictions, train_record, write_all
+from synthetic import made_up_predictions, train_record
 from torch import nn
 
 import hovit.training.classification
@@ -159,8 +159,8 @@ def test_killed_measurement_keeps_its_rounds(tmp_path: Path) -> None:
     def after_kill() -> None:
         if path.exists():
             at_end()
-        elif partial.exists():
-            hold(read_sealed(partial)["samples"])
+        elif partial.exists() and (samples := read_sealed(partial).get("samples")):
+            hold(samples)
 
     def at_end() -> None:
         nonlocal kept
@@ -184,8 +184,10 @@ def rows_of(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_killed_report_leaves_whole_files_or_none(tmp_path: Path) -> None:
-    write_all(load_plan("mini", ROOT / "config"), tmp_path)
+def test_killed_report_leaves_whole_files_or_none(
+    tmp_path: Path, copy_records: Callable[[Plan, Path], Path]
+) -> None:
+    copy_records(load_plan("mini", ROOT / "config"), tmp_path)
     length = killed.undisturbed(killed.reporting, tmp_path)
     expected = shown(tmp_path)
     assert len(expected) > 30
@@ -387,17 +389,9 @@ def disk() -> Iterator[Callable[[Path, int], Disk]]:
         made.close()
 
 
-def hovit_says(root: Path, *args: str) -> tuple[int, str, str]:
-    """The real command: exit code, stdout, stderr."""
-    done = subprocess.run(
-        [sys.executable, "-m", "hovit", *args], cwd=root, capture_output=True, text=True
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
 def refused(root: Path, *args: str) -> str:
     """The command must say one line on stderr and exit with 1."""
-    code, _, said = hovit_says(root, *args)
+    code, _, said = killed.run_hovit(root, *args)
     assert (code, said.count("\n")) == (1, 1), said
     assert said.startswith("error: ")
     return said
@@ -412,11 +406,10 @@ WRITERS = {
 
 
 @pytest.fixture
-def records(tmp_path: Path) -> Path:
+def records(tmp_path: Path, copy_records: Callable[[Plan, Path], Path]) -> Path:
     """The config and all records of scale mini."""
     shutil.copytree(ROOT / "config", tmp_path / "config")
-    write_all(load_plan("mini", ROOT / "config"), tmp_path)
-    return tmp_path
+    return copy_records(load_plan("mini", ROOT / "config"), tmp_path)
 
 
 def contents(place: Path) -> dict[str, bytes]:
@@ -435,7 +428,7 @@ def test_a_full_disk_or_a_read_only_folder_is_one_line(
     assert place in refused(records, *command)
     assert contents(records / place) == {}
     small.free()
-    assert hovit_says(records, *command)[0] == 0
+    assert killed.run_hovit(records, *command)[0] == 0
     expected = contents(records / place)
     if what == "pack":  # one that is there is not made again, so let it be another's
         meta = records / place / "digits-64px/pack.json"
@@ -449,7 +442,7 @@ def test_a_full_disk_or_a_read_only_folder_is_one_line(
         assert place in refused(records, *command)
         assert contents(records / place) == before
         mend()
-    assert hovit_says(records, *command)[0] == 0
+    assert killed.run_hovit(records, *command)[0] == 0
     assert contents(records / place) == expected
 
 
@@ -462,7 +455,7 @@ def test_a_disk_that_fills_while_packing_does_not_kill_the_process(
     small.fill(leave=100_000)  # of 345,152
     assert "No space left" in refused(records, "data", "digits-64px")
     small.free()
-    assert hovit_says(records, "data", "digits-64px")[0] == 0
+    assert killed.run_hovit(records, "data", "digits-64px")[0] == 0
 
 
 @pytest.mark.parametrize("moment", ["a step", "the last epoch", "the test"])
@@ -797,6 +790,7 @@ def test_commands_name_the_damaged_file(
     records: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(records)
+    monkeypatch.setattr("hovit.pipeline.estimate.PROBE", ("levit_128s", 2))  # of `hovit show`
     plan = load_plan("smoke")
     run = plan.run("levit_deck.pets.deck")
     prepare(run.pack, Path(), run.pack.folder)

@@ -11,7 +11,6 @@ from conftest import ROOT
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure as Canvas
 from matplotlib.text import Text
-from synthetic import write_all
 
 from hovit.config.plan import Plan, load_plan
 from hovit.pipeline.evidence import EVIDENCE
@@ -57,16 +56,15 @@ def test_a_figure_says_all_of_what_was_run(evidence: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["attention_maps", "kept_patches"])
-def test_a_picture_without_its_image_says_so(plan: Plan, tmp_path: Path, name: str) -> None:
-    write_all(plan, tmp_path)
-    said = words(drawn(plan, tmp_path, name))
+def test_a_picture_without_its_image_says_so(plan: Plan, root: Path, name: str) -> None:
+    said = words(drawn(plan, root, name))
     assert "image 0 of\nOxford-IIIT Pet (sample):\nnot packed here" in said
-    folder = tmp_path / "data/packed/oxford-iiit-pet-sample-224px"
+    folder = root / "data/packed/oxford-iiit-pet-sample-224px"
     folder.mkdir(parents=True)
     np.save(folder / "images.npy", np.zeros((1, 224, 224, 3), np.uint8))
     for other in ("96px", "64px"):
         shutil.copytree(folder, folder.with_name(folder.name.replace("224px", other)))
-    assert "not packed here" not in words(drawn(plan, tmp_path, name))
+    assert "not packed here" not in words(drawn(plan, root, name))
 
 
 @pytest.mark.parametrize("name", ["attention_maps", "kept_patches", "runtime_breakdown"])
@@ -76,15 +74,14 @@ def test_a_picture_that_nothing_was_computed_for_says_so(
     assert "not measured" in words(drawn(plan, tmp_path, name))
 
 
-def test_kept_patches_show_on_a_white_page(plan: Plan, tmp_path: Path) -> None:
+def test_kept_patches_show_on_a_white_page(plan: Plan, root: Path) -> None:
     """Kept and left out, with the image and without it, in a frame and with a legend."""
-    write_all(plan, tmp_path)
-    folder = tmp_path / "data/packed/oxford-iiit-pet-sample-224px"
+    folder = root / "data/packed/oxford-iiit-pet-sample-224px"
     for packed in (False, True):
         if packed:
             folder.mkdir(parents=True)
             np.save(folder / "images.npy", np.full((1, 224, 224, 3), 7, np.uint8))
-        canvas = drawn(plan, tmp_path, "kept_patches")
+        canvas = drawn(plan, root, "kept_patches")
         masks = [ax for ax in canvas.axes if ax.get_title() == "after layer 6"]
         assert len(masks) == 2  # of either schedule's one image
         for ax in masks:

@@ -77,8 +77,8 @@ ALLOWED: dict[str, set[str]] = {
     "analysis": {"attention", "measure", "models", "utils"},
     "training": {"config", "data", "detection", "records", "utils"},
     "pipeline": {
-        "analysis", "config", "data", "detection", "measure", "models", "records", "training",
-        "utils",
+        "analysis", "attention", "config", "data", "detection", "measure", "models", "records",
+        "training", "utils",
     },
     "report": {"config", "records", "utils"},
 }  # fmt: skip

@@ -65,7 +65,7 @@ def test_photographs_at_224_px_through_the_deployed_family(size):
     photographs = torch.stack([torch.tensor(x) for x in load_sample_images().images])
     windows = photographs.permute(0, 3, 1, 2).float().unfold(2, 224, 100).unfold(3, 224, 100)
     images = windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2) / 127.5 - 1  # [n, 3, 224, 224]
-    model = timm.create_model(f"efficientvit_paper_{size}", num_classes=10)
+    model = timm.create_model(f"efficientvit_paper_{size}", num_classes=10, depth=(1, 1, 1))
     as_trained(model, images)
     model = deploy(model.eval())
     made, some = make_session(model, images[-4:]), images[-4:]
@@ -86,7 +86,8 @@ def test_a_pass_of_wrong_blocks_is_refused_at_initial_weights_too(kind, monkeypa
         return make_session(model, *inputs)
 
     monkeypatch.setattr(onnx_runtime, "make_session", torch.no_grad()(scrambled))
-    model = timm.create_model("deployed", of="efficientvit_paper_m0", num_classes=10)
+    args = {"of": "efficientvit_paper_m0", "num_classes": 10, "depth": (1, 1, 1)}
+    model = timm.create_model("deployed", **args)
     with pytest.raises(HovitError, match="differ from PyTorch's"):
         OnnxPass()(model.eval(), torch.randn(1, 3, 224, 224))
 

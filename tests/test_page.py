@@ -21,6 +21,7 @@ from hovit.report.sources import Sources, load_sources
 from hovit.report.tables.columns import NOTHING, make_table
 from hovit.utils.files import write_text
 
+pytestmark = pytest.mark.xdist_group("page")  # the tests share records, page and browser
 HOSTILE = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 1'>&amp;`"
 EVIDENCE = "results/evidence/test-gpu"
 

@@ -9,12 +9,13 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import killed
 import numpy as np
 import pandas as pd
 import pytest
 import timm
 import torch
-from conftest import ROOT, small_run
+from conftest import ROOT, SMALL, small_run
 from safetensors.torch import save_file
 
 from hovit.config.plan import Plan, load_plan
@@ -133,7 +134,7 @@ def test_bf16_trains(plan: Plan, packed: Path) -> None:
 
 def test_training_learns(plan: Plan, packed: Path) -> None:
     """A run on few images must fit them: the loss falls far below chance (ln 10 = 2.3)."""
-    run = small_run(plan, epochs=12, model_args={"depth": [1, 1, 1]})
+    run = small_run(plan, epochs=30, model_args=SMALL | {"drop_rate": 0.0})
     record = train(run, make_fabric("32-true", accelerator="cpu"), packed)
     assert record.results["history"][-1]["train_loss"] < 0.5
 
@@ -149,18 +150,18 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path: Path) -> None:
         )
     )
     run = "vit_small_patch16_224.pets.deck"
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    hovit = ["-m", "hovit"]
-    train_run = [*hovit, "train", run, "--threads", "1", "--accelerator", "cpu"]
-    subprocess.run([sys.executable, *hovit, "data", "digits-64px"], cwd=tmp_path, check=True)
+    train_run = ["train", run, "--threads", "1", "--accelerator", "cpu"]
+    assert killed.run_hovit(tmp_path, "data", "digits-64px")[0] == 0
     curves = []
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for launcher in ([], torchrun, "srun"):
-        if launcher == "srun":
-            run_as_srun([sys.executable, *train_run], 2, cwd=tmp_path, env=env)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc-per-node", "2", "-m", "hovit"]  # fmt: skip
+    for launcher in ("none", "torchrun", "srun"):
+        if launcher == "none":
+            assert killed.run_hovit(tmp_path, *train_run)[0] == 0
+        elif launcher == "torchrun":
+            subprocess.run([*torchrun, *train_run], cwd=tmp_path, check=True)
         else:
-            command = [sys.executable, *launcher, *train_run]
-            subprocess.run(command, cwd=tmp_path, env=env, check=True)
+            run_as_srun(tmp_path, train_run, 2)
         folder = tmp_path / "results/runs/smoke" / run / "seed0"
         curves.append(pd.read_csv(folder / "history.csv"))
         predictions = pd.read_csv(folder / "predictions.csv.gz")
@@ -172,17 +173,19 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path: Path) -> None:
         np.testing.assert_allclose(curves[0]["val_loss"], curve["val_loss"], rtol=5e-3)
 
 
-def run_as_srun(command: list[str], tasks: int, cwd: Path, env: dict[str, str]) -> None:
-    """Start a command with the variables that srun sets for each task of a step."""
+def run_as_srun(root: Path, arguments: list[str], tasks: int) -> None:
+    """Run a `hovit` command with the variables that srun sets for each task of a step."""
     step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0",
             "SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_STEP_NUM_NODES": "1"}  # fmt: skip
-    started = [
-        subprocess.Popen(
-            command, cwd=cwd, env=env | step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
-        )
-        for i in range(tasks)
-    ]
-    assert [task.wait(timeout=300) for task in started] == [0] * tasks
+    started = []
+    for i in range(tasks):
+        said = root / f"task {i}"
+        said.mkdir()
+        own = step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
+        started.append(killed.start(killed.command, root, arguments, own, said))
+    for task in started:
+        task.join()
+    assert [task.exitcode for task in started] == [0] * tasks
 
 
 STRAYS = {

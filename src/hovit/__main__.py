@@ -17,7 +17,7 @@ def main() -> None:
     run()
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # worker processes of `hovit sweep` import this file too
     from .pipeline.worker import hand_over
 
     code = hand_over(sys.argv[1:])

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ import typer
 
 from .utils.errors import HovitError
 from .utils.files import write_json
+from .utils.machine import use_writable_caches
 
 if TYPE_CHECKING:
     from .config.plan import Plan
@@ -43,6 +45,13 @@ DataRoot = Annotated[
 Accelerator = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
+class Only(StrEnum):
+    """Value of `--only`."""
+
+    train = "train"
+    measure = "measure"
+
+
 def load_plan(scale: str = "smoke", weights_file: Path | None = None) -> "Plan":
     """`hovit.config.plan.load_plan` of the config here, imported when it is called."""
     from .config.plan import load_plan
@@ -52,6 +61,7 @@ def load_plan(scale: str = "smoke", weights_file: Path | None = None) -> "Plan":
 
 def main() -> None:
     """Run the command line; a HovitError is one line on stderr and exit code 1."""
+    use_writable_caches()
     try:
         app()
     except HovitError as error:
@@ -98,6 +108,22 @@ def show(
 
 
 @app.command()
+def estimate(
+    scale: ScaleOption = "proxy",
+    write: Annotated[bool, typer.Option("--write", help="Update ARTIFACT.md.")] = False,
+) -> None:
+    """Estimate how long the main studies train on one GPU, from the time of one step."""
+    import hovit.models  # noqa: F401 (registers)
+
+    from .pipeline.card_time import estimate_table, write_artifact
+
+    plan = load_plan(scale)
+    if write:
+        write_artifact(plan)
+    print(estimate_table(plan), end="")
+
+
+@app.command()
 def explain(
     name: Annotated[str, typer.Argument(help="A study or an analysis.")],
     row: Annotated[str, typer.Argument(help="A row; for an analysis STUDY/ROW.")] = "",
@@ -136,21 +162,21 @@ def train(
     weights: WeightsOption = None,
     accelerator: Accelerator = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    compile: Annotated[bool, typer.Option(help="Compile the model with torch.compile.")] = False,
 ) -> None:
     """Train one run, or resume it. Under torchrun: data-parallel."""
     plan = load_plan(scale, weights_file=weights)
     run = plan.run(run_id, seed)
-    import torch
-
     import hovit.models  # noqa: F401 (registers)
 
     from .pipeline.train import format_results, train_run
     from .training.trainer import make_fabric
+    from .utils.device import set_threads
 
-    torch.set_num_threads(threads or plan.scale.threads)
+    set_threads(threads or plan.scale.threads)
     fabric = make_fabric(run.precision, accelerator=accelerator)
     with _watching(run, quiet=not fabric.is_global_zero) as options:
-        options.weights_file = weights
+        options.weights_file, options.compile = weights, compile
         record = train_run(run, fabric, options=options)
     if fabric.is_global_zero:
         print(f"{run.id} seed {run.seed}: {format_results(record.results)}")
@@ -264,39 +290,63 @@ def sweep(
     data_root: DataRoot = Path("data"),
     weights: WeightsOption = None,
     accelerator: Accelerator = "auto",
+    jobs: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Processes that share the device. With more than one, no run starts that cannot "
+            "finish in time.",
+        ),
+    ] = 1,
+    priority: Annotated[
+        bool,
+        typer.Option("--priority", help="Studies in the order given, the first seed of all first."),
+    ] = False,
+    only: Annotated[Only | None, typer.Option(help="Train or measure, not both.")] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(help="Write records, histories and predictions to this .tgz, and refresh it."),
+    ] = None,
+    states: Annotated[
+        bool, typer.Option("--states", help="Export checkpoints of unfinished runs, too.")
+    ] = False,
+    max_size: Annotated[
+        str | None, typer.Option(help="Limit of the export, for example 60M.")
+    ] = None,
 ) -> None:
-    """Run studies in one process within a time budget, without Snakemake; repeat it to resume."""
+    """Run studies within a time budget, without Snakemake; repeat it to resume."""
     began = time.monotonic()
-    import hovit.models  # noqa: F401 (registers)
-
-    from .pipeline.sweep import parse_budget
+    from .pipeline.export import Export, parse_size
+    from .pipeline.sweep import all_tasks, parse_budget
     from .pipeline.sweep import sweep as sweep_studies
-    from .pipeline.train import format_epoch
-    from .training.trainer import Options
 
     seconds = parse_budget(budget)
     if seconds < 30:
         raise HovitError(f"--budget {budget}: at least 30s, of which 10 are for stopping cleanly")
+    if (states or max_size) and export is None:
+        raise HovitError("--states and --max-size belong to --export FILE.tgz")
     plan = load_plan(scale, weights_file=weights)
-    # The last checkpoint and the way out take time too.
-    deadline = began + seconds - max(10.0, 0.05 * seconds)
-
-    def options(run: "Run", deadline: float) -> Options:
-        return Options(
-            deadline=deadline,
-            weights_file=weights,
-            on_epoch=lambda e: print(
-                f"      epoch {e['epoch']}/{run.recipe.epochs}: {format_epoch(e)}", flush=True
-            ),
-        )
-
+    studies = [plan.study(name) for name in study]
+    # The last checkpoints, the last export and the way out take time too.
+    reserve = max(10.0, 0.05 * seconds)
+    exporting = export and Export(
+        export,
+        all_tasks(plan, studies),
+        states=states,
+        max_size=parse_size(max_size) if max_size else None,
+        upstreams=plan.upstreams,
+    )
     todo = sweep_studies(
         plan,
-        [plan.study(name) for name in study],
+        studies,
         data_root=data_root,
-        deadline=deadline,
+        deadline=began + seconds - reserve,
+        stop=began + seconds - 0.4 * reserve,
         accelerator=accelerator,
-        options=options,
+        jobs=jobs,
+        priority=priority,
+        only=only.value if only else None,
+        export=exporting or None,
         log=lambda line: print(line, flush=True),
     )
     _tell_rest(todo)
@@ -315,6 +365,32 @@ def _tell_rest(todo: list[str]) -> None:
         print(f"budget spent; {len(todo)} to do ({todo[0]} first): run the same command to resume")
     else:
         print("all done")
+
+
+@app.command()
+def kit(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    study: Annotated[list[str], typer.Option(help="A study; repeat for more.")],
+    scale: ScaleOption = "proxy",
+    data_root: DataRoot = Path("data"),
+    python: Annotated[
+        str | None, typer.Option(help="Python of the other machine, for wheels: 3.12.")
+    ] = None,
+    package: Annotated[
+        list[str] | None, typer.Option(help="A package that it lacks; repeat for more.")
+    ] = None,
+) -> None:
+    """Write a folder that runs studies on a GPU without network (`make gpu-kit`)."""
+    import hovit.models  # noqa: F401 (registers)
+
+    from .pipeline.kit import make_kit
+
+    plan = load_plan(scale)
+    studies = [plan.study(name) for name in study]
+    make_kit(
+        out, plan, studies, data_root=data_root, python=python, packages=package or [],
+        log=lambda line: print(line, flush=True),
+    )  # fmt: skip
 
 
 @app.command()
@@ -424,7 +500,12 @@ app.add_typer(evidence, name="evidence")
 
 @evidence.command("add")
 def evidence_add(
-    sources: Annotated[list[Path], typer.Argument(help="results/runs of another machine.")],
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            help="results/runs of another machine, or a file of `hovit sweep --export`."
+        ),
+    ],
 ) -> None:
     """Verify finished records and copy them to results/evidence/DEVICE/."""
     from .config.load import load_config
@@ -453,9 +534,11 @@ def evidence_verify() -> None:
 
 @app.command()
 def schema() -> None:
-    """Write the JSON Schemas of config/'s files and of records."""
+    """Write the JSON Schemas of config/'s files and of records, and the list of models."""
     from .config.schema import KINDS
+    from .pipeline.list_models import write_models
     from .records.record import Record
 
     for kind, model in (KINDS | {"record": Record}).items():
         write_json(Path(f"config/schema/{kind}.schema.json"), model.model_json_schema())
+    write_models()

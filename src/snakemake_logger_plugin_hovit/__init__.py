@@ -13,7 +13,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from snakemake_interface_logger_plugins.base import LogHandlerBase
+
+from hovit.utils.machine import use_writable_caches
 
 LOG_LINES = 15  # of a failed job
 # Messages without an event that say nothing about this workflow.
@@ -33,17 +36,21 @@ class LogHandler(LogHandlerBase):
     """Prints a run's progress."""
 
     def __post_init__(self) -> None:
+        use_writable_caches()  # Snakemake makes its cache after this
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.plain = bool(self.common_settings.dryrun or self.common_settings.verbose)
         self.jobs: dict[int, str] = {}  # under way: id -> title
         self.begun: dict[int, float] = {}
         self.done = self.total = 0
+        self.started = time.monotonic()
         self.failed = False
         self.whole = False  # whether the run makes, or finds made, all tables
+        rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # so that the counts always fit
         self.bar = Progress(
-            BarColumn(), MofNCompleteColumn(), TextColumn("jobs,"),
+            BarColumn(20), MofNCompleteColumn(), TextColumn("jobs,"),
             TimeRemainingColumn(compact=True), TextColumn("left:"),
-            TextColumn("{task.description}"), console=self.console, transient=True,
+            TextColumn("{task.description}", markup=False, table_column=rest),
+            console=self.console, transient=True, expand=True,
         )  # fmt: skip
         self.task = self.bar.add_task("", total=None)
 
@@ -148,10 +155,13 @@ class LogHandler(LogHandlerBase):
         """At the end: where to look, and what the run found."""
         if self.console.is_terminal:
             self.bar.stop()
+            if self.done:  # the finished bar is gone
+                seconds = time.monotonic() - self.started
+                self._print(f"{self.done} of {self.total} jobs done in {seconds:.0f} s")
         if not self.plain and not self.failed and self.whole and CLAIMS.exists() and PAGE.exists():
             self._print(f"{PAGE} and {INDEX} show the results")
             self._print(f"claims: {json.loads(CLAIMS.read_text(encoding='utf-8'))['tally']}")
-        self.whole = False  # closed once more at exit
+        self.whole, self.done = False, 0  # closed once more at exit
         super().close()
 
 

@@ -4,6 +4,7 @@ The functions are in `similarity` (softmax forms) and `linear`, the modules in `
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ ATTENTION_FORMS = {
     "focused": AttentionForm(("power", "kernel"), softmax=False, needs_grid=True),
     "gated": AttentionForm(("tau", "rank", "two_way", "chunk"), softmax=False, output_gate=True),
 }
+if TYPE_CHECKING:
+    FormName: TypeAlias = str
+else:
+    FormName = Literal[tuple(ATTENTION_FORMS)]
 ATTENTION_OPTIONS = sorted({name for form in ATTENTION_FORMS.values() for name in form.options})
 
 

@@ -36,7 +36,8 @@ class Resolver:
             return []
         if not study.runs_at(self.scale, row):
             return []
-        seeds = self.scale.seeds[:1] if role in ONE_SEED else self.scale.seeds
+        count = self.scale.recipe_seeds.get(row.recipe or study.recipe, len(self.scale.seeds))
+        seeds = self.scale.seeds[: 1 if role in ONE_SEED else count]
         return [self._run(study, row, seed) for seed in seeds]
 
     def _run(self, study: Study, row: Row, seed: int) -> Run:
@@ -63,15 +64,17 @@ class Resolver:
             model_args=row.model_args,
             dataset=self.config.datasets[self.scale.datasets[role]],
             image_size=size,
-            recipe=self._scaled(recipe, size),
+            recipe=self._scaled(recipe, size, pretrained=row.pretrained is not None),
             limit=self.scale.limit,
             precision=self.scale.precision,
             weights=self._weights(row.pretrained) if row.pretrained else None,
         )
 
-    def _scaled(self, recipe: Recipe, image_size: int) -> Recipe:
+    def _scaled(self, recipe: Recipe, image_size: int, pretrained: bool) -> Recipe:
         """The recipe with this scale's epochs, batch size and learning rate."""
         epochs = self.scale.epochs.get(recipe.id)
+        if pretrained:
+            epochs = self.scale.pretrained_epochs.get(recipe.id, epochs)
         factor = epochs / recipe.epochs if epochs else self.scale.epoch_factor
         detection = recipe.detection
         if detection:

@@ -9,9 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 from pydantic import (
     Field,
     FiniteFloat,
-    StrictBool,
-    StrictInt,
-    StrictStr,
     field_validator,
     model_validator,
 )
@@ -35,7 +32,7 @@ Role = Literal[
     "pets", "cifar10", "cifar100", "flowers", "cars", "imagenet", "coco", "pretrain", "upstream",
     "photographs",
 ]  # fmt: skip
-Plain = StrictBool | StrictInt | FiniteFloat | StrictStr
+Plain = bool | int | FiniteFloat | str
 Argument = Plain | tuple[Plain, ...]  # of a model
 # Arguments of timm.create_model that the study, the scale or other keys of the row set.
 TAKEN = {"pretrained", "pretrained_cfg", "checkpoint_path", "cache_dir", "num_classes", "img_size"}
@@ -104,12 +101,14 @@ class Dataset(InSpec):
             "native_size",
         }
     )
-    never = frozenset({"id", "title", "about", "stands_for"})
+    never = frozenset({"id", "title", "about", "stands_for", "listed"})
 
     id: Name
     title: Text
     about: Text
     stands_for: Text | None = None  # the paper's images, if these replace them
+    # Images that are split, without a published test set: for estimates before the files are there.
+    listed: Annotated[int, Field(ge=1)] | None = None
     reader: Literal[
         "digits",
         "oxford_iiit_pet",
@@ -254,6 +253,7 @@ class ModelStandIn(Strict):
     model: Name
     label: Text  # in tables: `ViT-Ti`
     image_size: Annotated[int, Field(ge=32)]
+    measured: bool = True  # False: it is only trained, and the paper's own model is measured
 
 
 class Scale(Strict):
@@ -271,6 +271,9 @@ class Scale(Strict):
     limit: Limit = Limit()
     models: dict[Name, ModelStandIn] = {}  # the paper's model -> its stand-in
     epochs: dict[Name, Annotated[int, Field(ge=1)]] = {}  # recipe -> epochs, else by factor
+    # recipe -> epochs of runs that start from pretrained weights, else as the others
+    pretrained_epochs: dict[Name, Annotated[int, Field(ge=1)]] = {}
+    recipe_seeds: dict[Name, Annotated[int, Field(ge=1)]] = {}  # recipe -> how many of the seeds
     batch_sizes: dict[Name, Annotated[int, Field(ge=2)]] = {}  # recipe -> batch size
     lrs: dict[Name, Annotated[float, Field(gt=0)]] = {}  # recipe -> learning rate
     weights: dict[Name, WeightsFrom]  # pretrained model -> source
@@ -282,7 +285,10 @@ class Scale(Strict):
     latency: Latency
     analysis_images: Annotated[int, Field(ge=1)] | None = None  # maximum; None: the analysis's
     # Inexact metrics that claims may check at this scale; smoke checks none of them.
-    judges: frozenset[Literal["top1", "val_top1", "loss", "latency"]]
+    judges: Annotated[
+        frozenset[Literal["top1", "val_top1", "loss", "latency"]],
+        Field(strict=False),  # YAML has no sets
+    ]
 
     @property
     def shown_photographs(self) -> str | None:
@@ -290,9 +296,14 @@ class Scale(Strict):
         return self.photographs or self.datasets.get("photographs")
 
     def model_of(self, row: "Row") -> str:
-        """The model that is trained and timed for a row: the row's own, or its stand-in."""
+        """The model that is trained for a row: the row's own, or its stand-in."""
         stand_in = self.models.get(str(row.model))
         return stand_in.model if stand_in else str(row.model)
+
+    def measured_model(self, row: "Row") -> str:
+        """The model whose cost and latency are measured for a row."""
+        stand_in = self.models.get(str(row.model))
+        return stand_in.model if stand_in and stand_in.measured else str(row.model)
 
     @field_validator("seeds")
     @classmethod

@@ -225,7 +225,7 @@ class MeasureTask(StudyTask):
         }
 
     def _row(self, row: Row) -> dict[str, Any]:
-        model = self.scale.model_of(row)
+        model = self.scale.measured_model(row)
         spec = {"model": model, "model_args": row.model_args, "part": row.part}
         if row.image_size is None:
             return spec

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..utils.errors import HovitError
+from ..utils.errors import HovitError, nearest
+from .kinds import ANALYSIS_KINDS
+from .models import check_arguments, check_model, check_tag, check_values
 from .schema import Config, Row, Study, split_ref
 
 Must = Callable[[Any, str, str], None]
@@ -24,7 +26,8 @@ def check_references(config: Config, root: Path) -> None:
     def must(known: Any, name: str, where: str) -> None:
         if name not in known:
             raise HovitError(
-                f"{root}/{where}: {name!r} is not defined; allowed: {', '.join(known)}"
+                f"{root}/{where}: {name!r} is not defined{nearest(name, known)}; "
+                f"allowed: {', '.join(known)}"
             )
 
     _check_scales(config, root, must)
@@ -33,6 +36,10 @@ def check_references(config: Config, root: Path) -> None:
     for analysis in config.analyses.values():
         for row_ref in analysis.of:
             _check_row_ref(config, row_ref, f"analyses/{analysis.id}.yaml: of", must)
+        known = {name: [kind] for name, kind in ANALYSIS_KINDS[analysis.kind].args.items()}
+        check_values(
+            analysis.args, known, f"{root}/analyses/{analysis.id}.yaml: args", analysis.kind
+        )
     _check_claims(config, root, must)
 
 
@@ -56,12 +63,19 @@ def _check_scales(config: Config, root: Path, must: Must) -> None:
             must(config.datasets, scale.photographs, f"{file}: photographs")
         for key, recipes in (
             ("epochs", scale.epochs),
+            ("pretrained_epochs", scale.pretrained_epochs),
+            ("recipe_seeds", scale.recipe_seeds),
             ("batch_sizes", scale.batch_sizes),
             ("lrs", scale.lrs),
         ):
             for recipe in recipes:
                 must(config.recipes, recipe, f"{file}: {key}")
+        for name, stand_in in scale.models.items():
+            check_model(name, f"{root}/{file}: models.{name}")
+            check_model(stand_in.model, f"{root}/{file}: models.{name}.model")
         for name, weights in scale.weights.items():
+            if weights.timm:
+                check_model(weights.timm, f"{root}/{file}: weights.{name}.timm", tag=True)
             where = f"{file}: weights.{name}.row"
             if weights.row and _check_row_ref(config, weights.row, where, must).pretrained:
                 raise HovitError(f"{root}/{where}: {weights.row} itself starts from weights")
@@ -127,8 +141,20 @@ def _check_rows(config: Config, root: Path, study: Study, must: Must) -> None:
             raise HovitError(
                 f"{root}/{file}: rows[{i}]: dataset coco and a recipe with `detection` go together"
             )
+        _check_model(config, f"{root}/{file}: rows[{i}]", row)
         if row.baseline:
             must(ids, row.baseline, f"{file}: rows[{i}].baseline")
+
+
+def _check_model(config: Config, where: str, row: Row) -> None:
+    """Check that the model of a row exists and takes its arguments; also its stand-ins."""
+    if row.model is None:
+        return
+    check_model(row.model, f"{where}.model")
+    for model in {row.model, *(scale.model_of(row) for scale in config.scales.values())}:
+        check_arguments(model, row.model_args, f"{where}.model_args")
+    if row.tag:
+        check_tag(row.model, row.tag, f"{where}.tag")
 
 
 def _claimable(study: Study, row: Row) -> list[str]:

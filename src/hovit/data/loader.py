@@ -6,7 +6,7 @@ to restore.
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -44,11 +44,8 @@ class PackedImages(Dataset[Batch]):
         return len(self.labels)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        if isinstance(self.images, Tensor):
-            index = torch.as_tensor(np.asarray(indices), device=self.images.device)
-            return self.images[index], self.labels[index]
         order = np.asarray(indices)
-        return torch.from_numpy(self.images[order]), self.labels[order]
+        return torch.as_tensor(self.images[order]), self.labels[order]
 
 
 def _free_memory(device: torch.device) -> int:
@@ -83,19 +80,40 @@ def usable_workers(wanted: int, batch_bytes: int) -> int:
     return workers
 
 
-def make_loader(images: Any, batches: list[np.ndarray], device: torch.device) -> DataLoader[Batch]:
-    """DataLoader over the given batches of indices, in order."""
-    on_host = device.type == "cuda" and not images.on_device
+def make_loader(images: Any, batches: list[np.ndarray], device: torch.device) -> Iterable[Batch]:
+    """Batches of the given indices, in order.
+
+    Images that are already on the device of the model are gathered there; only a GPU that cannot
+    hold them gets worker processes.
+
+    Args:
+        images: `PackedImages` or `FrontFeatures`.
+        batches: indices of each batch.
+        device: device of the model.
+    """
+    if images.on_device:
+        return gather_batches(images.images, images.labels, batches)
+    if device.type == "cpu":
+        return (images.__getitems__(batch) for batch in batches)
     largest = max((len(batch) for batch in batches), default=0)
-    workers = usable_workers(2, largest * images.images[0].nbytes) if on_host else 0
+    workers = usable_workers(2, largest * images.images[0].nbytes)
     return DataLoader(
         images,
         batch_sampler=batches,  # type: ignore[arg-type]
         collate_fn=_no_collate,
         num_workers=workers,
-        pin_memory=on_host,
+        pin_memory=True,
         multiprocessing_context="fork" if workers else None,  # others would pickle the array
     )
+
+
+def gather_batches(images: Tensor, labels: Tensor, batches: list[np.ndarray]) -> Iterator[Batch]:
+    """Yield batches of a tensor, which never waits for the device: one copy holds all indices."""
+    if not batches:
+        return
+    order = torch.from_numpy(np.concatenate(batches)).to(images.device)
+    for index in order.split([len(batch) for batch in batches]):
+        yield images.index_select(0, index), labels.index_select(0, index)
 
 
 def _no_collate(batch: Any) -> Any:
@@ -155,15 +173,21 @@ def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def crop_flip(x: Tensor, generator: torch.Generator) -> Tensor:
+def crop_flip(x: Tensor, numbers: Tensor) -> Tensor:
     """Random crop of 60 to 100 % of each side and random flip, independent per image.
 
-    [B, 3, H, W] -> [B, 3, H, W], by one grid sample.
+    By one grid sample, on the device of the images, without waiting for it.
+
+    Args:
+        x: [B, 3, H, W].
+        numbers: uniform in [0, 1), [4, B]: side, flip, and two of the place.
+
+    Returns:
+        [B, 3, H, W].
     """
-    draw = torch.rand(4, x.shape[0], generator=generator).to(x.device)
-    side = 0.6 + 0.4 * draw[0]
-    flip = torch.where(draw[1] < 0.5, -1.0, 1.0)
-    shift = (1 - side) * (2 * draw[2:] - 1)  # [2, B]
+    side = 0.6 + 0.4 * numbers[0]
+    flip = 1 - 2 * (numbers[1] < 0.5).float()  # -1 or 1, without a copy from the host
+    shift = (1 - side) * (2 * numbers[2:] - 1)  # [2, B]
     zero = torch.zeros_like(side)
     theta = torch.stack(
         [torch.stack([side * flip, zero, shift[0]], 1), torch.stack([zero, side, shift[1]], 1)],
@@ -173,12 +197,25 @@ def crop_flip(x: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 
+def draw_crops(n: int, seed: Sequence[int], device: torch.device) -> Tensor:
+    """Random numbers for `crop_flip`, float32 [4, n] on the device.
+
+    The host draws them, so that they are the same on every device.
+
+    Args:
+        n: images of the batch.
+        seed: (run seed, epoch, step, rank).
+        device: device of the model.
+    """
+    numbers = torch.rand(4, n, generator=torch.Generator().manual_seed(step_seed(seed)))
+    if device.type == "cuda":
+        numbers = numbers.pin_memory()  # else the copy waits for the device
+    return numbers.to(device, non_blocking=True)
+
+
 def augment(x: Tensor, how: str, seed: Sequence[int]) -> Tensor:
     """Apply the augmentation of a recipe; `seed` is (run seed, epoch, step, rank)."""
-    if how == "none":
-        return x
-    generator = torch.Generator().manual_seed(step_seed(seed))
-    return crop_flip(x, generator)
+    return x if how == "none" else crop_flip(x, draw_crops(len(x), seed, x.device))
 
 
 def step_seed(parts: Sequence[int]) -> int:

@@ -92,7 +92,7 @@ def _existing(pack: Pack, folder: Path) -> dict[str, Any] | None:
 
 
 def _make(pack: Pack, data_root: Path, folder: Path) -> dict[str, Any]:
-    items, own_test = _select(pack.dataset, read_items(pack.dataset, data_root))
+    items, own_test = select_items(pack.dataset, read_items(pack.dataset, data_root))
     part = folder.with_name(f".{folder.name}.{uuid.uuid4().int}.part")
     try:
         part.mkdir(parents=True)
@@ -106,7 +106,7 @@ def _make(pack: Pack, data_root: Path, folder: Path) -> dict[str, Any]:
     return meta
 
 
-def _select(dataset: Dataset, items: list[Item]) -> tuple[list[Item], list[Item]]:
+def select_items(dataset: Dataset, items: list[Item]) -> tuple[list[Item], list[Item]]:
     """Choose classes and images by the seed: (shuffled images to split, published test set).
 
     The images of a published validation set come last among those to split.

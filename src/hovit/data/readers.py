@@ -11,6 +11,7 @@ import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -244,13 +245,40 @@ def _image_folder(dataset: Dataset, data_root: Path) -> list[Item]:
     for test, names in ((False, dataset.files), (True, dataset.test_files)):
         for name in names:
             path = find(dataset, data_root, name)
-            for member, load in list_images(path):
-                label = PurePosixPath(member).parent.name
-                if not label:
-                    where = printable(f"{path}: {member}")
-                    raise HovitError(f"{where}: an image outside any class folder")
-                items.append(Item(f"{path}/{member}", label, load, test, orient=True))
+            images = list(list_images(path))
+            labels = class_folders([member for member, _ in images], path)
+            items += [
+                Item(f"{path}/{member}", label, load, test, orient=True)
+                for (member, load), label in zip(images, labels, strict=True)
+            ]
     return sorted(items, key=lambda item: (item.test, item.path))
+
+
+def class_folders(members: Sequence[str], path: Path) -> list[str]:
+    """The class of each image: its top folder, as in torchvision's ImageFolder.
+
+    A zip often has all images in one folder, as in `train/CLASS/1.jpg`. Folders that contain the
+    whole zip are therefore skipped, unless all images lie directly in one folder.
+
+    Args:
+        members: paths of images below `path`, with `/`.
+        path: the folder or zip.
+
+    Raises:
+        HovitError: for an image outside any class folder.
+    """
+    folders = [PurePosixPath(member).parent.parts for member in members]
+    skipped = 0
+    if path.is_file() and folders:
+        ends = zip(min(folders), max(folders), strict=False)  # what these share, all share
+        skipped = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends))
+    if len(set(folders)) == 1 and folders[0]:
+        skipped = min(skipped, len(folders[0]) - 1)
+    for member, folder in zip(members, folders, strict=True):
+        if len(folder) <= skipped:
+            where = printable(f"{path}: {member}")
+            raise HovitError(f"{where}: an image outside any class folder")
+    return [folder[skipped] for folder in folders]
 
 
 def find(dataset: Dataset, data_root: Path, name: str) -> Path:

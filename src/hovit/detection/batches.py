@@ -1,6 +1,5 @@
 """Batches of images with their boxes, decoded on demand."""
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data.loader import usable_workers
 from ..utils.errors import HovitError
+from ..utils.machine import usable_cpus
 from .coco import CocoImage, read_image
 
 Sample = tuple[Tensor, dict[str, Tensor]]  # uint8 [3, H, W]; boxes [n, 4] and labels [n]
@@ -76,7 +76,7 @@ def make_loader(
     if workers is None:
         largest = max((len(batch) for batch in batches), default=0)
         pixels = max((image.width * image.height for image in images.images), default=0)
-        wanted = min(8, (os.cpu_count() or 2) - 1) if device.type == "cuda" else 0
+        wanted = min(8, usable_cpus() - 1) if device.type == "cuda" else 0
         workers = usable_workers(wanted, largest * pixels * 3) if wanted else 0
     loader: DataLoader[Any] = DataLoader(
         images,

@@ -13,6 +13,7 @@ import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from ..attention.forms import FormName
 from ..attention.modules import create_attention
 
 default_cfgs = generate_default_cfgs({"attention_layer": {"num_classes": 0}})
@@ -39,7 +40,7 @@ class AttentionLayer(nn.Module):
 
     def __init__(
         self,
-        form: str = "dot",
+        form: FormName = "dot",
         side: int = 14,
         heads: int = 4,
         head_dim: int = 64,

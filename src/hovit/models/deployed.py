@@ -12,7 +12,7 @@ Upstream: `reparameterize_model` is timm's (timm/utils/model.py).
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -21,6 +21,7 @@ from timm.utils.model import reparameterize_model
 from torch import nn
 
 from .deploy import deploy
+from .front import ModelName
 
 DEPLOY_FUNCTIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "hovit": deploy,
@@ -35,8 +36,8 @@ default_cfgs = generate_default_cfgs({"deployed": {"num_classes": 1000}})
 @register_model
 def deployed(
     pretrained: bool = False,
-    of: str = "",
-    by: str = "hovit",
+    of: ModelName = "",
+    by: Literal["hovit", "folding", "timm", "nothing"] = "hovit",
     channels_last: bool | None = None,
     **kwargs: Any,
 ) -> nn.Module:

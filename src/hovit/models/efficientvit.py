@@ -10,7 +10,7 @@ With the default switches, the state dict has the names and shapes of timm's `ef
 """
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -71,7 +71,7 @@ class EfficientViT(nn.Module):
         window_size: int = 7,
         kernels: tuple[int, ...] = (5, 5, 5, 5),
         drop_rate: float = 0.0,
-        global_pool: str = "avg",
+        global_pool: Literal["", "avg"] = "avg",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **switches: Any,
@@ -88,7 +88,7 @@ class EfficientViT(nn.Module):
             raise ValueError(f"img_size={img_size}: {PATCH} x {PATCH} pixels at least")
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.global_pool = global_pool
+        self.global_pool: str = global_pool
         self.grad_checkpointing = False
         self.num_features = self.head_hidden_size = embed_dim[-1]
         self.patch_embed = PatchEmbed(in_chans, embed_dim[0], self.switches)

@@ -11,7 +11,7 @@ Table 6 describes each row in a few words. `Switches` documents the details that
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -49,16 +49,16 @@ class Switches:
         ValueError: for a value other than these.
     """
 
-    layout: str = "sandwich"
+    layout: Literal["sandwich", "swin"] = "sandwich"
     num_ffn: int = 1
-    attention: str = "cga"
+    attention: Literal["cga", "mhsa"] = "cga"
     cascade: bool = True
     qk_dim: int = 16
     v_ratio: float = 1.0
     ffn_ratio: float = 2.0
     dwconv: bool = True
-    norm: str = "bn"
-    act: str = "relu"
+    norm: Literal["bn", "ln"] = "bn"
+    act: Literal["relu", "hardswish"] = "relu"
 
     def __post_init__(self) -> None:
         known = {

@@ -12,13 +12,15 @@ with.
 """
 
 from abc import abstractmethod
-from typing import Any
+from typing import Annotated, Any
 
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
+
+ModelName = Annotated[str, "a model of timm, with or without a tag"]
 
 default_cfgs = generate_default_cfgs(
     {
@@ -53,7 +55,7 @@ class Renormalize(nn.Module):
         return x * self.scale + self.shift  # [B, 3, H, W]
 
 
-def make_renormalize(front: str, in_chans: int = 3) -> nn.Module:
+def make_renormalize(front: ModelName, in_chans: int = 3) -> nn.Module:
     """Renormalization to the statistics of timm's weights of a network.
 
     Args:
@@ -141,7 +143,7 @@ class FrontLinear(Fronted):
 
     def __init__(
         self,
-        front: str,
+        front: ModelName,
         num_classes: int = 1000,
         in_chans: int = 3,
         device: torch.device | str | None = None,
@@ -199,7 +201,9 @@ def within_backbone(groups: dict[str, Any]) -> dict[str, Any]:
 
 
 @register_model
-def front_linear(pretrained: bool = False, front: str = "resnet50", **kwargs: Any) -> FrontLinear:
+def front_linear(
+    pretrained: bool = False, front: ModelName = "resnet50", **kwargs: Any
+) -> FrontLinear:
     """A network of timm with a new linear classifier; weights of the network are loaded later.
 
     Raises:

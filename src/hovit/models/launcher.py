@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from . import hovit, levit_deck
 from .build import build_model
-from .front import Fronted, make_renormalize, within_backbone
+from .front import Fronted, ModelName, make_renormalize, within_backbone
 
 IMAGE_CHANNELS = 3  # of the generated image, whatever the channels of the input
 BACKBONES = (*levit_deck.default_cfgs, *hovit.default_cfgs, "levit_256")
@@ -63,7 +63,7 @@ class Launcher(Fronted):
     def __init__(
         self,
         backbone: str,
-        front: str = "resnet50",
+        front: ModelName = "resnet50",
         num_classes: int = 1000,
         img_size: int | tuple[int, int] = 224,
         in_chans: int = 3,

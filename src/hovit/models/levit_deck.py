@@ -14,7 +14,7 @@ of `hovit.attention` into every block (slides "LeViT + ...").
 The models take images of any size from 64 x 64 pixels.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -27,7 +27,7 @@ from timm.models._features import feature_take_indices
 from timm.models.levit import NormLinear, Stem16
 from torch import Tensor, nn
 
-from ..attention.forms import ATTENTION_OPTIONS, get_form
+from ..attention.forms import ATTENTION_OPTIONS, FormName, get_form
 from ..attention.modules import check_attention
 from .build import build_model
 from .levit_layers import HEAD_DIM, SHRINKS, AttentionStage, Block, ConvStage, to_grid, to_tokens
@@ -62,12 +62,12 @@ class LevitDeck(nn.Module):
         in_chans: int = 3,
         embed_dim: tuple[int, ...] = (256, 384, 512),
         depth: tuple[int, ...] = (3, 3, 2),
-        shrink: str = "deck",
+        shrink: Literal["deck", "fixed", "conv"] = "deck",
         conv_stages: tuple[int, ...] = (),
-        checkerboard: str = "",
+        checkerboard: Literal["", "mask", "drop"] = "",
         drop_rate: float = 0.0,
-        global_pool: str = "avg",
-        attention: str = "dot",
+        global_pool: Literal["", "avg"] = "avg",
+        attention: FormName = "dot",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **attention_options: Any,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 _RATIO = r"\d{1,3}(?:\.\d{1,4})?\s*%"
-_NOTATION = re.compile(
+NOTATION = re.compile(
     rf"\s*(?P<layers>\d+(?:\s*,\s*\d+)*)\s*"
     rf"\(\s*(?P<ratios>{_RATIO}(?:\s*,\s*{_RATIO})*)\s*\)\s*"
     r"\+\s*(?P<end>\d+|fused(?:\s+token)?)\s*",
@@ -49,7 +49,7 @@ class Schedule:
             raise ValueError(f"schedule {text!r}: write a string, as in '6(45%)+11'")
         if not text.strip():
             return cls()
-        match = _NOTATION.fullmatch(text)
+        match = NOTATION.fullmatch(text)
         if match is None:
             raise ValueError(
                 f"schedule {text!r}: write LAYERS(RATIOS)+LAYER or +fused, "

@@ -14,7 +14,7 @@ between the attention and the FFN of a layer, and a second drop applies to the r
 
 import math
 from fractions import Fraction
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 from .build import build_model
-from .schedule import Schedule, keep_count
+from .schedule import NOTATION, Schedule, keep_count
 from .token_skipping import choose, class_attention, fuse, put_back, take
 
 
@@ -48,7 +48,12 @@ class SkipViT(VisionTransformer):
             to 1, a ViT without a class token or with other blocks than timm's plain ones.
     """
 
-    def __init__(self, schedule: str = "", warmup: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        schedule: Annotated[str, NOTATION, "6(45%)+11"] = "",
+        warmup: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         if not isinstance(warmup, int | float) or not 0 <= warmup <= 1:
             raise ValueError(f"warmup={warmup!r}: a fraction of all epochs, from 0 to 1")

@@ -20,7 +20,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from torch import Tensor
 
-from ..attention.forms import ATTENTION_OPTIONS, get_form
+from ..attention.forms import ATTENTION_OPTIONS, FormName, get_form
 from ..attention.modules import check_attention, create_attention
 from .build import build_model
 
@@ -92,7 +92,7 @@ class Swin(SwinTransformer):
 
     def __init__(
         self,
-        attention: str = "dot",
+        attention: FormName = "dot",
         attention_stages: tuple[int, ...] | None = None,
         **kwargs: Any,
     ) -> None:

@@ -24,7 +24,7 @@ from ..data.split import splits_of
 from ..records.record import Record, write_record
 from ..training.checkpoint import load_weights
 from ..utils.create_model import create_model
-from ..utils.device import describe_device, keep_freed_memory, peak_memory_mb
+from ..utils.device import describe_device, keep_freed_memory, peak_memory_mb, set_threads
 from ..utils.errors import HovitError, one_line
 from ..utils.files import file_digest, write_text
 
@@ -52,7 +52,7 @@ def analyse(task: AnalyseTask, device: torch.device, root: Path = Path()) -> Rec
     begin = time.monotonic()
     torch.manual_seed(0)
     keep_freed_memory()  # some kinds measure time
-    torch.set_num_threads(task.scale.threads)
+    set_threads(task.scale.threads)
     rows = {ref: _analyse_row(task, ref, device, root) for ref in task.runs}
     seconds = time.monotonic() - begin
     record = task.make_record(

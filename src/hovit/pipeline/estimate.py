@@ -18,8 +18,7 @@ from ..config.tasks import MeasureTask, TrainTask
 from ..measure.cost import macs
 from ..utils.create_model import create_model
 from ..utils.device import describe_device, pick_device
-from ..utils.errors import HovitError
-from ..utils.files import read_json
+from .schedule import split_sizes
 
 PROBE = ("levit_256", 8)  # model and batch that are timed
 
@@ -49,7 +48,7 @@ def _todo(plan: Plan, study: Study, row: Row) -> str:
         return f"counted: {by}" if by else "nothing to run: reported numbers only"
     if not study.trained:
         args = "".join(f" {key}={value}" for key, value in row.model_args.items())
-        return f"measured: {plan.scale.model_of(row)}{args}"
+        return f"measured: {plan.scale.measured_model(row)}{args}"
     runs = plan.runs_of(study, row)
     return f"{runs[0].id} x {len(runs)} seed(s)" if runs else "nothing to train at this scale"
 
@@ -135,10 +134,10 @@ def _cost_line(runs: list[Run]) -> str:
     speed = probe(device)
     total = parameters = 0.0
     for run in runs:
-        images = _images(run)
-        if images is None:
+        sizes = split_sizes(run)
+        if sizes is None:
             return f"cost: unknown until the images are there (`hovit data {run.pack.id}`)"
-        trained, of_pack = images
+        trained, _, of_pack = sizes
         count, once, each = _size(run)
         total += once * of_pack + 3 * each * trained * run.recipe.epochs
         parameters += count
@@ -180,23 +179,6 @@ def _size(run: Run) -> tuple[int, int, int]:
         if run.recipe.frozen_front:
             once = macs(_Front(net), run.image_size)
     return sum(p.numel() for p in net.parameters()), once, each - once
-
-
-def _images(run: Run) -> tuple[int, int] | None:
-    """(training images of a run, images of its pack), if packed or if config states the number."""
-    path = run.pack.folder / "pack.json"
-    if not path.exists():
-        if run.dataset.images is None:
-            return None
-        total = run.dataset.images
-        images = run.dataset.split.sizes(total)[0]
-        return min(images, run.limit.train or images), total
-    try:
-        counts = read_json(path)["images"]
-        images, total = int(counts["train"]), sum(map(int, counts.values()))
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise HovitError(f"{path}: not a pack's; delete it") from None
-    return min(images, run.limit.train or images), total
 
 
 def probe(device: torch.device) -> float:

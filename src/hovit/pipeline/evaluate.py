@@ -31,7 +31,7 @@ from ..records.record import Record, write_record
 from ..training.checkpoint import load_weights
 from ..training.pretrained import download_timm
 from ..utils.create_model import create_model
-from ..utils.device import describe_device, peak_memory_mb
+from ..utils.device import describe_device, peak_memory_mb, set_threads
 from ..utils.errors import HovitError, one_line
 from ..utils.files import digest, file_digest, read_sealed, write_sealed
 
@@ -68,7 +68,7 @@ def evaluate_study(
     start = time.monotonic()
     if weights and not weights.is_dir():
         raise HovitError(f"{weights}: not a folder; give a folder of MODEL.safetensors")
-    torch.set_num_threads(task.scale.threads)
+    set_threads(task.scale.threads)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     images = find_images(folder)
     fingerprint = _fingerprint(images)

@@ -27,6 +27,7 @@ from ..utils.code_hash import record_code
 from ..utils.errors import HovitError
 from ..utils.files import atomic, read_json, write_json
 from ..utils.git import git, is_repository
+from .export import unpack_records
 
 CODE = EVIDENCE / "code.json"  # commit -> code hashes of the records made at it
 
@@ -36,7 +37,7 @@ def add(config: Config, sources: list[Path], root: Path = Path()) -> list[Path]:
 
     Args:
         config: the specs are checked against it.
-        sources: `results/runs` folders, or folders inside one.
+        sources: `results/runs` folders, folders inside one, or files of `hovit sweep --export`.
         root: top of the artifact.
 
     Returns:
@@ -45,10 +46,29 @@ def add(config: Config, sources: list[Path], root: Path = Path()) -> list[Path]:
     Raises:
         HovitError: for the first record that does not verify; then nothing is copied.
     """
-    found = [path for source in sources for path in records_in(source)]
-    if not found:
-        kinds = ", ".join(f"{kind}/*.json" for kind in FOLDERS)
-        raise HovitError(f"{sources[0]}: no records in it (record.json, {kinds})")
+    with tempfile.TemporaryDirectory() as folder:
+        folders = _unpack(sources, Path(folder))
+        found = [path for source in folders for path in records_in(source)]
+        if not found:
+            kinds = ", ".join(f"{kind}/*.json" for kind in FOLDERS)
+            raise HovitError(f"{sources[0]}: no records in it (record.json, {kinds})")
+        return _take(config, found, root)
+
+
+def _unpack(sources: list[Path], folder: Path) -> list[Path]:
+    """The sources, with each exported file unpacked into a folder of its own."""
+    folders = []
+    for index, source in enumerate(sources):
+        if source.is_file():
+            unpack_records(source, folder / str(index))
+            folders.append(folder / str(index))
+        else:
+            folders.append(source)
+    return folders
+
+
+def _take(config: Config, found: list[Path], root: Path) -> list[Path]:
+    """Verify all of these records, then copy those that are not there yet."""
     plans = {name: Plan(config, scale) for name, scale in config.scales.items()}
     for path in found:
         check(plans, path, root)

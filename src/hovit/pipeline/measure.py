@@ -59,21 +59,58 @@ def measure_study(
     study, spec = task.study, task.spec
     device = torch.device("cpu") if study.workload == "onnx" else device
     _set_up(task)
-    backward = study.trained or "activations" in study.columns
-    rows = {name: _cost(row, spec, backward) for name, row in spec["rows"].items()}
+    rows = count_study(task, root)
     where = describe_device(device)
-    partial = root / task.path.with_suffix(".partial.json")
+    partial = _partial_path(task, root)
     results: dict[str, Any] = {"rows": rows}
     if spec["latency"]:
         results["protocol"] = PROTOCOLS[device.type]
-        for name, timed in _latency(task, device, where, partial, deadline).items():
-            rows[name] |= {"device": where.model_dump()} | timed
+        for name, timed in _latency(task, rows, device, where, partial, deadline).items():
+            rows[name] = rows[name] | {"device": where.model_dump()} | timed
     seconds = time.monotonic() - begin
     record = task.make_record(results, where, seconds, peak_memory_mb(device))
     write_record(root / task.path, record)
     for path in (partial, *(partial_files(spec, partial) if spec["latency"] else ())):
         path.unlink(missing_ok=True)
     return record
+
+
+def count_study(task: MeasureTask, root: Path = Path()) -> dict[str, Any]:
+    """Count parameters, multiply-adds and activations of every row, and save them.
+
+    Counts do not depend on the device. An interrupted measurement resumes with them, and so does
+    one on another machine that is given the file, so that no time of a rented card is spent on
+    counting.
+
+    Returns:
+        row -> counts, from the saved file if it has them.
+    """
+    study, spec, partial = task.study, task.spec, _partial_path(task, root)
+    saved = _read_partial(partial, _identity(task))
+    if "costs" not in saved:
+        backward = study.trained or "activations" in study.columns
+        costs = {name: _cost(row, spec, backward) for name, row in spec["rows"].items()}
+        saved = _identity(task) | {"costs": costs}
+        write_sealed(partial, saved)
+    return dict(saved["costs"])
+
+
+def _partial_path(task: MeasureTask, root: Path) -> Path:
+    """File of a measurement that has begun."""
+    return root / task.path.with_suffix(".partial.json")
+
+
+def _identity(task: MeasureTask) -> dict[str, Any]:
+    """What a measurement that has begun must share with one that resumes it."""
+    return {"spec_hash": task.spec_hash, "code": task.code}
+
+
+def _read_partial(partial: Path, begun: Mapping[str, Any]) -> dict[str, Any]:
+    """A measurement that has begun; empty if there is none of this spec and this code."""
+    if not partial.exists():
+        return {}
+    saved = read_sealed(partial)
+    return saved if all(saved.get(key) == begun[key] for key in ("spec_hash", "code")) else {}
 
 
 def _set_up(task: MeasureTask) -> None:
@@ -97,6 +134,7 @@ def _cost(row: dict[str, Any], spec: dict[str, Any], backward: bool) -> dict[str
 
 def _latency(
     task: MeasureTask,
+    costs: Mapping[str, Any],
     device: torch.device,
     where: Device,
     partial: Path,
@@ -106,7 +144,7 @@ def _latency(
 
     Each process of a CPU adds its median to `processes` of a batch.
     """
-    begun = {"spec_hash": task.spec_hash, "code": task.code, "device": where.model_dump()}
+    begun = _identity(task) | {"costs": dict(costs), "device": where.model_dump()}
     peaks: dict[str, dict[str, float]] = {}
     if device.type == "cpu" and task.spec["latency"].get("processes", 1) > 1:
         parts = time_in_processes(task.spec, begun, partial, deadline)
@@ -210,10 +248,9 @@ def _timer(settings: Mapping[str, Any]) -> Timer:
 
 
 def _resume(partial: Path, begun: dict[str, Any]) -> Samples | None:
-    if not partial.exists():
-        return None
-    saved = read_sealed(partial)
-    if any(saved.get(key) != begun[key] for key in ("spec_hash", "code")):
+    """Samples of an interrupted measurement on this device, if there is one."""
+    saved = _read_partial(partial, begun)
+    if "samples" not in saved:
         return None
     if saved["device"] != begun["device"]:
         there, here = Device(**saved["device"]), Device(**begun["device"])
@@ -222,4 +259,5 @@ def _resume(partial: Path, begun: dict[str, Any]) -> Samples | None:
             f"{partial}: begun on {there}, but this is {here}{driver}; one table's latencies come "
             "from one device: go on there, or delete the file"
         )
-    return saved["samples"]
+    samples: Samples = saved["samples"]
+    return samples

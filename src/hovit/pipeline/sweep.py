@@ -1,28 +1,22 @@
-"""Train and measure studies in one process, without Snakemake.
+"""Train and measure studies without Snakemake, within a time budget.
 
-For a time-limited notebook or a rented GPU: the sweep stops cleanly before the budget is spent, and
-the same command resumes.
+For a time-limited notebook or a rented GPU: the sweep saves and stops before the budget is spent,
+and the same command resumes. Several processes can share the device.
 """
 
+import math
 import re
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-import torch
-
 from ..config.plan import Plan
-from ..config.runs import Run
 from ..config.schema import Study
-from ..config.tasks import MeasureTask, TrainTask
-from ..training.trainer import Options, make_fabric
-from ..utils.device import pick_device
+from ..config.tasks import Task
 from ..utils.errors import HovitError, OutOfTime
-from .measure import measure_study
-from .train import format_results, prepare_pack, train_run
-
-Job = tuple[str, Callable[[], object]]  # name, work
+from .export import Export
+from .pool import Settings, do_task, run_in_processes
+from .schedule import Schedule, order_tasks
 
 
 def parse_budget(text: str) -> float:
@@ -43,9 +37,13 @@ def sweep(
     *,
     data_root: Path,
     deadline: float,
+    stop: float = math.inf,
     accelerator: str = "auto",
     root: Path = Path(),
-    options: Callable[[Run, float], Options] = lambda _, deadline: Options(deadline=deadline),
+    jobs: int = 1,
+    priority: bool = False,
+    only: str | None = None,
+    export: Export | None = None,
     log: Callable[[str], None] = print,
 ) -> list[str]:
     """Do the open tasks of these studies, until `deadline`.
@@ -54,48 +52,79 @@ def sweep(
         plan: config at a scale.
         studies: the studies to train and measure.
         data_root: folder with downloads and archives.
-        deadline: `time.monotonic()` at which it must have stopped.
+        deadline: `time.monotonic()` at which tasks save and stop.
+        stop: `time.monotonic()` at which processes that have not stopped are killed.
         accelerator: auto, cpu or cuda.
         root: top folder of the artifact.
-        options: training options for a run, given the deadline.
+        jobs: number of processes that share the device. With more than one, a training that cannot
+            finish before the deadline does not start. With one, this process does the work.
+        priority: first the first seed of all rows, study by study.
+        only: `train` or `measure`; None does both.
+        export: written after tasks, while the sweep runs, and at its end.
         log: called with each line of progress.
 
     Returns:
         the tasks that are still open, in words; empty when all are done.
     """
-    fabric = make_fabric(plan.scale.precision, accelerator=accelerator)
+    tasks = order_tasks(plan, studies, root, priority=priority, only=only)
+    schedule = Schedule(plan, tasks, deadline, root, must_finish=jobs > 1)
+    settings = Settings(
+        data_root=data_root,
+        root=root,
+        accelerator=accelerator,
+        precision=plan.scale.precision,
+        threads=plan.scale.threads,
+        deadline=deadline,
+        weights_file=plan.weights_file,
+    )
+    refresh: Callable[[], object] = export.refresh if export else lambda: None
+    if jobs == 1:
+        _run_here(schedule, settings, refresh, log)
+    else:
+        run_in_processes(schedule, settings, jobs, stop=stop, after_task=refresh, log=log)
+    if export:
+        for name in export.write():
+            log(f"left out of {export.path}, over --max-size: {name}")
+    return schedule.open_tasks()
 
-    def train_one(run: Run) -> None:
-        torch.set_num_threads(plan.scale.threads)
-        prepare_pack(run.pack, data_root, root / run.pack.folder)
-        results = train_run(run, fabric, root, options(run, deadline)).results
-        log(f"      {format_results(results)}")
 
-    jobs: list[Job] = []
-    # Studies that want freed memory returned come first: a process that keeps it cannot go back.
-    for task in plan.tasks(sorted(studies, key=lambda study: study.keep_memory)):
-        if task.is_done(root):
-            continue
-        if isinstance(task, TrainTask):
-            jobs.append((str(task), partial(train_one, task.run)))
-        elif isinstance(task, MeasureTask):
-            device = pick_device(accelerator)
-            jobs.append((str(task), partial(measure_study, task, device, root, deadline)))
-    return _run(jobs, deadline, log)
+def all_tasks(plan: Plan, studies: list[Study]) -> list[Task]:
+    """Everything that an export of these studies may hold, in order of priority."""
+    runs = order_tasks(plan, studies, priority=True, only="train", done=True)
+    return order_tasks(plan, studies, only="measure", done=True) + runs
 
 
-def _run(jobs: list[Job], deadline: float, log: Callable[[str], None]) -> list[str]:
-    """Run jobs in turn until the deadline; return the names of the failed and the open ones."""
-    failed: list[str] = []
-    for i, (name, job) in enumerate(jobs):
+def _run_here(
+    schedule: Schedule,
+    settings: Settings,
+    refresh: Callable[[], object],
+    log: Callable[[str], None],
+) -> None:
+    """Do the tasks one after another in this process."""
+    import hovit.models  # noqa: F401 (registers)
+
+    from .train import format_epoch
+
+    count = len(schedule.waiting)
+    while task := schedule.next(time.monotonic()):
+        log(f"[{count - len(schedule.waiting)}/{count}] {task}")
+
+        def send(message: tuple[object, ...], task: Task = task) -> None:
+            if message[0] == "begin":
+                schedule.begin(task, time.monotonic())
+
+        def on_epoch(entry: dict[str, float]) -> None:
+            log(f"      epoch {entry['epoch']}: {format_epoch(entry)}")
+            refresh()
+
+        outcome = "done"
         try:
-            if time.monotonic() >= deadline:
-                raise OutOfTime
-            log(f"[{i + 1}/{len(jobs)}] {name}")
-            job()
+            if text := do_task(task, settings, send, on_epoch):
+                log(f"      {text}")
         except OutOfTime:
-            return failed + [name for name, _ in jobs[i:]]
+            outcome = "stopped"
         except HovitError as error:  # the other tasks go on
             log(f"      failed: {error}")
-            failed.append(f"{name} (failed)")
-    return failed
+            outcome = "failed"
+        schedule.end(task, outcome, time.monotonic())
+        refresh()

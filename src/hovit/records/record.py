@@ -113,6 +113,18 @@ def git_state(root: Path = Path()) -> tuple[str, bool]:
         return "unknown", True
 
 
+@lru_cache
+def installed_versions() -> dict[str, str]:
+    """Version of each of `PACKAGES` that is installed."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
 def make_provenance(
     device: Device,
     seconds: float,
@@ -122,18 +134,12 @@ def make_provenance(
 ) -> Provenance:
     """Provenance of a record that this process writes now."""
     commit, dirty = git_state()
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return Provenance(
         made=datetime.now(UTC).isoformat(timespec="seconds"),
         commit=commit,
         dirty=dirty,
         code=code,
-        versions=versions,
+        versions=installed_versions(),
         python=platform.python_version(),
         system=platform.platform(),
         device=device,

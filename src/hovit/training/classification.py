@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from ..config.runs import Run
 from ..config.schema import Recipe
 from ..data.features import FrontFeatures
-from ..data.loader import PackedImages, augment, eval_batches, make_loader, to_input
+from ..data.loader import (
+    PackedImages,
+    crop_flip,
+    draw_crops,
+    eval_batches,
+    make_loader,
+    to_input,
+)
 from ..data.pack import Packed, open_pack
 from ..data.split import splits_of
 from ..records.predictions import metrics, predictions_digest, write_predictions
@@ -71,15 +78,25 @@ class ClassificationTrainer(Trainer):
         if self.recipe.frozen_front:
             freeze_front(model, run)
         self.setup(model, make_optimizer)
+        self.captured_predict = self.capture(self.predict_batch) if self.captures else None
         if self.recipe.frozen_front:
             self.images = FrontFeatures(self.module, self.images, run.image_size, fabric.device)
 
     def load_batches(self, batches: list[np.ndarray]) -> Iterable[tuple[Tensor, Tensor]]:
         return make_loader(self.images, batches, self.fabric.device)
 
-    def compute_loss(self, batch: tuple[Tensor, Tensor], seed: StepSeed) -> Tensor:
-        images, labels = (x.to(self.fabric.device, non_blocking=True) for x in batch)
-        x = augment(self.model_input(images), self.recipe.augment, seed)
+    def step_inputs(self, batch: tuple[Tensor, Tensor], seed: StepSeed) -> tuple[Tensor, ...]:
+        """Images or features [B, ...], labels [B], and with augmentation random numbers [4, B]."""
+        device = self.fabric.device
+        images, labels = (x.to(device, non_blocking=True) for x in batch)
+        if self.recipe.augment == "none":
+            return images, labels
+        return images, labels, draw_crops(len(labels), seed, device)
+
+    def compute_loss(self, images: Tensor, labels: Tensor, crops: Tensor | None = None) -> Tensor:
+        x = self.model_input(images)
+        if crops is not None:
+            x = crop_flip(x, crops)
         return training_loss(self.model(x), labels, self.recipe.label_smoothing)
 
     def model_input(self, batch: Tensor) -> Tensor:
@@ -95,7 +112,7 @@ class ClassificationTrainer(Trainer):
         if best is None or top1 > best["val_top1"]:
             self.save_best_weights(self.state.epoch + 1)
         self.log_epoch(val_loss=loss, val_top1=top1)
-        if self.state.epoch == self.recipe.epochs or self.is_save_due():
+        if self.is_save_due():  # not after the last epoch: the record replaces the checkpoint
             self.save_checkpoint()
 
     def best_weights_path(self, epoch: float) -> Path:
@@ -139,19 +156,28 @@ class ClassificationTrainer(Trainer):
         world, rank = self.fabric.world_size, self.fabric.global_rank
         batches = eval_batches(indices, EVAL_BATCH, rank, world)
         self.model.eval()
+        if self.captured_predict:
+            self.captured_predict.check_settings()
+        predict_batch = self.captured_predict or self.predict_batch
         rows = []
-        for images, labels in make_loader(self.images, batches, self.fabric.device):
-            x = self.model_input(images.to(self.fabric.device))
-            logits = self.model(x).float()  # [B, classes]
-            y = labels.to(self.fabric.device)
-            losses = F.cross_entropy(logits, y, reduction="none")
-            rows.append(torch.stack([y.double(), logits.argmax(1).double(), losses.double()], 1))
+        for batch in make_loader(self.images, batches, self.fabric.device):
+            images, labels = (x.to(self.fabric.device, non_blocking=True) for x in batch)
+            # The last, smaller batch would need a graph of its own.
+            whole = len(labels) == len(batches[0])
+            rows.append((predict_batch if whole else self.predict_batch)(images, labels))
+            self.run_ahead.wait()
             if time.monotonic() > self.options.deadline and world == 1:
                 self.save_checkpoint()  # raises OutOfTime
         table = self.all_gather(torch.cat(rows))[: len(indices)]  # [n, 3]
         label, predicted, loss = table.T.cpu().numpy()
         columns = {"label": label.astype(int), "predicted": predicted.astype(int), "loss": loss}
         return pd.DataFrame({"index": indices} | columns)
+
+    def predict_batch(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Label, predicted class and loss of each image, float64 [B, 3]."""
+        logits = self.model(self.model_input(images)).float()  # [B, classes]
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return torch.stack([labels.double(), logits.argmax(1).double(), losses.double()], 1)
 
     def finish(self) -> Record:
         best = self.state.best
@@ -226,11 +252,11 @@ def learning_rate(recipe: Recipe, epoch: float) -> float:
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (epoch - recipe.warmup_epochs) / span))
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Optimizer of the recipe.
+def make_optimizer(model: nn.Module, recipe: Recipe, **arguments: Any) -> torch.optim.Optimizer:
+    """Optimizer of the recipe; further arguments are those of the optimizer's class.
 
     Weight decay skips the same parameters as in timm's training: biases, norms and other vectors,
     and those that `no_weight_decay` of the model names (attention biases, position embeddings, the
     class token).
     """
-    return create_optimizer_v2(model, recipe.optimizer, recipe.lr, recipe.weight_decay)
+    return create_optimizer_v2(model, recipe.optimizer, recipe.lr, recipe.weight_decay, **arguments)

@@ -62,6 +62,8 @@ def train(run: Run, fabric: Fabric, root: Path = Path(), options: Options | None
 class DetectionTrainer(Trainer):
     """Evaluates once, with the weights of the last epoch."""
 
+    fixed_shapes = False
+
     def __init__(self, run: Run, fabric: Fabric, root: Path, options: Options) -> None:
         super().__init__(run, fabric, root, options)
         assert run.recipe.detection is not None
@@ -83,10 +85,16 @@ class DetectionTrainer(Trainer):
         images = DetectionDataset(self.train_images, self.detection.flip, seed)
         return make_loader(images, batches, self.fabric.device)
 
-    def compute_loss(self, batch: Sequence[Sample], seed: StepSeed) -> Tensor:
+    def step_inputs(self, batch: Sequence[Sample], seed: StepSeed) -> tuple[list[Any], list[Any]]:
         device = self.fabric.device
         images = [to_input(image, device) for image, _ in batch]
-        targets = [{key: t.to(device) for key, t in target.items()} for _, target in batch]
+        targets = [
+            {key: t.to(device, non_blocking=True) for key, t in target.items()}
+            for _, target in batch
+        ]
+        return images, targets
+
+    def compute_loss(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
         return torch.stack(list(self.model(images, targets).values())).sum()
 
     def learning_rate(self, epoch: int, step: int, steps: int) -> float:
@@ -163,13 +171,13 @@ def learning_rate(recipe: Recipe, epoch: int, step: int, steps: int) -> float:
     return rate
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, recipe: Recipe, **arguments: Any) -> torch.optim.Optimizer:
     """Optimizer of the recipe. Weight decay skips only the attention biases."""
     groups = param_groups_weight_decay(
         model, recipe.weight_decay, weight_decay_exclude_1d=False,
         no_weight_decay_list=["*attention_biases"],
     )  # fmt: skip
-    return create_optimizer_v2(groups, recipe.optimizer, recipe.lr)
+    return create_optimizer_v2(groups, recipe.optimizer, recipe.lr, **arguments)
 
 
 def pad_detections(output: dict[str, Tensor]) -> Tensor:

@@ -1,14 +1,15 @@
 """Resumable training loop, independent of the task.
 
 All random choices of a step are drawn from (seed, epoch, step). A run that resumes from its last
-checkpoint therefore ends with bit-identical metrics, on a CPU with the same number of threads.
+checkpoint therefore ends with bit-identical metrics, on a CPU with the same number of threads. On a
+GPU, where each step is a CUDA graph and sums have no fixed order, metrics agree to rounding.
 """
 
 import math
-import os
+import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,39 +21,40 @@ import torch
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
-try:
-    from lightning_fabric import Fabric
-    from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
-except ModuleNotFoundError:  # the same code, packaged with the rest of Lightning
-    from lightning.fabric import Fabric  # type: ignore[no-redef]
-    from lightning.fabric.plugins.environments import (  # type: ignore[no-redef]
-        LightningEnvironment,
-        TorchElasticEnvironment,
-    )
-
 from ..config.runs import Run
-from ..config.schema import Recipe
 from ..config.tasks import TrainTask
 from ..data.loader import epoch_batches, step_seed
 from ..records.record import Record, write_record
-from ..utils.device import describe_device, peak_memory_mb, pick_device
+from ..utils.device import describe_device, peak_memory_mb
 from ..utils.errors import HovitError, OutOfTime, one_line
 from ..utils.files import alone, write_text
+from .captured import (
+    CapturedStep,
+    RunAhead,
+    benchmark_convolutions,
+    optimizer_args,
+    share_learning_rate,
+)
 from .checkpoint import load_state, save_state
+from .fabric import Fabric, check_batch_norm
+from .fabric import make_fabric as make_fabric  # part of this module's interface
 
-LOG_EVERY = 20  # steps between reads of the loss, because each read waits for the device
+LOG_EVERY = 20  # steps between reads of the loss; captured steps: once an epoch
 StepSeed = tuple[int, int, int, int]  # (run seed, epoch, step, rank)
-MakeOptimizer = Callable[[nn.Module, Recipe], torch.optim.Optimizer]
+MakeOptimizer = Callable[..., torch.optim.Optimizer]  # (model, recipe, **arguments)
 
 
 @dataclass
 class Options:
-    """How a run is executed. Nothing here changes the result on a CPU.
+    """How a run is executed. On a CPU, only `compile` and `capture` change the result.
 
     Args:
         deadline: `time.monotonic()` after which the run saves a checkpoint and stops.
-        save_seconds: time between checkpoints. The last epoch always ends with one.
+        save_seconds: time between checkpoints.
         weights_file: value of `--weights`.
+        capture: whether steps run as CUDA graphs; None: on a GPU. A CPU only has a stand-in, for
+            tests, with another optimizer kernel.
+        compile: whether `torch.compile` compiles the model; changes results by rounding.
         on_step: called with (epoch, step, steps) after each batch.
         on_epoch: called with the history entry of each finished epoch.
     """
@@ -60,6 +62,8 @@ class Options:
     deadline: float = math.inf
     save_seconds: float = 60.0
     weights_file: Path | None = None
+    capture: bool | None = None
+    compile: bool = False
     on_step: Callable[[int, int, int], None] = lambda *_: None
     on_epoch: Callable[[dict[str, float]], None] = lambda *_: None
 
@@ -71,6 +75,7 @@ class Trainer(ABC):
     define the task.
     """
 
+    fixed_shapes = True  # whether all batches have the same shapes
     indices: np.ndarray  # int64 [n], the training images
     meta: dict[str, Any]  # pack.json
 
@@ -100,8 +105,15 @@ class Trainer(ABC):
         """Yield batches of this epoch, given the image indices of each."""
 
     @abstractmethod
-    def compute_loss(self, batch: Any, seed: StepSeed) -> Tensor:
-        """Forward one batch and return its scalar loss on the device."""
+    def step_inputs(self, batch: Any, seed: StepSeed) -> Sequence[Any]:
+        """Inputs of `compute_loss`, on the device; random numbers that the host draws included."""
+
+    @abstractmethod
+    def compute_loss(self, *inputs: Any) -> Tensor:
+        """Forward one batch and return its scalar loss on the device.
+
+        With `fixed_shapes`, inputs are tensors and nothing here waits for the device.
+        """
 
     @abstractmethod
     def learning_rate(self, epoch: int, step: int, steps: int) -> float:
@@ -117,23 +129,67 @@ class Trainer(ABC):
 
     def setup(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         """Move the model to its device and restore the checkpoint if there is one."""
-        world = self.fabric.world_size
-        if world > 1 and self.fabric.device.type == "cuda":
+        device, world = self.fabric.device, self.fabric.world_size
+        if world > 1 and device.type == "cuda":
             model = convert_sync_batchnorm(model)  # statistics over the images of all GPUs
         elif world > 1:
             check_batch_norm(model, self.recipe.batch_size, world)
         self.module = model
-        self.model, self.optimizer = self.fabric.setup(model, make_optimizer(model, self.recipe))
+        self.captures = self.can_capture()
+        arguments = optimizer_args(self.recipe.optimizer, device) if self.captures else {}
+        optimizer = make_optimizer(model, self.recipe, **arguments)
+        compiled: Any = torch.compile(model) if self.options.compile else model
+        self.model, self.optimizer = self.fabric.setup(compiled, optimizer)
         self.scaler = getattr(self.fabric.strategy.precision, "scaler", None)
         fingerprint = self.meta["fingerprint"]
         made_by = [self.run.spec_hash, self.task.code, fingerprint, self.pretrained_sha256]
         self.state = load_state(self.checkpoint_path, made_by, model, self.optimizer, self.scaler)
+        self.rate = share_learning_rate(optimizer, device) if self.captures else None
+        self.captured_step = self.capture(self.optimize) if self.captures else None
+        self.run_ahead = RunAhead(device)
+
+    def can_capture(self) -> bool:
+        """Whether steps are captured as CUDA graphs; says why not if a GPU trains without."""
+        wanted = self.options.capture
+        if wanted is None:
+            wanted = self.fabric.device.type == "cuda"
+        reason = ""
+        if not self.fixed_shapes:
+            reason = "images differ in size"
+        elif self.fabric.world_size > 1:
+            reason = "processes exchange gradients"
+        if wanted and reason:
+            self.warn(f"no CUDA graph: {reason}")
+        return wanted and not reason
+
+    def capture(self, fn: Callable[..., Tensor]) -> CapturedStep:
+        """The function as a CUDA graph, or eager with a line that says why."""
+        return CapturedStep(fn, self.module, self.warn)
+
+    def warn(self, line: str) -> None:
+        """Print a line about this run to stderr, once for all processes."""
+        if self.fabric.is_global_zero:
+            name = f"run {self.run.id} seed {self.run.seed}"
+            print(f"{name}: {line}; it runs eagerly", file=sys.stderr, flush=True)
 
     def fit(self) -> None:
-        """Train the remaining epochs."""
-        while self.state.epoch < self.recipe.epochs:
-            self.train_epoch()
-            self.end_epoch()
+        """Train the remaining epochs.
+
+        Raises:
+            HovitError: for a loss that is not finite, or if `torch.compile` fails.
+        """
+        try:
+            with benchmark_convolutions(self.fabric.device):
+                while self.state.epoch < self.recipe.epochs:
+                    self.train_epoch()
+                    self.end_epoch()
+        except RuntimeError as error:
+            if type(error).__module__.startswith("torch._dynamo"):
+                reason = one_line(getattr(error, "inner_exception", error))
+                raise HovitError(
+                    f"run {self.run.id}: torch.compile failed ({reason}); train without --compile"
+                ) from None
+            raise
 
     def train_epoch(self) -> None:
         """Train the remaining batches of the current epoch."""
@@ -143,12 +199,15 @@ class Trainer(ABC):
         loader = self.load_batches(batches[self.state.step :])
         self.set_epoch(epoch)
         self.model.train()
+        if self.captured_step:
+            self.captured_step.check_settings()
         losses: list[Tensor] = []  # of the steps since the last read
         for step, batch in enumerate(loader, start=self.state.step):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate(epoch, step, len(batches))
+            self.set_learning_rate(self.learning_rate(epoch, step, len(batches)))
             losses.append(self.train_step(batch, (seed, epoch, step, rank)))
-            read = len(losses) >= LOG_EVERY or step + 1 == len(batches)
+            self.run_ahead.wait()
+            # Each read waits for the device, so that a captured epoch is read only at its end.
+            read = step + 1 == len(batches) or (len(losses) >= LOG_EVERY and not self.captures)
             # Processes must agree to save, and agreeing costs a broadcast: they do it seldom.
             save = self.is_save_due() if read or world == 1 else False
             if read or save:
@@ -158,16 +217,40 @@ class Trainer(ABC):
                 self.save_checkpoint()
             self.options.on_step(epoch, step + 1, len(batches))
 
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the learning rate of all parameter groups."""
+        if self.rate is not None:
+            self.rate.fill_(rate)
+            return
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
     def train_step(self, batch: Any, seed: StepSeed) -> Tensor:
         """Do one optimizer step and return its loss, still on the device."""
-        torch.manual_seed(step_seed(seed))  # dropout
-        loss = self.compute_loss(batch, seed)
+        inputs = self.step_inputs(batch, seed)
+        seed_generators(step_seed(seed), self.fabric.device)  # dropout, also inside a graph
+        return self.captured_step(*inputs) if self.captured_step else self.optimize(*inputs)
+
+    def optimize(self, *inputs: Any) -> Tensor:
+        """Forward, loss, backward, clipping and optimizer: the part of a step that is captured."""
+        self.optimizer.zero_grad()
+        loss = self.compute_loss(*inputs)
         self.fabric.backward(loss)
         if norm := self.recipe.clip_norm:
-            self.fabric.clip_gradients(self.model, self.optimizer, max_norm=norm)
+            self.clip_gradients(norm)
         self.optimizer.step()
-        self.optimizer.zero_grad()
         return loss.detach()
+
+    def clip_gradients(self, norm: float) -> None:
+        """Clip the norm of all gradients, after division by the scale of fp16 gradients.
+
+        Fabric's own function waits for the device to look for infinite gradients, and refuses
+        fused optimizers in fp16.
+        """
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer.optimizer)
+        groups = self.optimizer.param_groups
+        nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], norm)
 
     def log_losses(self, losses: list[Tensor]) -> None:
         """Average losses over processes and add them to the state.
@@ -246,10 +329,17 @@ class Trainer(ABC):
             "history": self.state.history,
         }
         device = self.fabric.device
+        if device.type == "cuda":
+            shared["execution"] = self.execution()
         seconds = self.state.seconds + time.monotonic() - self.started
         return self.task.make_record(
             results | shared, describe_device(device), seconds, peak_memory_mb(device), self.meta
         )
+
+    def execution(self) -> str:
+        """How a GPU ran the steps: `captured` as CUDA graphs or `eager`, `compiled` or not."""
+        captured = self.captured_step is not None and not self.captured_step.graphed.reason
+        return f"{'compiled, ' * self.options.compile}{'captured' if captured else 'eager'}"
 
     def write_results(self, record: Record) -> None:
         """Write history and record, then delete the checkpoint and temporary files."""
@@ -260,6 +350,17 @@ class Trainer(ABC):
         for pattern in (self.checkpoint_path.name, "best-*.safetensors", ".*"):
             for path in self.folder.glob(pattern):
                 path.unlink()
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed the default generators of the host and of the device.
+
+    `torch.manual_seed` does the same, but formats the call stack once for each kind of device that
+    is not there, which takes 0.1 to 1 ms.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
 
 
 @contextmanager
@@ -281,75 +382,3 @@ def _lock(fabric: Fabric, folder: Path) -> Iterator[None]:
         if problem:
             raise HovitError(problem)
         yield
-
-
-def check_batch_norm(model: nn.Module, batch_size: int, world: int) -> None:
-    """Refuse batches that give BatchNorm a single image per process.
-
-    Raises:
-        HovitError: if the model has BatchNorm and `world` processes get one image each.
-    """
-    has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    if has_batch_norm and batch_size // world < 2:
-        raise HovitError(
-            f"{world} processes get one image each of a batch of {batch_size}, but BatchNorm needs "
-            "two; use fewer processes or a larger batch"
-        )
-
-
-def make_fabric(precision: str, accelerator: str = "auto") -> Fabric:
-    """Launch Fabric on one machine: one process, or those of torchrun or srun.
-
-    DDP looks for unused parameters, because some models have weights that the forward pass does
-    not use (the dead kv weights in the deck).
-
-    Raises:
-        HovitError: for an accelerator that this machine does not have, more than one machine, or
-            more processes than GPUs.
-    """
-    accelerator = pick_device(accelerator).type
-    processes = _launched_processes()
-    for name in [name for name in os.environ if name.startswith("LT_")]:
-        del os.environ[name]  # Lightning's own launcher overrides the arguments below
-    try:
-        fabric = Fabric(
-            accelerator=accelerator,
-            devices=processes,
-            strategy="ddp_find_unused_parameters_true" if processes > 1 else "auto",
-            # Named, because Fabric takes one process for many in a Slurm allocation without srun.
-            plugins=TorchElasticEnvironment() if processes > 1 else LightningEnvironment(),
-            precision=precision,  # type: ignore[arg-type]
-        )
-        fabric.launch()
-    except Exception as error:  # Fabric raises errors of many types
-        raise HovitError(
-            f"cannot start {processes} process(es) on {accelerator}: {one_line(error)}"
-        ) from None
-    return fabric
-
-
-def _launched_processes() -> int:
-    """Number of processes that torchrun or srun started; 1 for any other launch.
-
-    Variables of an allocation (SLURM_NTASKS) and strays (WORLD_SIZE, LOCAL_RANK) do not count.
-
-    Raises:
-        HovitError: if the processes are on more than one machine.
-    """
-    env = os.environ
-    tasks = int(env.get("SLURM_STEP_NUM_TASKS", 1))
-    if "TORCHELASTIC_RUN_ID" in env:
-        world, local = int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
-    elif tasks > 1 and {"SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID"} <= env.keys():
-        world = tasks
-        local = tasks if env.get("SLURM_STEP_NUM_NODES", "1") == "1" else 0
-        # Tasks of a step find each other as torchrun's processes do.
-        env |= {"RANK": env["SLURM_PROCID"], "LOCAL_RANK": env["SLURM_LOCALID"], "GROUP_RANK": "0",
-                "WORLD_SIZE": str(tasks), "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
-        step = int(env["SLURM_JOB_ID"]) * 101 + int(env.get("SLURM_STEP_ID", 0))
-        env["MASTER_PORT"] = str(20_000 + step % 10_000)
-    else:
-        return 1
-    if world != local:
-        raise HovitError(f"{world} processes on several machines: training runs on one machine")
-    return world

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .errors import HovitError
+from .machine import usable_cpus
 from .strict import Strict
 
 if TYPE_CHECKING:
@@ -57,6 +58,13 @@ def pick_device(accelerator: str = "auto") -> torch.device:
             f"--accelerator {accelerator}: {'cpu or cuda' if there else 'only cpu'} here"
         )
     return torch.device(accelerator)
+
+
+def set_threads(wanted: int) -> None:
+    """Set the CPU threads of torch, at most one for each processor that may be used."""
+    import torch
+
+    torch.set_num_threads(min(wanted, usable_cpus()))
 
 
 def describe_device(device: torch.device) -> Device:

@@ -1,14 +1,41 @@
 """Base classes of typed data."""
 
+from functools import cache
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Strict(BaseModel):
-    """A frozen object that refuses unknown keys and infinite numbers."""
+    """A frozen object that refuses unknown keys, infinite numbers and values of another type.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    An integer is accepted as a float, and a list as a tuple, because YAML and JSON have no tuples.
+    Nothing else is converted: not text to a number, nor 1.0 to an integer.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_to_tuples(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {k: _tuples(v) if k in _tuple_fields(cls) else v for k, v in data.items()}
+
+
+@cache
+def _tuple_fields(cls: type[BaseModel]) -> frozenset[str]:
+    """Fields whose type has a tuple in it."""
+    fields = cls.model_fields.items()
+    return frozenset(name for name, field in fields if "tuple" in str(field.annotation))
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_tuples(each) for each in value)
+    if isinstance(value, dict):
+        return {key: _tuples(each) for key, each in value.items()}
+    return value
 
 
 class InSpec(Strict):

@@ -1,12 +1,13 @@
 """YAML files, validated against a class; every mistake gives one line."""
 
+import re
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from .errors import HovitError, one_line
+from .errors import HovitError, nearest, one_line
 
 
 class _UniqueKeys(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -60,12 +61,14 @@ def explain(error: ValidationError, where: object, model: type[BaseModel]) -> Ho
     keys = [k if isinstance(k, int) or k.isprintable() else repr(k) for k in first["loc"]]
     path = "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in keys).lstrip(".")
     if first["type"] == "extra_forbidden":
-        allowed = ", ".join(_fields_at(model, first["loc"][:-1]))
-        what = f"unknown key; allowed: {allowed}"
+        allowed = _fields_at(model, first["loc"][:-1])
+        what = f"unknown key{nearest(keys[-1], allowed)}; allowed: {', '.join(allowed)}"
     else:
         given = repr(first["input"])
         what = first["msg"][0].lower() + first["msg"][1:]
         what += f", not {given[:60]}" if first["type"] != "missing" else ""
+        if first["type"] == "literal_error":
+            what += nearest(first["input"], re.findall(r"'([^']*)'", first["ctx"]["expected"]))
     more = f" (and {len(others)} more)" if others else ""
     return HovitError(f"{where}: {path or 'the whole file'}: {what}{more}")
 
@@ -80,6 +83,8 @@ def load_file(path: Path, model: type[BaseModel]) -> Any:
         loaded = model.model_validate(read_yaml(path))
     except ValidationError as error:
         raise explain(error, path, model) from None
+    except RecursionError:
+        raise HovitError(f"{path}: cannot be read: nested too deep") from None
     if getattr(loaded, "id", path.stem) != path.stem:
         raise HovitError(f"{path}: id: must be the file's name, {path.stem!r}")
     return loaded

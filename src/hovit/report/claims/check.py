@@ -171,11 +171,15 @@ def _images(results: Results, claim: Claim) -> list[str]:
 
 def _stand_ins(results: Results, claim: Claim) -> list[str]:
     """The models that the scale trains and times in place of the claim's."""
-    refs = [split_ref(ref) for ref in (claim.of, claim.to) if ref]
-    measured = [ref for ref in refs if not ((q := quantity(ref[3])) and q.reported)]
-    named = {str(results.plan.study(study).row(row).model) for _, study, row, _ in measured}
-    models = results.plan.scale.models
-    return [f"{models[name].model} stands in for {name}" for name in sorted(named & set(models))]
+    models, named = results.plan.scale.models, set()
+    for ref in filter(None, (claim.of, claim.to)):
+        analysis_id, study_id, row_id, metric = split_ref(ref)
+        number = quantity(metric)
+        stand_in = models.get(str(results.plan.study(study_id).row(row_id).model))
+        trained = bool(analysis_id) or (number is not None and number.is_trained)
+        if stand_in and (trained or stand_in.measured) and not (number and number.reported):
+            named.add(str(results.plan.study(study_id).row(row_id).model))
+    return [f"{models[name].model} stands in for {name}" for name in sorted(named)]
 
 
 def check_all(sources: Sources) -> list[Verdict]:

@@ -28,8 +28,8 @@ def generated_images(results: Results) -> "Canvas":
     study = results.plan.study("launcher_imagenet")
     task = results.plan.analyse_task(results.plan.analysis("generated_images"))
     found = results.analysed_rows("generated_images")
-    count = max((len(row["images"]) for row in found.values()), default=1)
-    high = 1 + 2 * max(1, len(found))
+    count = max((len(row["images"]) for row in found.values()), default=8)
+    high = 1 + 2 * len(found)
     size = (style.WIDTH, 0.5 + style.WIDTH / (count + 1) * high)
     canvas, axes = plt.subplots(high, count, figsize=size, squeeze=False)
     for ax in axes.flat:

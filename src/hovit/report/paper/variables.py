@@ -89,7 +89,8 @@ def origin(results: Results, study: Study, row: Row, number: Quantity, value: Va
         return Origin((f"config/studies/{study.id}.yaml",), f"rows.{row.id}.{key}")
     if number.is_counted:
         return Origin(records, "images", scale=scale)
-    model = results.plan.scale.model_of(row)
+    of = results.plan.scale
+    model = of.model_of(row) if number.is_trained else of.measured_model(row)
     model = "" if model == row.model else model
     trained = results.trained(study, row) if number.is_trained else []
     if trained:

@@ -6,7 +6,7 @@ import pandas as pd
 
 from ...config.metrics import METRICS
 from ...config.runs import Run, protocol
-from ...config.schema import Recipe, Row, Study
+from ...config.schema import Recipe, Row, Scale, Study
 from ..record_source import plural
 from ..results import Results
 
@@ -37,8 +37,8 @@ def describe(results: Results, study: Study) -> dict[str, str]:
                 dataset = plan.config.datasets[scale.datasets[row.dataset]]
                 facts[row.label] = f"{dataset.title} — {dataset.about}"
         return facts
-    replaced = {str(row.model): scale.model_of(row) for row in study.rows if row.model}
-    if stand_ins := [f"`{new}` for `{old}`" for old, new in replaced.items() if old != new]:
+    models = dict.fromkeys(str(row.model) for row in study.rows if row.model)
+    if stand_ins := [_stand_in(scale, model) for model in models if model in scale.models]:
         facts["Models that stand in"] = ", ".join(stand_ins)
     if study.trained:
         if not plan.rows_run(study):
@@ -46,6 +46,13 @@ def describe(results: Results, study: Study) -> dict[str, str]:
             return facts
         facts |= _training(results, study)
     return facts | _evaluation(results, study) | _measurement(results, study)
+
+
+def _stand_in(scale: Scale, model: str) -> str:
+    """Which model stands in for one of the paper's, and in what."""
+    stand_in = scale.models[model]
+    text = f"`{stand_in.model}` for `{model}`"
+    return text if stand_in.measured else f"{text} in training (cost and speed are of `{model}`)"
 
 
 def _training(results: Results, study: Study) -> dict[str, str]:
@@ -69,14 +76,26 @@ def _training(results: Results, study: Study) -> dict[str, str]:
         )
         commits = {r.provenance.commit[:10] + " + changes" * r.provenance.dirty for r in records}
         facts["Commit"] = ", ".join(sorted(commits))
-    recipes = {run.recipe.id: run.recipe for run in runs}.values()
-    facts["Recipe"] = "; ".join(f"{each.title}; here {_settings(each)}" for each in recipes)
+    recipes = dict.fromkeys(run.recipe.id for run in runs)
+    facts["Recipe"] = "; ".join(_recipe([r for r in runs if r.recipe.id == one]) for one in recipes)
     facts["Seeds"] = _seeds(results, study)
     if any(row.pretrained for row in rows):
         trained = [row for row in rows if results.trained(study, row)]
         started = sorted({results.weights_from(study, row) for row in trained} - {""})
         facts["Pretrained weights from"] = "; ".join(started) or "no row is trained yet"
     return facts
+
+
+def _recipe(runs: list[Run]) -> str:
+    """The recipe of a study, and its settings at this scale."""
+    recipe = runs[0].recipe
+    here = dict.fromkeys(_settings(run.recipe) for run in runs if run.weights is None)
+    fine_tuned = dict.fromkeys(_settings(run.recipe) for run in runs if run.weights)
+    settings = "; ".join(here or fine_tuned)
+    extra = [text for text in fine_tuned if here and text not in here]
+    return f"{recipe.title}; here {settings}" + "".join(
+        f"; from pretrained weights {text}" for text in extra
+    )
 
 
 def _images_of(run: Run) -> str:

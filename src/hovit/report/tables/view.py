@@ -96,13 +96,22 @@ def _hides(sources: Sources, study: Study, numbers: list[Quantity]) -> bool:
     return any(sources.run.value(study, row, n) for row in study.rows for n in inexact)
 
 
-def _labels(study: Study, source: Callable[[int], Results | None] = lambda i: None) -> list[str]:
-    """Label of each row: † for a row added here, and the model that stands in for its own."""
+def _labels(
+    study: Study, source: Callable[[int], Results | None] = lambda i: None, trained: bool = True
+) -> list[str]:
+    """Label of each row: † for a row added here, and the model that stands in for its own.
+
+    Args:
+        study: the study.
+        source: the source of a row's numbers; None for no source.
+        trained: whether the numbers are of trained models; others may be of the paper's model.
+    """
     labels = []
     for i, row in enumerate(study.rows):
         results = source(i)
         stand_in = results.plan.scale.models.get(str(row.model)) if results else None
-        here = f" ({stand_in.label} here)" if stand_in else ""
+        replaced = stand_in is not None and (trained or stand_in.measured)
+        here = f" ({stand_in.label} here)" if stand_in and replaced else ""
         labels.append(row.label + here + " †" * row.ours)
     return labels
 
@@ -250,7 +259,7 @@ def _of_device(
     if metric.name == "throughput" and (macs := quantity("macs")):
         blocks.append([("× by MACs", _ratios(results, study, macs, inverse=True))])
     title = f"{metric.heading}: {kind(results)}, {_timing(results, study)}"
-    return Part(title, blocks, _labels(study, lambda i: results))
+    return Part(title, blocks, _labels(study, lambda i: results, trained=False))
 
 
 def _timing(results: Results, study: Study) -> str:

@@ -1,0 +1,103 @@
+"""Estimate how long studies train on one GPU, from the time of one optimizer step.
+
+The model: a step takes as long as one of LeViT at batch 32, or in proportion to its multiply-adds
+if it has more. Small models are bound by the launches of their kernels, large ones by arithmetic.
+A validation image costs a third of a training image. Start-up is left out.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+
+from ..config.plan import Plan
+from ..config.runs import Run
+from ..measure.cost import cost
+from ..utils.errors import HovitError
+from ..utils.files import write_text
+from .schedule import split_sizes
+
+ARTIFACT = Path("ARTIFACT.md")
+BEGIN, END = "<!-- estimate: made by `hovit estimate` -->\n", "<!-- end of estimate -->\n"
+REFERENCE = ("levit_deck", 37, 224, 32)  # model, classes, pixels, batch
+# Milliseconds of the reference step. Measured on an NVIDIA H200 by the two committed runs of HoViT
+# (317 s for 8,000 steps with validation, ten processes sharing the card), and the goal.
+MEASURED, GOAL = 4.2, 1.5
+# What one would train in one sitting, from scratch or with the runs that it starts from.
+SCRATCH = "`hovit`, the five ideas and `levit_attention`, from scratch"
+SCRATCH_STUDIES = (
+    "hovit", "conv_stage", "checkerboard", "depth", "conv_shrink", "dropout", "levit_attention",
+)  # fmt: skip
+STUDIES = ("launcher", "skipvit", "efficientvit_ablation")
+NOTE = (
+    "An estimate, not a measurement: trainings share one H100 or H200 in bf16, and a step takes "
+    "as long as one of LeViT at batch 32, or in proportion to its multiply-adds. {measured} ms "
+    "is what ten eager trainings reached together on an H200, {goal} ms is the goal. Runs that "
+    "several studies share count in each; pretraining counts where a study needs it. "
+    "EfficientViT is bound by memory rather than by arithmetic: three times its measured forward "
+    "pass on the H200 (19.2 ms at batch 2,048, fp16) would be twice the estimate at the goal."
+)
+
+
+@cache
+def _macs(model: str, args: str, classes: int, size: int) -> int:
+    return cost(model, json.loads(args), classes, size, backward=False)["macs"]
+
+
+def macs_of(run: Run) -> int:
+    """Multiply-adds of a forward pass of a run's model for one image."""
+    args = json.dumps(run.model_args, sort_keys=True)
+    return _macs(run.model, args, run.dataset.num_classes, run.image_size)
+
+
+def run_seconds(run: Run, step_ms: float) -> float:
+    """Seconds of one run on the card.
+
+    Args:
+        run: a classifier's run.
+        step_ms: milliseconds of the reference step.
+
+    Raises:
+        HovitError: if config does not state the number of images.
+    """
+    sizes = split_sizes(run)
+    if sizes is None:
+        raise HovitError(f"config/datasets/{run.dataset.id}.yaml: listed: not given")
+    model, classes, pixels, batch = REFERENCE
+    reference = 3 * _macs(model, "{}", classes, pixels) * batch
+    speed = reference / (step_ms / 1e3)  # multiply-adds per second
+    macs, recipe = macs_of(run), run.recipe
+    step = max(step_ms / 1e3, 3 * macs * recipe.batch_size / speed)
+    validation = max(step / 3 / recipe.batch_size, macs / speed) * sizes[1]
+    return recipe.epochs * (sizes[0] // recipe.batch_size * step + validation)
+
+
+def estimate_table(plan: Plan) -> str:
+    """Runs, epochs and minutes of the studies that a rented card trains first, as Markdown."""
+    scratch = [plan.study(name) for name in SCRATCH_STUDIES]
+    runs = [run for run in plan.needed(scratch) if run.weights is None and run.role == "pets"]
+    rows = [_row(SCRATCH, [run for run in runs if run.model != "resnet50"])]
+    rows += [_row(f"`{name}`", plan.needed([plan.study(name)])) for name in STUDIES]
+    header = f"| trained on one card | runs | epochs | at {MEASURED} ms | at {GOAL} ms |"
+    note = NOTE.format(measured=MEASURED, goal=GOAL)
+    return "\n".join([header, "| :-- | --: | --: | --: | --: |", *rows, "", note]) + "\n"
+
+
+def _row(name: str, runs: list[Run]) -> str:
+    epochs = sorted({run.recipe.epochs for run in runs})
+    minutes = [sum(run_seconds(run, ms) for run in runs) / 60 for ms in (MEASURED, GOAL)]
+    times = " | ".join(f"{each:.0f} min" for each in minutes)
+    return f"| {name} | {len(runs)} | {', '.join(map(str, epochs))} | {times} |"
+
+
+def write_artifact(plan: Plan, root: Path = Path()) -> None:
+    """Write the part of ARTIFACT.md between its two marks.
+
+    Raises:
+        HovitError: if a mark is missing.
+    """
+    path = root / ARTIFACT
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise HovitError(f"{path}: needs the lines {BEGIN.strip()} and {END.strip()} once")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    write_text(path, before + BEGIN + estimate_table(plan) + END + after)

@@ -1,0 +1,187 @@
+"""One file with what a sweep has made: records, and on request what unfinished runs need to go on.
+
+Paths in the archive start at the top folder of the artifact, so `tar -xzf FILE` there puts
+everything in place. `hovit evidence add FILE` takes the records.
+"""
+
+import contextlib
+import io
+import json
+import re
+import tarfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from safetensors import SafetensorError, safe_open
+
+from ..config.runs import DETECTIONS, PREDICTIONS
+from ..config.tasks import Task, TrainTask
+from ..records.evidence import FOLDERS
+from ..utils.errors import HovitError, one_line
+from ..utils.files import atomic
+
+RECORD_FILES = ("history.csv", PREDICTIONS, DETECTIONS, "record.json")
+STATE = "state.safetensors"
+EVERY, SHARE = 20.0, 0.05  # seconds between exports at least; share of the time that they may take
+
+
+def parse_size(text: str) -> int:
+    """`60M`, `1.5G`, `800k` or plain bytes -> bytes.
+
+    Raises:
+        HovitError: for anything else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)B?", text.strip())
+    if not match or float(match[1]) == 0:
+        raise HovitError(f"--max-size {text!r}: write 60M, 800k or 1.5G")
+    return int(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]])
+
+
+@dataclass
+class Export:
+    """Writes the export of a sweep, again and again while the sweep runs.
+
+    Args:
+        path: the file.
+        tasks: what may be in it.
+        root: top folder of the artifact.
+        states: include checkpoints of unfinished runs, measurements in progress, and weights that
+            other runs start from.
+        max_size: bytes that the file may have. Records come first; a state that would exceed the
+            limit is left out.
+        upstreams: ids of the runs that other runs start from.
+    """
+
+    path: Path
+    tasks: list[Task]
+    root: Path = Path()
+    states: bool = False
+    max_size: int | None = None
+    upstreams: frozenset[str] = frozenset()
+    _last: float = 0.0  # time of the last export
+    _took: float = 0.0  # seconds it took
+
+    def refresh(self) -> None:
+        """Write the file, unless that was done a moment ago or takes over 5 % of the time."""
+        if time.monotonic() - self._last > max(EVERY, self._took / SHARE):
+            self.write()
+
+    def write(self) -> list[str]:
+        """Write the file and return the states that the limit leaves out.
+
+        Raises:
+            HovitError: if the file cannot be written.
+        """
+        began = time.monotonic()
+        left_out = []
+        with (
+            atomic(self.path) as temporary,
+            tarfile.open(temporary, "w:gz", compresslevel=1) as tar,
+        ):
+            for task in self.tasks:
+                for path in _record_files(task):
+                    _add(tar, self.root, path)
+            for name, files in self._states() if self.states else ():
+                with contextlib.ExitStack() as stack:
+                    opened = _open_all(stack, self.root, files)
+                    size = sum(_size(file) for file in opened.values())
+                    if self.max_size and _written(tar) + size > 0.98 * self.max_size:
+                        left_out.append(f"{name} ({size / 1e6:.0f} MB)")
+                        continue
+                    for path, file in opened.items():
+                        _add_open(tar, path, file)
+        self._last, self._took = time.monotonic(), time.monotonic() - began
+        return left_out
+
+    def _states(self) -> Iterable[tuple[str, list[Path]]]:
+        """What each unfinished task needs to go on, and weights of upstream runs."""
+        for task in self.tasks:
+            done = (self.root / task.path).exists()
+            if not isinstance(task, TrainTask):
+                if (self.root / task.path.with_suffix(".partial.json")).exists():
+                    yield str(task), [task.path.with_suffix(".partial.json")]
+            elif done and task.run.id in self.upstreams and (self.root / task.weights).exists():
+                yield f"weights of {task.run.id}", [task.weights]
+            elif not done and (self.root / task.run.folder / STATE).exists():
+                yield str(task), _state_files(self.root, task)
+
+
+def _record_files(task: Task) -> list[Path]:
+    if isinstance(task, TrainTask):
+        return [task.run.folder / name for name in RECORD_FILES]
+    return [task.path]
+
+
+def _state_files(root: Path, task: TrainTask) -> list[Path]:
+    """The checkpoint of a run, and the weights of its best epoch so far."""
+    folder = task.run.folder
+    try:
+        with safe_open(root / folder / STATE, "np") as file:
+            history = json.loads((file.metadata() or {}).get("hovit", "{}")).get("history", [])
+    except (OSError, SafetensorError, ValueError):
+        return []
+    best = max(history, key=lambda epoch: epoch.get("val_top1", 0.0), default=None)
+    weights = [folder / f"best-{best['epoch']:.0f}.safetensors"] if best else []
+    return [folder / STATE, *weights]
+
+
+def _open_all(stack: contextlib.ExitStack, root: Path, paths: list[Path]) -> dict[Path, BinaryIO]:
+    """Open all files of a state; nothing if one is gone, because its run has saved a new one."""
+    try:
+        return {path: stack.enter_context(open(root / path, "rb")) for path in paths}
+    except FileNotFoundError:
+        return {}
+
+
+def _size(file: BinaryIO) -> int:
+    return file.seek(0, io.SEEK_END)
+
+
+def _written(tar: tarfile.TarFile) -> int:
+    """Compressed bytes so far, up to a buffer."""
+    fileobj = getattr(tar.fileobj, "fileobj", None) or tar.fileobj
+    assert fileobj is not None
+    return int(fileobj.tell())
+
+
+def _add(tar: tarfile.TarFile, root: Path, path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError), open(root / path, "rb") as file:
+        _add_open(tar, path, file)
+
+
+def _add_open(tar: tarfile.TarFile, path: Path, file: BinaryIO) -> None:
+    info = tarfile.TarInfo(path.as_posix())
+    info.size, info.mtime = _size(file), int(time.time())
+    file.seek(0)
+    tar.addfile(info, file)
+
+
+def unpack_records(path: Path, target: Path) -> None:
+    """Unpack records and predictions of an export into a folder; checkpoints stay out.
+
+    Raises:
+        HovitError: if the file is not an export, or is cut off.
+    """
+    try:
+        with tarfile.open(path, "r:gz") as tar:
+            for member in tar:
+                place = PurePosixPath(member.name)
+                if not (member.isfile() and _is_record_file(place)):
+                    continue
+                if place.is_absolute() or ".." in place.parts:
+                    raise HovitError(f"{path}: {member.name!r} is not a path of an export")
+                content = tar.extractfile(member)
+                assert content is not None
+                (target / place).parent.mkdir(parents=True, exist_ok=True)
+                (target / place).write_bytes(content.read())
+    except (OSError, EOFError, tarfile.TarError, ValueError) as error:
+        reason = one_line(error)
+        raise HovitError(f"{path}: not a readable export of `hovit sweep` ({reason})") from None
+
+
+def _is_record_file(path: PurePosixPath) -> bool:
+    of_folder = path.parent.name in FOLDERS and path.suffix == ".json"
+    return (of_folder and not path.name.endswith(".partial.json")) or path.name in RECORD_FILES

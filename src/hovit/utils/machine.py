@@ -1,0 +1,119 @@
+"""Processors, memory and cache folders that this process may use.
+
+Affinity masks (`taskset`, Slurm) and control groups (containers, systemd) limit them.
+`os.cpu_count` and `snakemake --cores all` know nothing of control groups.
+"""
+
+import errno
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import HovitError
+
+
+def usable_cpus(system: Path = Path("/")) -> int:
+    """Number of processors that the affinity mask and the control groups allow, at least 1.
+
+    Args:
+        system: root of the file system.
+    """
+    cpus = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        cpus = len(os.sched_getaffinity(0))
+    for group in _groups("cpu", system):
+        quota, _, period = _read(group / "cpu.max").partition(" ")  # version 2: `max 100000`
+        if not quota:  # version 1
+            quota, period = _read(group / "cpu.cfs_quota_us"), _read(group / "cpu.cfs_period_us")
+        if quota.isdigit() and period.isdigit() and int(period):
+            cpus = min(cpus, math.ceil(int(quota) / int(period)))
+    return max(cpus, 1)
+
+
+def usable_memory_mb(system: Path = Path("/")) -> int | None:
+    """Memory in MB that the machine has and the control groups allow; None if it is not known.
+
+    Args:
+        system: root of the file system.
+    """
+    total = [
+        int(line.split()[1]) * 1024
+        for line in _read(system / "proc/meminfo").splitlines()
+        if line.startswith("MemTotal:")
+    ]
+    limits = [
+        int(value)
+        for group in _groups("memory", system)
+        for name in ("memory.max", "memory.limit_in_bytes")  # versions 2 and 1
+        if (value := _read(group / name)).isdigit()
+    ]
+    known = total + limits
+    return int(min(known) / 1e6) if known else None
+
+
+def check_writable(*folders: str) -> None:
+    """Make folders here, to see whether they can be written.
+
+    Raises:
+        HovitError: naming the first that cannot.
+    """
+    for folder in map(Path, folders):
+        try:
+            folder.mkdir(exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise OSError(errno.EROFS, "not writable")
+        except OSError as error:
+            raise HovitError(
+                f"{folder.absolute()}: {error.strerror}; in a read-only checkout, mount writable "
+                "folders at .snakemake, logs, data, results, figures and paper"
+            ) from None
+
+
+def use_writable_caches(folder: Path = Path(".snakemake/cache")) -> None:
+    """Keep caches of libraries in `folder` if the cache folder of the home cannot be written.
+
+    The home can be read-only or unset, as in a container with another user. Snakemake then stops
+    with a traceback, and Matplotlib writes its font cache to the temporary folder at each start.
+    Variables that are set already are kept.
+    """
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    try:
+        if not usual.is_absolute():  # no home
+            raise OSError
+        usual.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        writable = False
+    else:
+        writable = os.access(usual, os.W_OK)
+    if not writable:
+        os.environ["XDG_CACHE_HOME"] = str(folder.absolute())
+        os.environ.setdefault("MPLCONFIGDIR", str(folder.absolute() / "matplotlib"))
+
+
+def _groups(controller: str, system: Path) -> Iterator[Path]:
+    """Folders of the control groups of this process that may limit a controller, and above them.
+
+    In a container, the path may be that of the host; then only the top folder exists.
+    """
+    mount = system / "sys/fs/cgroup"
+    paths = {mount, mount / controller}
+    for line in _read(system / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "name=systemd"):
+            tops = [mount, mount / "unified"]
+        elif controller in controllers.split(","):
+            tops = [mount / controllers, mount / controller]
+        else:
+            continue
+        for top in tops:
+            inner = top / path.lstrip("/")
+            paths |= {inner, *(p for p in inner.parents if p.is_relative_to(top))}
+    yield from sorted(path for path in paths if path.is_dir())
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
