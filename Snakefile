@@ -79,8 +79,7 @@ MEASURE = {study.id: PLAN.measure_task(study) for study in STUDIES.values()}
 EVALUATE = {study.id: PLAN.evaluate_task(study) for study in STUDIES.values()}
 ANALYSE = {name: PLAN.analyse_task(a) for name, a in PLAN.config.analyses.items()}
 PACKS = PLAN.packs
-# COCO is read in place.
-COCO = {pack.id for pack in PACKS.values() if pack.dataset.reader == "coco"}
+IN_PLACE = {pack.id for pack in PACKS.values() if pack.in_place}
 REPORT_CODE = code_hash("report")
 EVIDENCE = evidence_digest()
 # Reports describe images and recipes.
@@ -173,7 +172,7 @@ rule data:
     log:
         "logs/data/{pack}.log",
     wildcard_constraints:
-        pack=one_of(PACKS.keys() - COCO),
+        pack=one_of(PACKS.keys() - IN_PLACE),
     threads: 2
     params:
         spec=lambda w: PACKS[w.pack].spec_hash,
@@ -182,16 +181,18 @@ rule data:
         "python -m hovit data {wildcards.pack} > {log} 2>&1"
 
 
-# COCO is read in place: the rule checks it and computes a fingerprint.
-use rule data as data_coco with:
+# COCO and ImageNet are read in place: the rule checks them and computes a fingerprint.
+use rule data as data_in_place with:
     output:
         "data/packed/{pack}/pack.json",
         "data/packed/{pack}/manifest.csv",
     wildcard_constraints:
-        pack=one_of(COCO),
+        pack=one_of(IN_PLACE),
     params:
         spec=lambda w: PACKS[w.pack].spec_hash,
-        code=code_hash("detection"),
+        code=lambda w: code_hash(
+            "data" if PACKS[w.pack].dataset.reads_files else "detection"
+        ),
 
 
 # state.safetensors and best-N.safetensors are not declared: a killed run goes on from them.

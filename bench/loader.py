@@ -20,22 +20,39 @@ round starts, so STEPS should be well above four.
 
     python bench/loader.py
     python bench/loader.py --scale mini --data-root ../shared/data --model levit_deck
+
+With `--files FOLDER` (train/CLASS/*.JPEG, as ImageNet), it measures reading images in place
+instead: decode, random resized crop to `--size` pixels (bicubic) and flip, to a batch of bytes.
+Images per CPU second of one process, in alternating rounds over the same files, without workers:
+
+- `here`: hovit.data.image_files and hovit.data.augmented;
+- `ImageFolder`: torchvision's ImageFolder with its own transforms, the baseline;
+- `decode_jpeg`: the same, with torchvision.io.decode_jpeg and transforms on tensors.
+
+    python bench/loader.py --files data/imagenet --size 224
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
+from torchvision.transforms import v2
 
 import hovit.models  # noqa: F401 (registers)
 from hovit.config.plan import load_plan
 from hovit.config.runs import Run
+from hovit.data.augmented import RATIO, SCALE, AugmentedImages, load_images, with_positions
+from hovit.data.image_files import ImageFiles, list_split
 from hovit.data.loader import PackedImages, augment, epoch_batches, make_loader, step_seed, to_input
 from hovit.data.pack import open_pack, prepare
 from hovit.measure.latency import summary
@@ -198,6 +215,57 @@ def bench_training(
     return figures
 
 
+def bench_files(options: argparse.Namespace) -> dict[str, Any]:
+    """Images per CPU second: read in place here, and by torchvision's loaders."""
+    torch.set_num_threads(1)
+    size, train = options.size, options.files / "train"
+    crop = {"scale": SCALE, "ratio": RATIO, "interpolation": v2.InterpolationMode.BICUBIC}
+    steps = [v2.RandomResizedCrop(size, **crop), v2.RandomHorizontalFlip()]
+    plain = ImageFolder(str(train), v2.Compose([*steps, v2.PILToTensor()]))
+    tensors = ImageFolder(str(train), v2.Compose(steps), loader=read_tensor)
+    located = list(list_split(options.files, "train"))
+    table = pd.DataFrame(located).assign(label=0, split="train")
+    files = ImageFiles(options.files, table, size, {})
+    here = AugmentedImages(files, "crop_flip", size, (0, 0))
+    chosen = np.random.default_rng(0).permutation(len(plain))[: options.images]
+    batches = np.array_split(chosen, max(1, len(chosen) // 64))
+
+    def run_here() -> float:
+        return rate(load_images(here, with_positions(batches, 0, 64), size, torch.device("cpu")))
+
+    def run(folder: ImageFolder) -> float:
+        return rate(DataLoader(folder, batch_sampler=[batch.tolist() for batch in batches]))
+
+    taken = rounds(
+        {
+            "here": run_here,
+            "ImageFolder": lambda: run(plain),
+            "decode_jpeg": lambda: run(tensors),
+        },
+        options.rounds,
+    )
+    print(f"{len(chosen)} of {len(plain)} images of {train}, {size} px, one process")
+    figures = {kind: summary(values) for kind, values in taken.items()}
+    for kind in ("ImageFolder", "decode_jpeg"):
+        pairs = zip(taken["here"], taken[kind], strict=True)
+        figures[f"here / {kind}"] = summary([a / b for a, b in pairs])
+    for kind, each in figures.items():
+        show(kind, each, "" if "/" in kind else " images per CPU second")
+    return figures
+
+
+def read_tensor(path: str) -> Tensor:
+    return decode_jpeg(read_file(path), mode=ImageReadMode.RGB)
+
+
+def rate(batches: Iterable[Any]) -> float:
+    """Images per CPU second of this process."""
+    begin, images = time.process_time(), 0
+    for _, labels in batches:
+        images += len(labels)
+    return images / (time.process_time() - begin)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -211,12 +279,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="steps per round (default 20)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--accelerator", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--files", type=Path, help="folder with train/CLASS/*.JPEG")
+    parser.add_argument("--size", type=int, default=224, help="of the crops of --files, in pixels")
+    parser.add_argument("--images", type=int, default=512, help="images of --files in a round")
     parser.add_argument("--out", type=Path, default=Path("results/bench/loader.json"))
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
+    if options.files:
+        where = describe_device(torch.device("cpu"))
+        print(f"on {where}")
+        result = {"device": where.model_dump(), "files": bench_files(options)}
+        write_json(options.out.with_stem("files"), result)
+        return
     plan = load_plan(options.scale)
     study = plan.study("hovit")
     runs = {row.model: plan.runs_of(study, row)[0] for row in plan.rows_run(study)}

@@ -120,7 +120,7 @@ MISTAKES = {
     "a key twice": (DECK, "epochs: 50", "epochs: 50\nepochs: 5", "not valid YAML: key 'epochs' is given twice"),
     "a key twice, nested": (DEPTH, "seed: hovit", "seed: hovit, seed: ours", "not valid YAML: key 'seed' is given twice"),
     "unknown recipe": (DEPTH, "columns:", "recipe: nosuch\ncolumns:", "depth.yaml: recipe: 'nosuch' is not defined; allowed: deck, deck_100, deck_32, deck_frozen, detection, efficientvit, "
-            "finetune, pretrain, skipvit"),
+            "efficientvit_full, finetune, pretrain, skipvit"),
     "epochs of an unknown recipe": (SMOKE, "batch_sizes:", "epochs: {nosuch: 1}\nbatch_sizes:", "smoke.yaml: epochs: 'nosuch' is not defined; allowed: deck"),
     "a batch of an unknown recipe": (SMOKE, "batch_sizes: {skipvit: 32", "batch_sizes: {nosuch: 32", "smoke.yaml: batch_sizes: 'nosuch' is not defined; allowed: deck"),
     "unknown recipe of a row": (DEPTH, "ours: true", "recipe: nosuch", "depth.yaml: rows[1].recipe: 'nosuch' is not defined; allowed: deck"),
@@ -148,7 +148,7 @@ MISTAKES = {
     "two runs of one id": (DEPTH, "    model: l_levit_deck\n    pretrained: resnet50\n", "    model: l_levit_deck\n", "l_levit_deck.pets.deck"),
     "GPU settings in a latency study": (DEPTH, "columns:", "on_gpu: {batch: 64, precision: fp16 autocast}\ncolumns:", "depth.yaml: the whole file: value error, `on_gpu` belongs to a study of inference with `throughput` alone"),
     "step schedule without detection": (DECK, "epochs: 50", "epochs: 50\nschedule: step", "deck.yaml: the whole file: value error, `schedule: step` and `detection` go together"),
-    "a key of classifiers in detection": (DETECTION, "epochs: 12", "epochs: 12\nlabel_smoothing: 0.1", "detection.yaml: the whole file: value error, warmup_epochs, label_smoothing and augment"),
+    "a key of classifiers in detection": (DETECTION, "epochs: 12", "epochs: 12\nlabel_smoothing: 0.1", "detection.yaml: the whole file: value error, label_smoothing is for classifiers only"),
     "detection on classification images": (DEPTH, "columns:", "recipe: detection\ncolumns:", "depth.yaml: rows[0]: dataset coco and a recipe with `detection` go together"),
     "a classifier on detection images": ("studies/efficientvit_detection.yaml", "recipe: detection", "recipe: deck", "efficientvit_detection.yaml: rows[8]: dataset coco and a recipe"),
     "rows at an unknown scale": (DEPTH, "columns:", "rows_at: {nosuch: [levit_deck]}\ncolumns:", "depth.yaml: rows_at: 'nosuch' is not defined; allowed: mini, paper"),

@@ -73,6 +73,7 @@ def test_a_study_without_training_says_what_is_measured(fresh: Path) -> None:
     assert "of 20 rows; 20 models timed in turn (inference), batches 16, 3 rounds" in text
     assert "1 thread(s) on a CPU, on a GPU batch 2048, fp16 autocast" in text
     assert "timed" not in shown("efficientvit_family")
+    assert "6 runs (with those that others start from)" in shown("efficientvit_family")
     assert "reported numbers only" in shown("efficientvit_detection")
     assert re.search(r"pets_rule +counted: the split of oxford-iiit-pet", shown("datasets"))
     assert re.search(r"pets +counted: digits-64px", shown("datasets"))

@@ -85,8 +85,8 @@ def test_explain_says_why_nothing_is_run(
     plan: Plan, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(root)
-    family = explain(plan, "efficientvit_family", "m0", "top1")
-    assert "hovit evaluate efficientvit_family IMAGENET --weights FOLDER" in family
+    backbones = explain(plan, "backbones", "swin_t", "top1")
+    assert "hovit evaluate backbones IMAGENET --weights FOLDER" in backbones
     assert "at scale mini: no images for coco" in explain(
         plan, "efficientvit_detection", "m4", "ap"
     )

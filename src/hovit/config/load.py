@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..utils.errors import HovitError
 from ..utils.yaml_file import load_file
-from .schema import KINDS, Config
+from .schema import KINDS, Config, Row, Study
 from .validation import check_references
 
 
@@ -20,6 +20,41 @@ def load_config(root: Path = Path("config")) -> Config:
         kind: {p.stem: load_file(p, model) for p in sorted((root / kind).glob("*.yaml"))}
         for kind, model in KINDS.items()
     }
-    config = Config(**found)
+    config = with_cited_models(Config(**found), root)
     check_references(config, root)
     return config
+
+
+def with_cited_models(config: Config, root: Path) -> Config:
+    """Fill in the model of each row that names another row (`same_as`).
+
+    Raises:
+        HovitError: for a row that does not exist, cites another row itself, or is no model.
+    """
+    studies = {
+        study.id: study.model_copy(
+            update={"rows": tuple(_cited(config, root, study, row) for row in study.rows)}
+        )
+        if study.cites
+        else study
+        for study in config.studies.values()
+    }
+    return config.model_copy(update={"studies": studies})
+
+
+def _cited(config: Config, root: Path, study: Study, row: Row) -> Row:
+    if row.same_as is None:
+        return row
+    study_id, row_id = row.same_as.split("/")
+    found = [r for s in config.studies.values() if s.id == study_id for r in s.rows]
+    cited = next((each for each in found if each.id == row_id), None)
+    where = f"{root}/studies/{study.id}.yaml: rows: {row.id}: same_as"
+    if cited is None:
+        raise HovitError(f"{where}: there is no row {row.same_as}")
+    if cited.same_as or cited.model is None or row.model:
+        raise HovitError(f"{where}: {row.same_as} must have a model, and this row none of its own")
+    size = cited.image_size or config.studies[study_id].image_size
+    own_size = size if size != study.image_size else None
+    return row.model_copy(
+        update={"model": cited.model, "model_args": cited.model_args, "image_size": own_size}
+    )

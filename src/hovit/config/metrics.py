@@ -63,6 +63,7 @@ METRICS = {
         Metric("top1_interval", "Top-1, 95 % interval", 1, "trained", derived_from="top1"),
         # Of the row minus its baseline, over the same test images (hovit/report/paired.py).
         Metric("top1_difference", "Top-1 − baseline, points", 1, "trained", derived_from="top1"),
+        Metric("top5", "Top-5, %", 2, is_measured=False),
         Metric("loss", "Loss", 4, "trained"),
         Metric("val_top1", "Val top-1, %", 2, "trained"),
         Metric("ap", "AP", 1, "trained"),  # COCO average precision, IoU 0.50 to 0.95

@@ -171,14 +171,18 @@ class Plan:
         return self._task("train", run, lambda: TrainTask(run))
 
     def measure_task(self, study: Study) -> MeasureTask | None:
-        """The task that measures a study; None if this scale runs none of its rows."""
-        if not self.rows_run(study):
+        """The task that measures a study; None if this scale runs none of its rows.
+
+        A scale that judges no latency does not measure models again that other studies measure.
+        """
+        repeated = bool(study.cites) and "latency" not in self.scale.judges
+        if repeated or not self.rows_run(study):
             return None
         return self._task("measure", study, lambda: MeasureTask(study, self.scale))
 
     def evaluate_task(self, study: Study) -> EvaluateTask | None:
         """The task that evaluates given weights; None if the study trains or shows no accuracy."""
-        if study.trained or "top1" not in study.columns:
+        if study.trained or study.cites or "top1" not in study.columns:
             return None
         return self._task("evaluation", study, lambda: EvaluateTask(study, self.scale))
 
@@ -226,6 +230,8 @@ class Plan:
     def tasks(self, studies: Iterable[Study]) -> list[Task]:
         """What these studies' tables read: runs (upstream runs first), then measurements."""
         studies = list(studies)
+        cited = [self.study(name) for s in studies if not self.measure_task(s) for name in s.cites]
+        studies = list({study.id: study for study in [*studies, *cited]}.values())
         trained: list[Task] = [self.train_task(run) for run in self.needed(studies)]
         return trained + [task for study in studies if (task := self.measure_task(study))]
 

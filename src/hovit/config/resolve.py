@@ -31,6 +31,10 @@ class Resolver:
 
     def runs_of(self, study: Study, row: Row) -> list[Run]:
         """The runs of a row, one for each seed; none if the scale has no such dataset or row."""
+        if ref := row.trained_as or row.same_as:
+            study_id, row_id = ref.split("/")
+            study = self.config.studies[study_id]
+            return self.runs_of(study, study.row(row_id))
         role = row.dataset or study.dataset
         if row.model is None or not study.trained or role not in self.scale.datasets:
             return []
@@ -89,6 +93,7 @@ class Resolver:
                 "batch_size": batch_size,
                 "lr": self.scale.lrs.get(recipe.id, lr),
                 "warmup_epochs": recipe.warmup_epochs * factor,
+                "ema_decay": self.scale.ema_decays.get(recipe.id, recipe.ema_decay),
                 "image_size": image_size,
             }
         )

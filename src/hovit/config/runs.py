@@ -94,6 +94,11 @@ class Pack:
         """Where its files lie, relative to the top folder of the artifact."""
         return Path("data/packed") / self.id
 
+    @property
+    def in_place(self) -> bool:
+        """Whether its images are read where they lie, and only listed here."""
+        return self.dataset.reads_files or self.dataset.reader == "coco"
+
     @cached_property
     def spec_hash(self) -> str:
         """sha256 of what decides its images."""
@@ -101,8 +106,8 @@ class Pack:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What a run reads from it: packed images, or for COCO the list of images in place."""
-        images = "manifest.csv" if self.dataset.reader == "coco" else "images.npy"
+        """What a run reads from it: packed images, or the list of images that are read in place."""
+        images = "manifest.csv" if self.in_place else "images.npy"
         return self.folder / "pack.json", self.folder / images
 
 

@@ -117,6 +117,7 @@ class Dataset(InSpec):
         "flowers102",
         "stanford_cars",
         "image_folder",
+        "imagenet",
         "coco",
     ]
     num_classes: Annotated[int, Field(ge=2)]
@@ -127,11 +128,22 @@ class Dataset(InSpec):
     images: Annotated[int, Field(gt=0)] | None = None  # a seeded draw of so many
     split: Split
     native_size: Annotated[int, Field(gt=0)] | None = None  # pixels per side, if equal for all
+    # imagenet: numbers of training and validation images that must be there; None: any.
+    published: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] | None = None
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether images for a classifier are read in place instead of from a pack."""
+        return self.reader == "imagenet"
 
     @model_validator(mode="after")
     def _pairs(self) -> "Dataset":
         if self.split.per_run and (self.test_files or self.reader not in OWN_SPLIT):
             raise ValueError("`split.per_run` is for images without a published test set")
+        if self.published and not self.reads_files:
+            raise ValueError("`published` is for reader imagenet")
+        if self.reads_files and (len(self.files) != 1 or self.classes or self.images):
+            raise ValueError("imagenet: `files` is one folder, without `classes` or `images`")
         if self.reader == "coco":
             if len(self.files) != 2 or len(self.test_files) != 2:
                 raise ValueError("coco: `files` and `test_files` are each [annotations, images]")
@@ -150,6 +162,14 @@ class Detection(InSpec):
     milestones: tuple[Annotated[float, Field(ge=0)], ...] = ()  # epochs; each divides lr by ten
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # of linear warm-up
     flip: Annotated[float, Field(ge=0, le=1)] = 0.5  # probability of a horizontal flip
+
+
+# Settings of a recipe that only classifiers have, and the values that mean "not set".
+CLASSIFIERS_ONLY = (
+    "warmup_epochs", "label_smoothing", "augment", "mixup", "cutmix", "random_erasing", "agc",
+    "ema_decay",
+)  # fmt: skip
+NOT_SET = (0, None, "none")
 
 
 class Recipe(InSpec):
@@ -185,7 +205,15 @@ class Recipe(InSpec):
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] | None = None
-    augment: Literal["none", "crop_flip"] = "none"
+    augment: Literal["none", "crop_flip", "randaugment"] = "none"
+    # The settings from here to `min_lr` are timm's (hovit/data/augmented.py, training/averaged.py).
+    mixup: Annotated[float, Field(ge=0)] = 0.0  # alpha of the beta distribution; 0: no mixup
+    cutmix: Annotated[float, Field(ge=0)] = 0.0  # likewise
+    random_erasing: Annotated[float, Field(ge=0, le=1)] = 0.0  # probability for each image
+    repeats: Annotated[int, Field(ge=1)] = 1  # copies of an image in an epoch of as many images
+    agc: Annotated[float, Field(gt=0)] | None = None  # factor of adaptive gradient clipping
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # per step; EMA weights are tested
+    min_lr: Annotated[float, Field(ge=0)] = 0.0  # at the end of the cosine schedule
     # The pretrained front of the model keeps its weights and statistics (hovit/models/front.py).
     frozen_front: bool = False
     detection: Detection | None = None  # None: a classifier
@@ -194,11 +222,14 @@ class Recipe(InSpec):
     def _of_one_kind(self) -> "Recipe":
         if (self.schedule == "step") != (self.detection is not None):
             raise ValueError("`schedule: step` and `detection` go together")
-        for_classifiers = (self.warmup_epochs, self.label_smoothing, self.augment != "none")
-        if self.detection and any(for_classifiers):
-            raise ValueError("warmup_epochs, label_smoothing and augment are for classifiers only")
-        if self.frozen_front and (self.detection or self.augment != "none"):
+        for_classifiers = {name: getattr(self, name) for name in CLASSIFIERS_ONLY}
+        if self.detection and (set_ := [k for k, v in for_classifiers.items() if v not in NOT_SET]):
+            raise ValueError(f"{set_[0]} is for classifiers only")
+        augmented = self.augment != "none" or self.mixup or self.cutmix or self.random_erasing
+        if self.frozen_front and (self.detection or augmented):
             raise ValueError("`frozen_front` is for classifiers without augmentation")
+        if self.clip_norm and self.agc:
+            raise ValueError("give either `clip_norm` or `agc`")
         return self
 
 
@@ -276,6 +307,8 @@ class Scale(Strict):
     recipe_seeds: dict[Name, Annotated[int, Field(ge=1)]] = {}  # recipe -> how many of the seeds
     batch_sizes: dict[Name, Annotated[int, Field(ge=2)]] = {}  # recipe -> batch size
     lrs: dict[Name, Annotated[float, Field(gt=0)]] = {}  # recipe -> learning rate
+    # recipe -> decay of the EMA; the paper's would average over more steps than a short run has
+    ema_decays: dict[Name, Annotated[float, Field(gt=0, lt=1)]] = {}
     weights: dict[Name, WeightsFrom]  # pretrained model -> source
     keep_weights: bool = True  # False: keep only weights that runs or analyses read
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
@@ -328,6 +361,10 @@ class Row(Strict):
     model: Name | None = None
     model_args: dict[str, Argument] = {}
     pretrained: Name | None = None  # weights of the model, or of the Launcher's front
+    # Another row of the same model. It gives the model, its runs and, where this study has no
+    # measurement of its own, measurements by the same protocol.
+    same_as: RowRef | None = None
+    trained_as: RowRef | None = None  # the row whose runs give the accuracy; None: as `same_as`
     tag: Name | None = None  # timm's tag of the weights to evaluate; None: timm's default
     recipe: Name | None = None  # None: the study's
     dataset: Role | None = None  # None: the study's; in a `data` study, the row's subject
@@ -398,6 +435,12 @@ class Study(Strict):
         raise HovitError(
             f"study {self.id} has no row {row_id!r}; it has {', '.join(r.id for r in self.rows)}"
         )
+
+    @property
+    def cites(self) -> tuple[str, ...]:
+        """The studies that its rows take their models from (`same_as`)."""
+        refs = [row.same_as.split("/")[0] for row in self.rows if row.same_as]
+        return tuple(dict.fromkeys(refs))
 
 
 class Analysis(Strict):

@@ -325,7 +325,7 @@ class AnalyseTask(Task):
     def inputs(self) -> tuple[Path, ...]:
         tasks = [TrainTask(run) for run in self.runs.values()]
         runs = [path for task in tasks for path in (task.weights, task.path)]
-        return *runs, *(pack.folder / "images.npy" for pack in self.packs.values())
+        return *runs, *(pack.files[1] for pack in self.packs.values())
 
     def __str__(self) -> str:
         return f"analyse {self.analysis.id}"

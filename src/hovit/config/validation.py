@@ -67,6 +67,7 @@ def _check_scales(config: Config, root: Path, must: Must) -> None:
             ("recipe_seeds", scale.recipe_seeds),
             ("batch_sizes", scale.batch_sizes),
             ("lrs", scale.lrs),
+            ("ema_decays", scale.ema_decays),
         ):
             for recipe in recipes:
                 must(config.recipes, recipe, f"{file}: {key}")
@@ -142,6 +143,12 @@ def _check_rows(config: Config, root: Path, study: Study, must: Must) -> None:
                 f"{root}/{file}: rows[{i}]: dataset coco and a recipe with `detection` go together"
             )
         _check_model(config, f"{root}/{file}: rows[{i}]", row)
+        if row.trained_as:
+            _check_row_ref(config, row.trained_as, f"{file}: rows[{i}].trained_as", must)
+            if study.trained:
+                raise HovitError(
+                    f"{root}/{file}: rows[{i}].trained_as: only in a study that trains nothing"
+                )
         if row.baseline:
             must(ids, row.baseline, f"{file}: rows[{i}].baseline")
 

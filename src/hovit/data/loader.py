@@ -121,7 +121,13 @@ def _no_collate(batch: Any) -> Any:
 
 
 def epoch_batches(
-    indices: np.ndarray, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1
+    indices: np.ndarray,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    world: int = 1,
+    repeats: int = 1,
 ) -> list[np.ndarray]:
     """Training batches of one epoch for this process. The last, incomplete batch is dropped.
 
@@ -130,6 +136,8 @@ def epoch_batches(
         batch_size: images per batch over all processes.
         seed, epoch: determine the order.
         rank, world: index of this process and number of processes; each takes every world-th image.
+        repeats: copies of each image, side by side (repeated augmentation, arXiv 1902.05509). The
+            epoch is as long as without copies, so it has 1 / `repeats` of the images.
 
     Raises:
         HovitError: if there are fewer images than one batch, or `world` does not divide it.
@@ -139,6 +147,7 @@ def epoch_batches(
     if batch_size % world:
         raise HovitError(f"{world} processes do not divide a batch of {batch_size} evenly")
     order = np.random.default_rng([seed, epoch]).permutation(indices)
+    order = np.repeat(order, repeats)[: len(order)]
     whole = len(order) // batch_size
     return [batch[rank::world] for batch in order[: whole * batch_size].reshape(whole, batch_size)]
 

@@ -9,6 +9,7 @@ from ..config.runs import Run
 from ..config.schema import Split
 
 if TYPE_CHECKING:
+    from .image_files import ImageFiles
     from .pack import Packed
 
 
@@ -48,7 +49,7 @@ def draw_splits(labels: np.ndarray, split: Split, seed: int) -> dict[str, np.nda
     return dict(zip(("train", "val", "test"), parts, strict=True))
 
 
-def splits_of(run: Run, packed: "Packed") -> dict[str, np.ndarray]:
+def splits_of(run: Run, packed: "Packed | ImageFiles") -> dict[str, np.ndarray]:
     """Indices of the images of a run for train, val and test: those of the pack, or its own."""
     if run.dataset.split.per_run:
         return draw_splits(packed.labels, run.dataset.split, run.seed)

@@ -18,8 +18,8 @@ from ..analysis.taylor_pruning import taylor_pruning
 from ..config.kinds import ANALYSIS_KINDS
 from ..config.runs import Pack, Run
 from ..config.tasks import AnalyseTask, TrainTask
+from ..data.image_files import open_images
 from ..data.loader import to_input
-from ..data.pack import open_pack
 from ..data.split import splits_of
 from ..records.record import Record, write_record
 from ..training.checkpoint import load_weights
@@ -113,7 +113,7 @@ def _sample_images(
 
     Random, because a test set can be sorted by class.
     """
-    packed = open_pack(pack, root / pack.folder)
+    packed = open_images(pack, root / pack.folder)
     splits = splits_of(run, packed) if pack == run.pack else packed.splits
     drawn = np.random.default_rng(0).permutation(splits[split])[:count]
     indices = [int(i) for i in drawn]

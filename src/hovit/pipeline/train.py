@@ -18,6 +18,8 @@ def prepare_pack(pack: Pack, data_root: Path, folder: Path | None = None) -> dic
     """
     if pack.dataset.reader == "coco":
         from ..detection.dataset import prepare
+    elif pack.dataset.reads_files:
+        from ..data.image_files import prepare
     else:
         from ..data.pack import prepare
     return prepare(pack, data_root, folder)

@@ -9,13 +9,16 @@ import pandas as pd
 
 from ..config.metrics import Quantity, quantity
 from ..config.plan import Plan
-from ..config.runs import PREDICTIONS, RUNS, Run
+from ..config.runs import PREDICTIONS, RUNS, Run, protocol
 from ..config.schema import Row, Study
 from ..config.tasks import Task, TrainTask
 from ..records.predictions import predictions_digest, read_predictions
 from ..records.record import Record, read_record
 from ..utils.device import Device
 from ..utils.errors import HovitError
+
+# What a row of a measurement has besides exact counts.
+TIMED_KEYS = ("latency", "captured", "peak_memory_mb", "device")
 
 
 def plural(n: int, noun: str) -> str:
@@ -135,8 +138,50 @@ class RecordSource:
         return self.record(self.plan.measure_task(study))
 
     def measured_rows(self, study: Study) -> dict[str, dict[str, Any]]:
-        """A study's measurements, row by row."""
-        return self.rows(self.plan.measure_task(study))
+        """A study's measurements, row by row.
+
+        A row that has none takes those of the row that it cites, where the protocol is the same.
+        """
+        rows = self.rows(self.plan.measure_task(study))
+        for row in study.rows:
+            if (
+                row.same_as
+                and row.id not in rows
+                and (cited := self._cited_row(study, row.same_as))
+            ):
+                rows[row.id] = cited
+        return rows
+
+    def _cited_row(self, study: Study, ref: str) -> dict[str, Any]:
+        """Measurements of another study's row, with latencies of this study's protocol only.
+
+        The protocol: inference in fp32 with freed memory kept, at the batch sizes of this study,
+        in the version of the first cited record and, on a CPU, with this study's number of threads.
+        """
+        study_id, row_id = ref.split("/")
+        task = self.plan.measure_task(self.plan.study(study_id))
+        record, found = self.record(task), self.rows(task).get(row_id, {})
+        row = {key: found[key] for key in found if key not in TIMED_KEYS}
+        if record is None or not found.get("latency"):
+            return row
+        device = Device(**found["device"])
+        setting = protocol(record.spec["latency"], device.kind)
+        latency = self.plan.scale.latency
+        same = (
+            setting.get("workload", "inference") == study.workload
+            and setting["precision"].startswith("fp32")
+            and setting["memory"] in ("kept", "freed memory kept, where the C library is glibc")
+            and (device.kind == "cuda" or device.threads == (study.threads or latency.threads))
+            and record.results.get("protocol") == self._cited_protocol(study)
+        )
+        wanted = {str(batch) for batch in study.batches or latency.batches}
+        times = {batch: each for batch, each in found["latency"].items() if batch in wanted}
+        return row | {"latency": times, "device": found["device"]} if same and times else row
+
+    def _cited_protocol(self, study: Study) -> Any:
+        """The version of the latency protocol of the first cited record."""
+        records = (self.measured(self.plan.study(name)) for name in study.cites)
+        return next((r.results.get("protocol") for r in records if r), None)
 
     def evaluated(self, study: Study) -> Record | None:
         """The record of given weights' accuracy on ImageNet, for a study that trains nothing."""
@@ -168,13 +213,16 @@ class RecordSource:
         """
         task = self.plan.measure_task(study)
         first: tuple[str, Device] | None = None
-        for name, row in self.rows(task).items():
+        for name, row in self.measured_rows(study).items():
             if "device" not in row:
                 continue
             device = Device(**row["device"])
-            if task and first and first[1] != device:
+            if device.kind == "cuda":  # CPU threads do not matter
+                device = device.model_copy(update={"threads": 1})
+            if first and first[1] != device:
+                where = self.place(task.path) if task else study.id
                 raise HovitError(
-                    f"{self.place(task.path)}: latency of {first[0]} is from {first[1]} and of "
+                    f"{where}: latency of {first[0]} is from {first[1]} and of "
                     f"{name} from {device}: one table's latencies come from one device"
                 )
             first = first or (name, device)

@@ -80,12 +80,17 @@ class Results(RecordSource):
         if parsed.reported:
             printed = row.reported.get(parsed.metric.name)
             return Value(float(printed)) if printed and "–" not in printed else None
+        if row.same_as and parsed.is_trained:
+            study_id, row_id = (row.trained_as or row.same_as).split("/")
+            study = self.plan.study(study_id)
+            return self.value(study, study.row(row_id), parsed)
         if parsed.metric.name == "top1_difference":
             if row.baseline is None:
                 return None
             return self.paired_difference(study, row, study, study.row(row.baseline))
         if parsed.metric.recorded == "top1" and not study.trained:
-            return self._evaluated_value(study, row)
+            evaluated = self._evaluated_value(study, row)
+            return evaluated or self._trained_value(study, row, "top1")
         if parsed.is_trained:
             return self._trained_value(study, row, parsed.metric.recorded)
         if parsed.is_counted:
@@ -182,13 +187,13 @@ class Results(RecordSource):
         return Value(found["top1"], noise=noise, paths=(self.place(task.path),))
 
     def _measured_value(self, study: Study, row: Row, number: Quantity) -> Value | None:
-        task = self.plan.measure_task(study)
-        found = self.rows(task).get(row.id)
-        if task is None or found is None:
+        found = self.measured_rows(study).get(row.id)
+        if found is None:
             return None
-        paths = (self.place(task.path),)
+        paths = self._measured_paths(study, row)
         if number.metric.name == "throughput":
-            return _throughput(found.get("latency", {}), paths)
+            size = self.throughput_batch(study) if study.cites else None
+            return _throughput(found.get("latency", {}), paths, size)
         if number.metric.name in ("latency", "captured"):
             batch = found.get(number.metric.name, {}).get(str(number.batch))
             if batch is None:
@@ -198,6 +203,13 @@ class Results(RecordSource):
             return Value(batch["median"], iqr, batch["n"], iqr / 2, samples=ms, paths=paths)
         name = "parameters" if number.metric.name == "parameters_m" else number.metric.name
         return Value(float(found[name]), paths=paths) if name in found else None
+
+    def _measured_paths(self, study: Study, row: Row) -> tuple[Path, ...]:
+        """The record of a row's measurements: the study's own, or that of the row it cites."""
+        task = self.plan.measure_task(study)
+        if row.same_as and row.id not in self.rows(task):
+            task = self.plan.measure_task(self.plan.study(row.same_as.split("/")[0]))
+        return (self.place(task.path),) if task else ()
 
     def _counted_value(self, row: Row, metric: str) -> Value | None:
         if row.total and row.rule:
@@ -231,11 +243,13 @@ def _over_seeds(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _throughput(latency: dict[str, dict[str, Any]], paths: tuple[Path, ...]) -> Value | None:
-    """Images per second at the largest batch."""
-    if not latency:
+def _throughput(
+    latency: dict[str, dict[str, Any]], paths: tuple[Path, ...], batch_size: int | None = None
+) -> Value | None:
+    """Images per second at a batch size; by default at the largest."""
+    size = str(batch_size) if batch_size else max(latency, key=int, default="")
+    if size not in latency:
         return None
-    size = max(latency, key=int)
     batch, images = latency[size], 1e3 * int(size)
     spread = images / batch["q1"] - images / batch["q3"]
     samples = tuple(images / ms for ms in batch["ms"])

@@ -102,10 +102,17 @@ def _checksum(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
 
 
 def save_state(
-    path: Path, state: State, model: nn.Module, optimizer: Optimizer, scaler: Any = None
+    path: Path,
+    state: State,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: Any = None,
+    averaged: nn.Module | None = None,
 ) -> None:
-    """Save model, optimizer and progress of a run, atomically."""
-    tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    """Save model, optimizer, progress and averaged weights of a run, atomically."""
+    tensors = _tensors("model.", model)
+    if averaged:
+        tensors |= _tensors("averaged.", averaged)
     for index, values in optimizer.state_dict()["state"].items():
         for key, value in values.items():
             if value is not None:
@@ -114,10 +121,21 @@ def save_state(
     _save(path, tensors, header)
 
 
+def _tensors(prefix: str, model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a model on the CPU, with a prefix before each name."""
+    state = model.state_dict().items()
+    return {f"{prefix}{name}": t.detach().cpu().contiguous() for name, t in state}
+
+
 def load_state(
-    path: Path, made_by: list[str], model: nn.Module, optimizer: Optimizer, scaler: Any = None
+    path: Path,
+    made_by: list[str],
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: Any = None,
+    averaged: nn.Module | None = None,
 ) -> State:
-    """Restore model and optimizer, and return the progress of the run.
+    """Restore model, optimizer and averaged weights, and return the progress of the run.
 
     Returns a new `State` if there is no file, or if spec, code, images or pretrained weights differ
     from `made_by`.
@@ -135,7 +153,10 @@ def load_state(
         raise HovitError(f"{path}: not a checkpoint of a run; delete it to start over") from None
     if state.made_by != made_by:
         return State(made_by)
-    model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+    for prefix, module in (("model.", model), ("averaged.", averaged)):
+        found = {k: v for k, v in tensors.items() if k.startswith(prefix)}
+        if module is not None:
+            module.load_state_dict({k.removeprefix(prefix): v for k, v in found.items()})
     saved: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):

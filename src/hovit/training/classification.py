@@ -16,16 +16,26 @@ from torch import Tensor, nn
 
 from ..config.runs import Run
 from ..config.schema import Recipe
+from ..data.augmented import (
+    AugmentedImages,
+    ImageSource,
+    PackedSource,
+    load_images,
+    mix_batch,
+    with_positions,
+)
 from ..data.features import FrontFeatures
+from ..data.image_files import CentralCrops, ImageFiles, open_images
 from ..data.loader import (
     PackedImages,
+    augment,
     crop_flip,
     draw_crops,
     eval_batches,
     make_loader,
     to_input,
 )
-from ..data.pack import Packed, open_pack
+from ..data.pack import Packed
 from ..data.split import splits_of
 from ..records.predictions import metrics, predictions_digest, write_predictions
 from ..records.record import Record
@@ -64,9 +74,17 @@ class ClassificationTrainer(Trainer):
 
     def __init__(self, run: Run, fabric: Fabric, root: Path, options: Options) -> None:
         super().__init__(run, fabric, root, options)
-        packed = open_pack(run.pack, root / run.pack.folder)
+        packed = open_images(run.pack, root / run.pack.folder)
         self.meta = packed.meta
-        self.images: PackedImages | FrontFeatures = PackedImages(packed, fabric.device)
+        self.images: PackedImages | CentralCrops | FrontFeatures
+        self.mixes = bool(self.recipe.random_erasing or self.recipe.mixup or self.recipe.cutmix)
+        self.source: ImageSource | None = None  # None: batches are augmented on the device
+        if isinstance(packed, ImageFiles):
+            self.images, self.source = packed.images, packed
+        else:
+            self.images = PackedImages(packed, fabric.device)
+            if self.recipe.augment == "randaugment":
+                self.source = PackedSource(packed.images, packed.labels)
         self.splits = limit_splits(packed, run)
         self.indices = self.splits["train"]
         torch.manual_seed(run.seed)
@@ -80,21 +98,43 @@ class ClassificationTrainer(Trainer):
         self.setup(model, make_optimizer)
         self.captured_predict = self.capture(self.predict_batch) if self.captures else None
         if self.recipe.frozen_front:
+            assert isinstance(self.images, PackedImages)  # no such recipe trains on files
             self.images = FrontFeatures(self.module, self.images, run.image_size, fabric.device)
 
     def load_batches(self, batches: list[np.ndarray]) -> Iterable[tuple[Tensor, Tensor]]:
-        return make_loader(self.images, batches, self.fabric.device)
+        if self.source is None:
+            return make_loader(self.images, batches, self.fabric.device)
+        rank, world = self.fabric.global_rank, self.fabric.world_size
+        size, seed = self.run.image_size, (self.run.seed, self.state.epoch)
+        images = AugmentedImages(self.source, self.recipe.augment, size, seed)
+        draws = with_positions(batches, self.state.step, self.recipe.batch_size, rank, world)
+        return load_images(images, draws, size, self.fabric.device, world=world)
+
+    def load_evaluation(self, batches: list[np.ndarray]) -> Iterable[tuple[Tensor, Tensor]]:
+        """Yield batches for validation and test, given the image indices of each."""
+        size, device, world = self.run.image_size, self.fabric.device, self.fabric.world_size
+        if isinstance(self.images, CentralCrops):
+            return load_images(self.images, batches, size, device, world=world)
+        return make_loader(self.images, batches, device)
 
     def step_inputs(self, batch: tuple[Tensor, Tensor], seed: StepSeed) -> tuple[Tensor, ...]:
-        """Images or features [B, ...], labels [B], and with augmentation random numbers [4, B]."""
-        device = self.fabric.device
+        """Images or features [B, ...], labels, and if the recipe crops, random numbers [4, B].
+
+        Random erasing, mixup and CutMix draw on the host, so a captured step gets their results.
+        """
+        device, recipe = self.fabric.device, self.recipe
         images, labels = (x.to(device, non_blocking=True) for x in batch)
-        if self.recipe.augment == "none":
+        if self.mixes:
+            x = self.model_input(images)
+            if self.source is None:
+                x = augment(x, recipe.augment, seed)
+            return mix_batch(x, labels, recipe, self.run.dataset.num_classes, seed)
+        if self.source is not None or recipe.augment == "none":
             return images, labels
         return images, labels, draw_crops(len(labels), seed, device)
 
     def compute_loss(self, images: Tensor, labels: Tensor, crops: Tensor | None = None) -> Tensor:
-        x = self.model_input(images)
+        x = images if self.mixes else self.model_input(images)
         if crops is not None:
             x = crop_flip(x, crops)
         return training_loss(self.model(x), labels, self.recipe.label_smoothing)
@@ -106,7 +146,21 @@ class ClassificationTrainer(Trainer):
     def learning_rate(self, epoch: int, step: int, steps: int) -> float:
         return learning_rate(self.recipe, epoch + step / steps)
 
+    @property
+    def tested(self) -> nn.Module:
+        """The module that is validated, tested and saved: the averaged weights if there are any."""
+        return self.ema.module if self.ema else self.module
+
+    def infer(self, x: Tensor) -> Tensor:
+        """Logits of the tested module, in the precision of the run."""
+        if self.ema is None:
+            return self.model(x)
+        with self.fabric.autocast():
+            return self.ema.module(x)
+
     def end_epoch(self) -> None:
+        if self.ema:
+            self.ema.synchronise()
         loss, top1, _ = self.evaluate("val")
         best = self.state.best
         if best is None or top1 > best["val_top1"]:
@@ -126,7 +180,7 @@ class ClassificationTrainer(Trainer):
     def save_best_weights(self, epoch: float) -> None:
         """Save the current weights. Older ones stay until no checkpoint needs them."""
         if self.fabric.is_global_zero:
-            save_weights(self.best_weights_path(epoch), self.module, spec_hash=self.run.spec_hash)
+            save_weights(self.best_weights_path(epoch), self.tested, spec_hash=self.run.spec_hash)
         self.fabric.barrier()
 
     def delete_old_weights(self) -> None:
@@ -160,7 +214,7 @@ class ClassificationTrainer(Trainer):
             self.captured_predict.check_settings()
         predict_batch = self.captured_predict or self.predict_batch
         rows = []
-        for batch in make_loader(self.images, batches, self.fabric.device):
+        for batch in self.load_evaluation(batches):
             images, labels = (x.to(self.fabric.device, non_blocking=True) for x in batch)
             # The last, smaller batch would need a graph of its own.
             whole = len(labels) == len(batches[0])
@@ -175,7 +229,7 @@ class ClassificationTrainer(Trainer):
 
     def predict_batch(self, images: Tensor, labels: Tensor) -> Tensor:
         """Label, predicted class and loss of each image, float64 [B, 3]."""
-        logits = self.model(self.model_input(images)).float()  # [B, classes]
+        logits = self.infer(self.model_input(images)).float()  # [B, classes]
         losses = F.cross_entropy(logits, labels, reduction="none")
         return torch.stack([labels.double(), logits.argmax(1).double(), losses.double()], 1)
 
@@ -183,7 +237,7 @@ class ClassificationTrainer(Trainer):
         best = self.state.best
         assert best is not None
         best_path = self.best_weights_path(best["epoch"])
-        self.module.load_state_dict(load_weights(best_path))
+        self.tested.load_state_dict(load_weights(best_path))
         self.set_epoch(self.recipe.epochs - 1)
         loss, top1, predictions = self.evaluate("test")
         results = {
@@ -207,7 +261,7 @@ class ClassificationTrainer(Trainer):
         return record
 
 
-def limit_splits(packed: Packed, run: Run) -> dict[str, np.ndarray]:
+def limit_splits(packed: Packed | ImageFiles, run: Run) -> dict[str, np.ndarray]:
     """Image indices of each split of a run, at most as many as the scale allows.
 
     Raises:
@@ -236,20 +290,28 @@ def freeze_front(model: Any, run: Run) -> None:
 
 
 def training_loss(logits: Tensor | tuple[Tensor, ...], y: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy, averaged over the heads of a model with several."""
+    """Cross-entropy, averaged over the heads of a model with several.
+
+    Args:
+        logits: [B, classes] of each head.
+        y: labels, int64 [B], or probabilities [B, classes] that are smoothed already.
+        smoothing: label smoothing.
+    """
     heads = logits if isinstance(logits, tuple) else (logits,)
+    smoothing = 0.0 if y.ndim == 2 else smoothing
     losses = [F.cross_entropy(head.float(), y, label_smoothing=smoothing) for head in heads]
     return torch.stack(losses).mean()
 
 
 def learning_rate(recipe: Recipe, epoch: float) -> float:
-    """Learning rate at a fractional epoch: linear warm-up, then constant or cosine to 0."""
+    """Learning rate at a fractional epoch: linear warm-up, then constant or cosine to `min_lr`."""
     if epoch < recipe.warmup_epochs:
         return recipe.lr * max(epoch / recipe.warmup_epochs, 1e-3)
     if recipe.schedule == "constant":
         return recipe.lr
     span = recipe.epochs - recipe.warmup_epochs
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (epoch - recipe.warmup_epochs) / span))
+    cosine = 0.5 * (1 + math.cos(math.pi * (epoch - recipe.warmup_epochs) / span))
+    return recipe.min_lr + (recipe.lr - recipe.min_lr) * cosine
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe, **arguments: Any) -> torch.optim.Optimizer:

@@ -28,6 +28,7 @@ from ..records.record import Record, write_record
 from ..utils.device import describe_device, peak_memory_mb
 from ..utils.errors import HovitError, OutOfTime, one_line
 from ..utils.files import alone, write_text
+from .averaged import average_weights, clip_adaptively
 from .captured import (
     CapturedStep,
     RunAhead,
@@ -141,9 +142,12 @@ class Trainer(ABC):
         compiled: Any = torch.compile(model) if self.options.compile else model
         self.model, self.optimizer = self.fabric.setup(compiled, optimizer)
         self.scaler = getattr(self.fabric.strategy.precision, "scaler", None)
+        self.ema = average_weights(model, self.recipe.ema_decay)
         fingerprint = self.meta["fingerprint"]
         made_by = [self.run.spec_hash, self.task.code, fingerprint, self.pretrained_sha256]
-        self.state = load_state(self.checkpoint_path, made_by, model, self.optimizer, self.scaler)
+        self.state = load_state(
+            self.checkpoint_path, made_by, model, self.optimizer, self.scaler, self.ema
+        )
         self.rate = share_learning_rate(optimizer, device) if self.captures else None
         self.captured_step = self.capture(self.optimize) if self.captures else None
         self.run_ahead = RunAhead(device)
@@ -195,7 +199,8 @@ class Trainer(ABC):
         """Train the remaining batches of the current epoch."""
         epoch, seed = self.state.epoch, self.run.seed
         rank, world = self.fabric.global_rank, self.fabric.world_size
-        batches = epoch_batches(self.indices, self.recipe.batch_size, seed, epoch, rank, world)
+        size, repeats = self.recipe.batch_size, self.recipe.repeats
+        batches = epoch_batches(self.indices, size, seed, epoch, rank, world, repeats)
         loader = self.load_batches(batches[self.state.step :])
         self.set_epoch(epoch)
         self.model.train()
@@ -227,8 +232,9 @@ class Trainer(ABC):
 
     def train_step(self, batch: Any, seed: StepSeed) -> Tensor:
         """Do one optimizer step and return its loss, still on the device."""
+        # Dropout, also inside a graph, and the pixels of random erasing.
+        seed_generators(step_seed(seed), self.fabric.device)
         inputs = self.step_inputs(batch, seed)
-        seed_generators(step_seed(seed), self.fabric.device)  # dropout, also inside a graph
         return self.captured_step(*inputs) if self.captured_step else self.optimize(*inputs)
 
     def optimize(self, *inputs: Any) -> Tensor:
@@ -236,21 +242,26 @@ class Trainer(ABC):
         self.optimizer.zero_grad()
         loss = self.compute_loss(*inputs)
         self.fabric.backward(loss)
-        if norm := self.recipe.clip_norm:
-            self.clip_gradients(norm)
+        self.clip_gradients()
         self.optimizer.step()
+        if self.ema:
+            self.ema.update(self.module)
         return loss.detach()
 
-    def clip_gradients(self, norm: float) -> None:
-        """Clip the norm of all gradients, after division by the scale of fp16 gradients.
+    def clip_gradients(self) -> None:
+        """Clip gradients as the recipe says, after division by the scale of fp16 gradients.
 
         Fabric's own function waits for the device to look for infinite gradients, and refuses
         fused optimizers in fp16.
         """
-        if self.scaler:
+        norm, factor = self.recipe.clip_norm, self.recipe.agc
+        if self.scaler and (norm or factor):
             self.scaler.unscale_(self.optimizer.optimizer)
-        groups = self.optimizer.param_groups
-        nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], norm)
+        if norm:
+            groups = self.optimizer.param_groups
+            nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], norm)
+        if factor:
+            clip_adaptively(self.module, factor)
 
     def log_losses(self, losses: list[Tensor]) -> None:
         """Average losses over processes and add them to the state.
@@ -296,7 +307,7 @@ class Trainer(ABC):
         self.started = now
         if self.fabric.is_global_zero:
             path, model = self.checkpoint_path, self.module
-            save_state(path, self.state, model, self.optimizer, self.scaler)
+            save_state(path, self.state, model, self.optimizer, self.scaler, self.ema)
             self.delete_old_weights()
         self.fabric.barrier()
         self.last_saved = time.monotonic()

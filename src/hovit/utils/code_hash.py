@@ -16,7 +16,7 @@ from typing import Any
 PACKAGE = Path(__file__).parents[1]
 # Purpose -> the files at which its sources start. `entry_points` reads this from other commits.
 ENTRIES = {
-    "data": ("data/pack.py", "data/readers.py"),
+    "data": ("data/pack.py", "data/readers.py", "data/image_files.py"),
     "training": ("training/classification.py",),
     "detection": ("training/detection.py",),
     "measure": ("measure/cost.py", "measure/latency.py", "pipeline/measure.py"),

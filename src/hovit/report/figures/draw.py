@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...config.plan import Plan
 from ...utils.errors import HovitError
@@ -20,6 +20,7 @@ from .attention_figures import (
 )
 from .hovit_figures import IDEAS, accuracy_latency, five_ideas, training_curves
 from .launcher_figures import generated_images
+from .pareto import pareto
 from .skipvit_figures import kept_patches, skipvit_accuracy, skipvit_speed, skipvit_warmup
 
 if TYPE_CHECKING:
@@ -35,16 +36,18 @@ class Figure:
     Args:
         title: for captions and lists.
         studies: the studies that it reads.
-        plot: draws it from one source.
+        plot: draws it from one source, or from `Sources` if `all_sources`.
         numbers: what it shows of each row; they decide which source is chosen.
         analyses: the analyses that it reads.
+        all_sources: whether it shows each source apart from the others.
     """
 
     title: str
     studies: tuple[str, ...]
-    plot: Callable[[Results], "Canvas"]
+    plot: Callable[[Any], "Canvas"]
     numbers: tuple[str, ...] = ()
     analyses: tuple[str, ...] = ()
+    all_sources: bool = False
 
     def results(self, sources: Sources) -> Results:
         """The source that it is drawn from."""
@@ -70,7 +73,7 @@ def draw_from(sources: Sources, name: str, root: Path = Path()) -> None:
 
     figure = FIGURES[name]
     with plt.rc_context(style.RC):
-        canvas = figure.plot(figure.results(sources))
+        canvas = figure.plot(sources if figure.all_sources else figure.results(sources))
         for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
             content = BytesIO()  # in memory: on a full disk, matplotlib fails in other ways
             canvas.savefig(content, format=suffix[1:], metadata=metadata)
@@ -81,6 +84,9 @@ def draw_from(sources: Sources, name: str, root: Path = Path()) -> None:
 
 TIMES_AND_TOP1 = ("latency_1", "top1")
 FIGURES = {
+    "pareto": Figure(
+        "Every system under one protocol", ("pareto",), pareto, TIMES_AND_TOP1, all_sources=True
+    ),
     "training_curves": Figure(
         "Training curves of LeViT and HoViT", ("hovit",), training_curves, ("top1",)
     ),

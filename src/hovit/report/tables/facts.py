@@ -121,7 +121,8 @@ def _settings(recipe: Recipe) -> str:
     warmup = recipe.warmup_epochs
     epochs = plural(recipe.epochs, "epoch")
     epochs += f" including {warmup:g} of warm-up" if warmup else ""
-    return f"{epochs}, batch {recipe.batch_size}, learning rate {recipe.lr:g}"
+    ema = f", EMA decay {recipe.ema_decay:g}" if recipe.ema_decay else ""
+    return f"{epochs}, batch {recipe.batch_size}, learning rate {recipe.lr:g}{ema}"
 
 
 def _seeds(results: Results, study: Study) -> str:
@@ -170,6 +171,13 @@ def _measurement(results: Results, study: Study) -> dict[str, str]:
 def _latency(results: Results, study: Study) -> str:
     """How latency was measured, from the record itself."""
     measured, device = results.measured(study), results.latency_device(study)
+    if study.cites and measured is None and device:
+        studies = ", ".join(f"`{name}`" for name in study.cites)
+        batches = " and ".join(str(number.batch) for number in results.batches(study))
+        return (
+            f"{device}, batches {batches}, fp32, from the records of {studies}; a cell is empty "
+            "where they have another protocol"
+        )
     if measured is None or device is None:
         return ""
     setting = protocol(measured.spec["latency"], device.kind)
