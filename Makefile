@@ -8,6 +8,8 @@ MISSING = pydantic pydantic-core annotated-types typing-inspection lightning-fab
 # What `make tables` passes on; assigned here so that only the command line sets them, never the environment.
 SCALE =
 DATA =
+# The study of `make table`.
+T =
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -38,13 +40,17 @@ setup: .venv/.synced ## Make .venv from the hash-checked locks in envs/
 tables: setup ## Run the whole DAG; SCALE=mini and DATA=../shared/data are optional
 	$(IN_VENV) snakemake --cores all results/tables$(CONFIG)
 
+table: setup ## Write one table, and run what it needs: make table T=hovit
+	@test -n "$(T)" || { echo 'make table: name a study, as in make table T=hovit (hovit list has them)' >&2; exit 1; }
+	$(IN_VENV) snakemake --cores all "results/tables/$(T).md"$(CONFIG)
+
 page: setup ## Write results/index.html, the tables and all else that it shows as one page
 	$(IN_VENV) snakemake --cores all page$(CONFIG)
 
 paper: setup ## Compile paper/paper.pdf, tables and figures and all
 	$(IN_VENV) snakemake --cores all paper/paper.pdf$(CONFIG)
 
-claims: setup ## Judge the claims; fails where one is not as results/verdicts.json says
+claims: setup ## Check the claims; fails where one is not as results/verdicts.json says
 	$(IN_VENV) snakemake --cores all claims$(CONFIG)
 
 test: lint ## Lint, then run the tests; ends with the slowest, and what was skipped and why

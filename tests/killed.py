@@ -21,7 +21,7 @@ from hovit.config.plan import Plan, load_plan
 from hovit.config.schema import Latency, Study
 from hovit.data.pack import prepare
 from hovit.pipeline.measure import measure_study
-from hovit.report.claims.judge import write_claims
+from hovit.report.claims.write import write_claims
 from hovit.report.figures.draw import FIGURES, draw
 from hovit.report.tables.write import write_index, write_table
 from hovit.training.classification import train
@@ -30,7 +30,7 @@ from hovit.training.trainer import Options, make_fabric
 # The server does not find modules of tests/.
 IMPORTED = ["hovit.models", "hovit.training.classification", "hovit.pipeline.measure",
             "hovit.pipeline.train", "hovit.cli",
-            "hovit.report.figures.draw", "hovit.report.claims.judge", "hovit.data.pack",
+            "hovit.report.figures.draw", "hovit.report.claims.write", "hovit.data.pack",
             "matplotlib.pyplot", "sklearn.datasets", "pytest"]  # fmt: skip
 ROUNDS = 60  # of the measurement
 

@@ -28,11 +28,11 @@ from hovit.analysis.taylor_pruning import (
     zero_dropped,
 )
 from hovit.config.load import load_config
-from hovit.config.plan import load_plan
+from hovit.config.plan import Plan, load_plan
 from hovit.models.mhsa_share import attention_layout, split_blocks, with_mhsa_share
 from hovit.pipeline.analyse import to_csv
 from hovit.records.record import write_record
-from hovit.report.claims.judge import Verdict, judge
+from hovit.report.claims.check import Verdict, check_claim
 from hovit.report.figures.draw import FIGURES
 from hovit.report.results import Results
 from hovit.report.sources import Sources, load_sources
@@ -384,30 +384,42 @@ def test_csv_has_every_number() -> None:
                          "s/b,map,,,,,0.25,0.75"]  # fmt: skip
 
 
-def judged(scale: str, root: Path) -> dict[str, Verdict]:
+def checked(plan: Plan, root: Path) -> dict[str, Verdict]:
     """The claims on analyses, by made-up records of the analyses alone."""
-    plan = load_plan(scale, ROOT / "config")
     for name in plan.claimed_analyses:
         write_record(
             root / plan.analyse_task(plan.analysis(name)).path, analysis_record(plan, name)
         )
     claims = plan.config.claims["efficientvit_analyses"].claims
     sources = Sources(Results(plan, root), ())
-    return {c.id: judge(sources, c, "efficientvit") for c in claims if ":" in c.of}
+    return {c.id: check_claim(sources, c, "efficientvit") for c in claims if ":" in c.of}
 
 
-def test_claims_on_analyses_are_judged_by_their_record(
+def test_claims_on_analyses_are_checked_by_their_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    verdicts = judged("mini", tmp_path)
-    assert verdicts["taylor-qk-less-than-v"].verdict == "reproduced"  # made up: 50 against 90
-    assert verdicts["head-splits-swin"].verdict == "within noise"  # made up: alike
-    assert verdicts["taylor-v-late"].records == ("results/runs/mini/analysis/taylor_pruning.json",)
-    monkeypatch.setitem(ANALYSED, "head_similarity", {"mean": 60.0, "mean_noise": 2.5})
-    noisy = judged("mini", tmp_path)["head-splits-swin"]
-    assert noisy.why.endswith("differences up to 3.54 are noise")  # both: 2.5 by the root of 2
-    found = judged("smoke", tmp_path)["taylor-v-late"]
-    assert (found.verdict, found.why) == ("not measured", "scale smoke does not judge analyses")
+    mini = load_plan("mini", ROOT / "config")
+    verdicts = checked(mini, tmp_path)
+    assert verdicts["memory-bound-share"].verdict == "within noise"  # made up: alike
+    assert verdicts["taylor-qk-less-than-v"].verdict == "not comparable"
+    path = "results/runs/mini/analysis/runtime_breakdown.json"
+    assert verdicts["memory-bound-share"].records == (path,)
+    found = ANALYSED["runtime_breakdown"] | {"memory_bound_share_noise": 2.5}
+    monkeypatch.setitem(ANALYSED, "runtime_breakdown", found)
+    noisy = checked(mini, tmp_path)["memory-bound-share"]
+    assert noisy.why == "differences up to 3.54 points are noise"  # both: 2.5 by the root of 2
+    smoke = checked(load_plan("smoke", ROOT / "config"), tmp_path)["taylor-v-late"]
+    assert smoke.verdict == "not measured"
+    assert smoke.why.endswith("scale smoke does not check analyses")
+
+
+def test_an_analysis_of_one_model_on_the_papers_images_is_provisional(tmp_path: Path) -> None:
+    config = load_plan("mini", ROOT / "config").config
+    images = config.datasets["tiny-imagenet-10"].model_copy(update={"stands_for": ""})
+    datasets = config.datasets | {images.id: images}
+    own = Plan(config.model_copy(update={"datasets": datasets}), config.scales["mini"])
+    found = checked(own, tmp_path)["taylor-qk-less-than-v"]
+    assert (found.verdict, found.detail) == ("provisional", "reproduced")  # made up: 50 against 90
 
 
 def test_a_claim_on_an_analysis_names_one_that_exists(tmp_path: Path) -> None:

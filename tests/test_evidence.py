@@ -19,7 +19,7 @@ from hovit.config.schema import Config
 from hovit.pipeline.evidence import CODE, EVIDENCE, add, records_in, verify
 from hovit.records.predictions import metrics, predictions_digest, write_predictions
 from hovit.records.record import read_record, write_record
-from hovit.report.claims.judge import judge_all
+from hovit.report.claims.check import check_all
 from hovit.report.sources import load_sources
 from hovit.report.tables.write import write_table
 from hovit.utils.errors import HovitError
@@ -222,10 +222,10 @@ def test_tables_show_it_beside_this_run(config: Config, here: Path, plan: Plan) 
 
 def test_claims_use_it_where_this_run_cannot_tell(config: Config, here: Path, plan: Plan) -> None:
     write_all(plan, here)
-    before = {v.id: v for v in judge_all(load_sources(plan, here))}
+    before = {v.id: v for v in check_all(load_sources(plan, here))}
     assert before["hovit-accuracy"].verdict == "not measured"
     add(config, [here / "elsewhere"], here)
-    after = {v.id: v for v in judge_all(load_sources(plan, here))}
+    after = {v.id: v for v in check_all(load_sources(plan, here))}
     assert after["hovit-accuracy"].verdict != "not measured"
     assert after["hovit-accuracy"].source == (
         "evidence: mini, Tiny-ImageNet-37, Test CPU, 2 threads"
@@ -238,7 +238,7 @@ def test_a_dropped_run_turns_its_claims(config: Config, here: Path, plan: Plan) 
     add(config, [here / "elsewhere"], here)
     for seed in (0, 1):
         shutil.rmtree(here / EVIDENCE / f"test-cpu/mini/hovit.pets.deck/seed{seed}")
-    verdicts = {v.id: v.verdict for v in judge_all(load_sources(plan, here))}
+    verdicts = {v.id: v.verdict for v in check_all(load_sources(plan, here))}
     assert verdicts["hovit-accuracy"] == "not measured"
 
 
@@ -247,7 +247,7 @@ def test_tables_from_evidence_alone_in_seconds_without_torch(config: Config, her
     code = (
         "import sys; from hovit.config.plan import load_plan\n"
         "from hovit.report.tables.write import write_table\n"
-        "from hovit.report.claims.judge import write_claims\n"
+        "from hovit.report.claims.write import write_claims\n"
         "plan = load_plan('smoke')\n"
         "for study in plan.config.studies.values(): write_table(plan, study)\n"
         "write_claims(plan); assert 'torch' not in sys.modules"

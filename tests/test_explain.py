@@ -9,7 +9,14 @@ from conftest import ROOT
 from hovit.config.plan import Plan, load_plan
 from hovit.records.record import read_record
 from hovit.report.explain import explain
-from hovit.report.listing import list_analyses, list_runs, list_studies
+from hovit.report.listing import (
+    count_runs,
+    list_analyses,
+    list_runs,
+    list_studies,
+    nearest,
+    unknown_name,
+)
 from hovit.utils.errors import HovitError
 
 
@@ -28,7 +35,7 @@ def test_explain_leads_to_the_record_and_back(
                  f"--force '{run.folder / 'record.json'}' --config scale=mini"):  # fmt: skip
         assert fact in text
     shvit = explain(plan, "efficientvit_imagenet", "m2", "throughput_cpu")
-    assert "reported  147" in shvit
+    assert "reported  147 images/s" in shvit
     assert "nothing is measured for it" in shvit
     assert "record" not in shvit.replace("no record yet", "")
     assert "10.50" in explain(plan, "hovit", "levit_deck", "latency_32")
@@ -51,23 +58,25 @@ def test_explain_says_of_evidence_what_it_says_of_a_run(
     smoke = load_plan("smoke", ROOT / "config")
     run = plan.run("hovit.pets.deck", 1)
     made = read_record(root / "results/evidence/some-card/mini" / run.id / "seed1/record.json")
-    before, after = explain(smoke, "hovit", "hovit", "top1").split("  evidence  ")
+    before, after = explain(smoke, "hovit", "hovit", "top1").split("  committed ")
     assert "no record yet" in before
     for fact in (f"record    results/evidence/some-card/mini/{run.id}/seed1/record.json",
                  f"spec      {run.spec_hash}", f"commit    {made.provenance.commit}",
-                 "on Test CPU, 2 threads", "n = 2 seeds), mini, some-card",
+                 "on Test CPU, 2 threads", "% at 96 px on Tiny-ImageNet-37 (",
+                 "n = 2 seeds), mini, some-card",
                  f"--force '{run.folder / 'record.json'}' --config scale=mini"):  # fmt: skip
         assert fact in after
     study = plan.study("hovit")
-    timed = explain(smoke, "hovit", "hovit", "latency_32").split("  evidence  ")[1]
+    timed = explain(smoke, "hovit", "hovit", "latency_32").split("  committed ")[1]
     for fact in (
+        " ms at batch 32, 224 px (",
         "n = 30 rounds",
         "interleaved over",
         f"{plan.measure_task(study).path}' --config scale=",
     ):
         assert fact in timed
     (root / "results/evidence/some-card/mini" / run.id / "seed0/record.json").unlink()
-    alone = explain(smoke, "hovit", "hovit", "top1").split("  evidence  ")[1]
+    alone = explain(smoke, "hovit", "hovit", "top1").split("  committed ")[1]
     assert "(n = 1 seed)" in alone
     assert "seed0" not in alone
 
@@ -82,6 +91,7 @@ def test_explain_says_why_nothing_is_run(
         plan, "efficientvit_detection", "m4", "ap"
     )
     counted = explain(plan, "efficientvit_family", "m0", "macs")
+    assert "this run  2 G multiply-adds at 224 px, 1000 classes\n" in counted
     assert "interleaved" not in counted
     assert "n =" not in counted
 
@@ -126,10 +136,21 @@ def test_the_list_tells_runs_done_here_from_evidence(plan: Plan, root: Path) -> 
 
 def test_the_list_names_studies_and_analyses(plan: Plan) -> None:
     assert list_analyses(plan).splitlines()[:2] == [
-        "analyses (5)",
+        f"analyses ({len(plan.config.analyses)})",
         "  attention_maps       6 rows  Attention map of the middle token, for each attention form",
     ]
     bare = Plan(plan.config.model_copy(update={"analyses": {}}), plan.scale)
     assert list_analyses(bare) == "analyses (0)"
     lines = list_studies(plan).splitlines()
     assert lines[0] == f"studies ({len(lines) - 1})" == f"studies ({len(plan.config.studies)})"
+
+
+def test_the_list_is_short_and_an_unknown_name_has_neighbours(plan: Plan) -> None:
+    assert count_runs(plan).startswith(f"runs at scale mini: {len(plan.runs)} (`hovit list --runs`")
+    assert "\n" not in count_runs(plan)
+    message = str(unknown_name(plan, "hovit_cifar"))
+    assert message.startswith("no study, analysis or run 'hovit_cifar' at scale mini; nearest are")
+    assert "studies hovit_cifar100, hovit, " in message
+    assert "runs hovit.cifar100.deck_100, " in message
+    assert "analyses " in message
+    assert nearest("SKIP", ["swin", "skipvit"], 1) == ["skipvit"]

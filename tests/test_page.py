@@ -14,7 +14,7 @@ from synthetic import GPU, measure_record, train_record, write_all
 
 from hovit.config.plan import Plan, load_plan
 from hovit.records.record import read_record, write_record
-from hovit.report.claims.judge import judge_all
+from hovit.report.claims.check import GROUPS, check_all
 from hovit.report.page.write import PAGE, WEB, write_page
 from hovit.report.results import Results
 from hovit.report.sources import Sources, load_sources
@@ -51,7 +51,7 @@ def data_of(root: Path) -> dict:
 
 def test_every_claim_table_and_number_is_there(plan: Plan, root: Path) -> None:
     text, data = (root / PAGE).read_text(), data_of(root)
-    assert list(data["claims"]) == [v.id for v in judge_all(load_sources(plan, root))]
+    assert list(data["claims"]) == [v.id for v in check_all(load_sources(plan, root))]
     for name, file in plan.config.claims.items():
         assert all(data["claims"][claim.id]["file"] == name for claim in file.claims)
         assert all(str(escape(entry.says)) in text for entry in file.not_checkable)
@@ -179,19 +179,20 @@ def tab(browser: Browser, root: Path) -> Iterator[Browser]:
 
 
 def shown_claims(tab: Browser) -> list[str]:
-    code = "[...document.querySelectorAll('#claims-table tbody tr')].filter(r => r.offsetParent)"
+    code = "[...document.querySelectorAll('.claims tbody tr')].filter(r => r.offsetParent)"
     return tab.js(f"{code}.map(r => r.dataset.verdict)")
 
 
 @needs_chromium
 def test_claims_are_filtered(tab: Browser, plan: Plan, root: Path) -> None:
-    verdicts = [v.verdict for v in judge_all(load_sources(plan, root))]
+    found = check_all(load_sources(plan, root))
+    verdicts = [v.verdict for group in GROUPS for v in found if v.group == group]
     assert shown_claims(tab) == verdicts
     tab.click('#filters input[value="reproduced"]')
     assert shown_claims(tab) == [v for v in verdicts if v != "reproduced"]
     tab.click('#filters [name="text"]')
     tab.write("launcher")
-    found = tab.js("[...document.querySelectorAll('#claims-table tbody tr')]"
+    found = tab.js("[...document.querySelectorAll('.claims tbody tr')]"
                    ".filter(r => r.offsetParent).map(r => r.textContent)")  # fmt: skip
     assert 0 < len(found) < len(verdicts)
     assert all("launcher" in text.lower() for text in found)
@@ -253,14 +254,36 @@ def test_every_number_claim_and_record_opens(tab: Browser) -> None:
 def test_columns_of_a_source_are_hidden(tab: Browser) -> None:
     count = "[...document.querySelectorAll('td.evidence')].filter(e => e.offsetParent).length"
     points = "document.querySelectorAll('#scatter .dot.evidence').length"
+    choose_images(tab, "Tiny-ImageNet-37 (stands in for Oxford-IIIT Pet)")
     assert tab.js(count) > 0
     assert tab.js(points) > 0
     tab.click("#show-evidence")
     assert tab.js(count) == tab.js(points) == 0
 
 
+def choose_images(tab: Browser, name: str) -> None:
+    """Choose the images of the plot."""
+    tab.js(f"document.querySelector('#axes [name=task]').value = {json.dumps(name)};"
+           "document.querySelector('#axes [name=task]')"
+           ".dispatchEvent(new Event('input', {bubbles: true}))")  # fmt: skip
+
+
+@needs_chromium
+def test_stand_in_accuracies_never_share_a_plot_with_reported_ones(tab: Browser) -> None:
+    names = tab.js("[...document.querySelectorAll('#axes [name=task] option')].map(o => o.value)")
+    assert {"Oxford-IIIT Pet", "Tiny-ImageNet-37 (stands in for Oxford-IIIT Pet)"} <= {*names}
+    for name in names:
+        choose_images(tab, name)
+        dots = tab.js("[...document.querySelectorAll('#scatter .dot')].map(d => d.classList[1])")
+        assert ("reported" in dots) <= ("stands in" not in name)
+
+
 @needs_chromium
 def test_the_plot_follows_its_axes_and_its_points_open(tab: Browser) -> None:
+    choose_images(
+        tab,
+        "digits (scikit-learn) (stands in for Oxford-IIIT Pet, CIFAR-10, CIFAR-100 and ImageNet)",
+    )
     choices = tab.js("[...document.querySelectorAll('#axes [name=x] option')].map(o => o.value)")
     assert {"parameters||", "latency_32:ratio||", "latency_8|run|Test CPU, 2 threads"} <= {*choices}
     for choice in choices:

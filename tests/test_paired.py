@@ -13,7 +13,8 @@ from hovit.config.plan import Plan, load_plan
 from hovit.config.schema import Claim
 from hovit.records.predictions import predictions_digest, write_predictions
 from hovit.records.record import Record, write_record
-from hovit.report.claims.judge import Verdict, judge
+from hovit.report.claims.check import Verdict, check_claim
+from hovit.report.noise import student
 from hovit.report.paired import Pairs, mcnemar, pair
 from hovit.report.results import PairedValue, Results
 from hovit.report.sources import Sources
@@ -149,7 +150,11 @@ def test_a_difference_to_the_baseline_over_two_seeds(plan: Plan, runs: Path) -> 
     assert value.spread == pytest.approx(50 / 2**0.5)  # of -50 and 0
     assert value.p == pytest.approx(2 * 7 / 64)
     images = (4 + 1 + 1 + 1 + 1 - 18 * (-4 / 18) ** 2) ** 0.5 / 18  # 16 pairs and two more
-    assert value.noise == pytest.approx(math.hypot(12.71 * 25, 196 * images))
+    # Over seeds: 100, 50 and 50, 50 % are pooled; each seed draws its own 8 images, whose
+    # binomial variance (0 and three times 312.5) is in the noise over images already.
+    variance = 1250 / 2 - 3 / 4 * 312.5
+    assert value.seed_noise == pytest.approx(math.hypot(*[student(2) * (variance / 2) ** 0.5] * 2))
+    assert value.noise == pytest.approx(math.hypot(value.seed_noise, 196 * images))
     assert {path.parts[-3] for path in value.paths} == {
         f"{model}.photographs.deck_frozen"
         for model in (
@@ -162,7 +167,11 @@ def test_a_difference_to_the_baseline_over_two_seeds(plan: Plan, runs: Path) -> 
 def test_seeds_of_one_row_alone_are_not_compared(plan: Plan, runs: Path) -> None:
     before = difference(plan, runs)
     write_run(plan, runs, LINEAR, 2, "11111111")
-    assert difference(plan, runs) == before
+    after = difference(plan, runs)
+    assert before is not None
+    assert after is not None
+    assert (after.mean, after.n, after.paths) == (before.mean, before.n, before.paths)
+    assert after.noise < before.noise  # the variance over seeds is known better
 
 
 def test_one_common_seed_keeps_the_noise_of_the_others(plan: Plan, tmp_path: Path) -> None:
@@ -173,7 +182,9 @@ def test_one_common_seed_keeps_the_noise_of_the_others(plan: Plan, tmp_path: Pat
     assert value is not None
     assert (value.mean, value.n) == (-50.0, 1)
     images = 196 * (4 + 2 - 10 * 0.4**2) ** 0.5 / 10
-    assert value.noise == pytest.approx(math.hypot(12.71 * 25, images))
+    variance = 1250 - 2 / 3 * 312.5  # pooled over 100, 50 and 50 %, less the drawn images
+    assert value.seed_noise == pytest.approx(math.hypot(*[student(1) * variance**0.5] * 2))
+    assert value.noise == pytest.approx(math.hypot(value.seed_noise, images))
 
 
 def test_no_baseline_no_difference(plan: Plan, runs: Path) -> None:
@@ -204,11 +215,11 @@ def test_the_table_shows_interval_difference_and_p(plan: Plan, runs: Path) -> No
     assert (line["top1_difference"], line["top1_difference_n"]) == (-25, 2)
     assert (line["top1_difference_better"], line["top1_difference_worse"]) == (1, 5)
     assert line["top1_difference_p"] == pytest.approx(14 / 64)
-    assert line["top1_difference_high"] == pytest.approx(-25 + 12.71 * 25, abs=10)
     assert line["top1_interval"] == line["top1"] == 50
     value = difference(plan, runs)
     assert value is not None
     low, high = value.interval
+    assert line["top1_difference_high"] == pytest.approx(high)
     text = (runs / "results/tables/launcher_imagenet.md").read_text()
     assert f"| -25.0 ({low:.1f} to {high:.1f}), p = 0.22 |" in text
     tex = (runs / "results/tables/launcher_imagenet.tex").read_text()
@@ -218,31 +229,32 @@ def test_the_table_shows_interval_difference_and_p(plan: Plan, runs: Path) -> No
 
 def test_an_interval_ends_at_0_and_100_percent(plan: Plan, runs: Path) -> None:
     study = plan.study("launcher_imagenet")
-    value = Results(plan, runs).value(study, study.row(LINEAR), "top1_interval")
+    value = Results(plan, runs).value(study, study.row(ROW), "top1_interval")
     assert value is not None
+    assert value.interval[0] < 0
     assert value.interval[1] > 100
     assert format_value(value, METRICS["top1_interval"]) == "0.0 to 100.0"
 
 
-def judged(plan: Plan, root: Path, kind: str, metric: str = "top1") -> Verdict:
+def checked(plan: Plan, root: Path, kind: str, metric: str = "top1") -> Verdict:
     claim = Claim(id="x", says="x", place="x", kind=kind, of=f"launcher_imagenet/{ROW}/{metric}",
                   to=f"launcher_imagenet/{LINEAR}/{metric}")  # fmt: skip
-    return judge(Sources(Results(plan, root), ()), claim, "hovit")
+    return check_claim(Sources(Results(plan, root), ()), claim, "hovit")
 
 
-def test_a_claim_about_two_accuracies_is_judged_by_pairs(plan: Plan, tmp_path: Path) -> None:
+def test_a_claim_about_two_accuracies_is_checked_by_pairs(plan: Plan, tmp_path: Path) -> None:
     """100 images, 34 against 44 right: the intervals overlap, but all discordant pairs agree."""
     write_run(plan, tmp_path, LINEAR, 0, "1" * 44 + "0" * 56)
     write_run(plan, tmp_path, ROW, 0, "1" * 34 + "0" * 66)
-    found = judged(plan, tmp_path, "less")
-    assert (found.verdict, found.measured) == ("reproduced", -10.0)
+    found = checked(plan, tmp_path, "less")
+    assert (found.verdict, found.detail, found.measured) == ("provisional", "reproduced", -10.0)
     assert found.why.endswith(
         "of the same test images, 0 are right only with the first and 10 only with the second "
         "(p = 0.002, exact McNemar test)"
     )
-    assert judged(plan, tmp_path, "keeps").verdict == "contradicted"
-    assert "McNemar" not in judged(plan, tmp_path, "less", "loss").why
+    assert checked(plan, tmp_path, "keeps").detail == "contradicted"
+    assert "McNemar" not in checked(plan, tmp_path, "less", "loss").why
     write_run(plan, tmp_path, ROW, 0, "1" * 34 + "0" * 65)  # another set of images
-    found = judged(plan, tmp_path, "less")
+    found = checked(plan, tmp_path, "less")
     assert found.verdict == "within noise"
     assert "McNemar" not in found.why

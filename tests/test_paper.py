@@ -152,7 +152,7 @@ def test_smoke_gives_the_text_no_accuracy_and_no_time(
     assert got["levit-parameters"]["text"] == "1,000"
     assert got["levit-parameters"]["records"] == ["results/runs/smoke/measure/hovit.json"]
     assert got["hovit-top1"]["text"] == got["hovit-faster-one"]["text"] == MISSING
-    assert got["hovit-top1"]["why"] == "scale smoke does not judge top1"
+    assert got["hovit-top1"]["why"] == "scale smoke does not check accuracy"
     assert not any(entry["inexact"] for entry in got.values())
 
 

@@ -9,7 +9,7 @@ from synthetic import GPU, measure_record, train_record, write_all
 from hovit.config.metrics import METRICS, Quantity, quantity
 from hovit.config.plan import Plan, load_plan
 from hovit.records.record import write_record
-from hovit.report.claims.judge import judge_all
+from hovit.report.claims.check import check_all
 from hovit.report.figures.draw import FIGURES
 from hovit.report.sources import Sources, load_sources
 from hovit.report.tables.columns import NOTHING, Table, make_table
@@ -81,9 +81,8 @@ def test_markdown_csv_and_latex_say_where_a_cell_comes_from(
     write_table(plan, plan.study("hovit"), tmp_path)
     stem = tmp_path / "results/tables/hovit"
     text = stem.with_suffix(".md").read_text()
-    assert "<sup>a</sup>" in text
-    assert f"- **Evidence a**: scale: `proxy`: {load_plan('proxy', ROOT / 'config').scale.title}" \
-        in text  # fmt: skip
+    title = load_plan("proxy", ROOT / "config").scale.title
+    assert f"- **Committed results a**: scale: `proxy`: {title}" in text
     assert r"\textsuperscript{b}" in stem.with_suffix(".tex").read_text()
     header, *lines = stem.with_suffix(".csv").read_text().splitlines()
     assert "evidence_top1_from" in header
@@ -93,7 +92,7 @@ def test_markdown_csv_and_latex_say_where_a_cell_comes_from(
 
 
 def test_a_claim_never_mixes_devices(sources: Sources) -> None:
-    places = {v.id: {Path(p).parts[2] for p in v.records} for v in judge_all(sources)}
+    places = {v.id: {Path(p).parts[2] for p in v.records} for v in check_all(sources)}
     assert all(len(found) <= 1 for found in places.values())
     assert {"test-cpu"} in places.values()
     assert {"test-gpu"} in places.values()

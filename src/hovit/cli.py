@@ -70,12 +70,18 @@ def main() -> None:
 
 
 @app.command("list")
-def list_(scale: ScaleOption = "smoke") -> None:
-    """List the studies, every run of a scale with the tables that cite it, and the analyses."""
-    from .report.listing import list_analyses, list_runs, list_studies
+def list_(
+    scale: ScaleOption = "smoke",
+    runs: Annotated[
+        bool, typer.Option("--runs", help="Also every run, with the tables that cite it.")
+    ] = False,
+) -> None:
+    """List the studies and the analyses; with --runs also every run of a scale."""
+    from .report.listing import count_runs, list_analyses, list_runs, list_studies
 
     plan = load_plan(scale)
-    print(list_studies(plan), list_runs(plan), list_analyses(plan), sep="\n\n")
+    parts = [list_studies(plan), list_analyses(plan)]
+    print(*parts, list_runs(plan) if runs else count_runs(plan), sep="\n\n")
 
 
 @app.command()
@@ -84,11 +90,15 @@ def show(
     scale: ScaleOption = "smoke",
 ) -> None:
     """Show what a study, an analysis or a run does, and estimate its cost on this machine."""
+    plan = load_plan(scale)
+    if name not in {*plan.config.studies, *plan.config.analyses, *plan.runs}:
+        from .report.listing import unknown_name
+
+        raise unknown_name(plan, name)
     import hovit.models  # noqa: F401 (registers)
 
     from .pipeline.estimate import show_analysis, show_run, show_study
 
-    plan = load_plan(scale)
     if name in plan.config.studies:
         print(show_study(plan, plan.study(name)))
     elif name in plan.config.analyses:
@@ -129,7 +139,7 @@ def explain(
 
 @app.command()
 def data(
-    name: Annotated[str, typer.Argument(help="A pack: DATASET-SIZEpx (see `hovit list`).")],
+    name: Annotated[str, typer.Argument(help="A pack: DATASET-SIZEpx (see `hovit list --runs`).")],
     data_root: DataRoot = Path("data"),
 ) -> None:
     """Decode a dataset once, split it, and store it under data/packed; COCO is only checked."""
@@ -146,7 +156,7 @@ def data(
 
 @app.command()
 def train(
-    run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run (see `hovit list`).")],
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run (see `hovit list --runs`).")],
     seed: Annotated[int | None, typer.Option(help="Default: the first of the scale.")] = None,
     scale: ScaleOption = "smoke",
     weights: WeightsOption = None,
@@ -427,18 +437,19 @@ def claims(
         bool, typer.Option("--accept", help="Write results/verdicts.json: expect these verdicts.")
     ] = False,
 ) -> None:
-    """Judge the papers' claims by records; write results/claims.json and .md."""
-    from .report.claims import judge as report
+    """Check the papers' claims by records; write results/claims.json and .md."""
+    from .report.claims import check as checks
+    from .report.claims.write import write_claims
 
     plan = load_plan(scale, weights_file=weights)
-    print(report.write_claims(plan))
+    print(write_claims(plan))
     if accept:
-        report.accept(plan)
-    if check and (differences := report.check_accepted(plan)):
+        checks.accept(plan)
+    if check and (differences := checks.check_accepted(plan)):
         for line in differences:
             print(line, file=sys.stderr)
         raise HovitError(
-            f"{len(differences)} verdicts or reported numbers differ from {report.ACCEPTED}; "
+            f"{len(differences)} verdicts or reported numbers differ from {checks.ACCEPTED}; "
             "if they should, `hovit claims --accept`"
         )
 

@@ -5,6 +5,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 MetricKind = Literal["exact", "trained", "timed", "counted"]
+# Units after a number in a sentence, with the factor of the metric's heading.
+SYMBOLS = {
+    "parameters": "parameters", "parameters_m": "M parameters", "parameters_used": "parameters",
+    "parameters_unused": "parameters", "part_parameters": "parameters", "macs": "G multiply-adds",
+    "activations": "MB", "top1": "%", "val_top1": "%", "latency": "ms", "captured": "ms",
+    "throughput": "images/s", "throughput_cpu": "images/s", "images": "images",
+    "images_train": "images", "images_val": "images", "images_test": "images", "gigabytes": "GB",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,11 @@ class Metric:
     def recorded(self) -> str:
         """Name of the metric in records."""
         return self.derived_from or self.name
+
+    @property
+    def symbol(self) -> str:
+        """Unit after a number in a sentence; "" for none."""
+        return SYMBOLS.get(self.name, "")
 
 
 METRICS = {

@@ -102,7 +102,8 @@ class Plan:
         seeds = self.runs.get(run_id)
         if seeds is None:
             raise HovitError(
-                f"no study defines a run {run_id!r} at scale {self.scale.id} (see `hovit list`)"
+                f"no study defines a run {run_id!r} at scale {self.scale.id}; "
+                "`hovit list --runs` names them"
             )
         if seed is None:
             seed = next(iter(seeds))

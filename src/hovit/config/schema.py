@@ -282,6 +282,7 @@ class ModelStandIn(Strict):
     """A smaller model in place of the paper's, with its image size."""
 
     model: Name
+    label: Text  # in tables: `ViT-Ti`
     image_size: Annotated[int, Field(ge=32)]
     measured: bool = True  # False: it is only trained, and the paper's own model is measured
 
@@ -316,7 +317,7 @@ class Scale(Strict):
     gpu_memory_mb: Annotated[int, Field(ge=500)] = 12000  # of a GPU (profiles/gpu)
     latency: Latency
     analysis_images: Annotated[int, Field(ge=1)] | None = None  # maximum; None: the analysis's
-    # Inexact metrics that claims may judge at this scale; smoke can judge none of them.
+    # Inexact metrics that claims may check at this scale; smoke checks none of them.
     judges: Annotated[
         frozenset[Literal["top1", "val_top1", "loss", "latency"]],
         Field(strict=False),  # YAML has no sets
@@ -466,6 +467,9 @@ def split_ref(ref: str) -> tuple[str, str, str, str]:
     return analysis_id, study_id, row_id, metric
 
 
+ClaimGroup = Literal["paper", "own", "errata"]
+
+
 class Claim(Strict):
     """One sentence of a paper as a check over records.
 
@@ -475,12 +479,16 @@ class Claim(Strict):
     its last decimal, and whole numbers exactly.
 
     Args:
-        device: kind of device that the sentence names; a time from another kind judges nothing.
+        group: `paper`: the paper says it. `own`: a check of our own, which no paper states.
+            `errata`: the paper's own arithmetic, from its printed numbers or from exact counts; a
+            number that differs is a misprint, not a refuted result.
+        device: kind of device that the sentence names; times from another kind are not compared.
     """
 
     id: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
     says: Text
     place: Text
+    group: ClaimGroup = "paper"
     kind: Literal["value", "ratio", "reduction", "difference", "less", "greater", "keeps"]
     of: Ref
     to: Ref | None = None
@@ -498,6 +506,15 @@ class Claim(Strict):
         return self
 
     @model_validator(mode="after")
+    def _exact(self) -> "Claim":
+        refs = [ref for ref in (self.of, self.to) if ref]
+        numbers = [quantity(ref.rpartition("/")[2]) for ref in refs]
+        exact = all(n is not None and (n.reported or not n.is_inexact) for n in numbers)
+        if self.group == "errata" and not (exact and self.reported):
+            raise ValueError("`group: errata` is for printed numbers and exact counts")
+        return self
+
+    @model_validator(mode="after")
     def _times(self) -> "Claim":
         number = quantity(self.of.rpartition("/")[2])
         timed = number is not None and number.is_timed
@@ -505,7 +522,7 @@ class Claim(Strict):
             self.kind in ("value", "difference") or (self.kind == "keeps" and self.tolerance)
         ):
             raise ValueError(
-                "judge a time by ratio or rank only: the device differs from the paper's"
+                "compare a time by ratio or rank only: the device differs from the paper's"
             )
         if self.device and not timed:
             raise ValueError("`device` belongs to claims about times")
@@ -513,7 +530,7 @@ class Claim(Strict):
 
 
 class NotChecked(Strict):
-    """A sentence or number of a paper that no record can judge.
+    """A sentence or number of a paper that no record can check.
 
     reason `data`: needs images or training that no scale has; `hardware`: about a device that is
     not available; `unsaid`: the paper does not say what was done or meant; `undone`: no study

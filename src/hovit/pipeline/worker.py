@@ -29,7 +29,7 @@ SOCKET = ".snakemake/hovit.sock"  # relative: a socket's path has at most 107 by
 LOG = "logs/worker.log"
 PATIENCE = 10.0  # seconds until a worker that was just started must listen
 TORCH = ("hovit.models", "hovit.training.classification", "hovit.pipeline.train")
-REPORT = ("hovit.report.tables.write", "hovit.report.figures.draw", "hovit.report.claims.judge")
+REPORT = ("hovit.report.tables.write", "hovit.report.figures.draw", "hovit.report.claims.write")
 # What a command needs; imported when the first such command arrives.
 IMPORTS = {
     "train": TORCH,

@@ -11,6 +11,7 @@ from ..utils.errors import HovitError
 from .record_source import plural
 from .results import Results, Value
 from .sources import Sources, load_sources
+from .tables.facts import timed_pixels
 
 NONE = "no record yet"
 
@@ -40,11 +41,12 @@ def explain(plan: Plan, name: str, row_id: str = "", column: str = "") -> str:
 def _cell(sources: Sources, study: Study, row: Row, column: str) -> list[str]:
     number = _number_of(sources, study, column)
     value = sources.run.value(study, row, number)
+    printed = row.reported.get(number.metric.name)
     lines = [
         f"{study.title} / {row.label} / {column}",
         f"  source    {study.source.seed}, {study.source.place}",
-        f"  reported  {row.reported.get(number.metric.name) or 'nothing'}",
-        f"  this run  {_shown(value, study, number) if value else NONE}",
+        f"  reported  {printed + _unit(number) if printed else 'nothing'}",
+        f"  this run  {_shown(sources.run, study, row, number, value) if value else NONE}",
         f"  row       config/studies/{study.id}.yaml, rows: id: {row.id}",
     ]
     if number.is_counted:
@@ -53,7 +55,8 @@ def _cell(sources: Sources, study: Study, row: Row, column: str) -> list[str]:
     for results in _evidence(sources, study, row, number):
         value = results.value(study, row, number)
         assert value is not None
-        lines.append(f"  evidence  {_shown(value, study, number)}, {results.name}")
+        shown = _shown(results, study, row, number, value)
+        lines.append(f"  committed {shown}, {results.name}")
         lines += _records(results, study, row, number)
     return lines
 
@@ -78,20 +81,47 @@ def _number_of(sources: Sources, study: Study, column: str) -> Quantity:
 
 
 def _evidence(sources: Sources, study: Study, row: Row, number: Quantity) -> Iterable[Results]:
-    """The evidence that the table shows: for times of each device, else the best."""
+    """The committed results that the table shows: for times of each device, else the best."""
     if number.is_timed:
         return [r for r in sources.timed(study) if r.value(study, row, number)]
     best = sources.best(study, row, number)
     return [best[0]] if best else []
 
 
-def _shown(value: Value, study: Study, number: Quantity) -> str:
-    """A value, with its spread and n unless it is exact."""
+def _unit(number: Quantity) -> str:
+    """The unit after a number, with a space before it."""
+    return f" {number.metric.symbol}" if number.metric.symbol else ""
+
+
+def _shown(results: Results, study: Study, row: Row, number: Quantity, value: Value) -> str:
+    """A value with its unit, batch and image size, and with spread and n unless it is exact."""
+    unit = number.metric.unit
+    text = f"{value.mean * unit:,.6g}{_unit(number)}"
+    if unit == 1 and value.mean == int(value.mean):
+        text = f"{value.mean:,.0f}{_unit(number)}"
+    where = _circumstances(results, study, row, number)
+    text += f" at {where}" if where else ""
     if not number.is_timed and not (study.trained and number.is_trained):
-        return f"{value.mean:,.6g}"
-    spread = f"spread {value.spread:.4g}, " if value.n > 1 else ""
-    unit = "round" if number.is_timed else "seed"
-    return f"{value.mean:,.6g} ({spread}n = {plural(value.n, unit)})"
+        return text
+    spread = f"spread {value.spread * unit:.4g}, " if value.n > 1 else ""
+    what = "round" if number.is_timed else "seed"
+    return f"{text} ({spread}n = {plural(value.n, what)})"
+
+
+def _circumstances(results: Results, study: Study, row: Row, number: Quantity) -> str:
+    """Batch and image size of a time, images of an accuracy, image size and classes of a count."""
+    if number.is_timed:
+        batch = number.batch or results.throughput_batch(study)
+        graph = "as a CUDA graph" if number.metric.name == "captured" else ""
+        facts = (f"batch {batch}", timed_pixels(results, study, row), graph)
+        return ", ".join(filter(None, facts))
+    runs = results.plan.runs_of(study, row)
+    if number.is_trained and runs:
+        return f"{runs[0].image_size} px on {runs[0].dataset.title}"
+    if number.is_counted or number.is_trained:
+        return ""
+    size = row.image_size or study.image_size
+    return ", ".join(filter(None, (f"{size} px" * bool(size), f"{study.num_classes} classes")))
 
 
 def _records(results: Results, study: Study, row: Row, number: Quantity) -> list[str]:
@@ -144,7 +174,7 @@ def _analysis(sources: Sources, analysis: Analysis, row_ref: str, name: str) -> 
     best = next((each for each in sources.evidence if each.analysis(analysis.id)), None)
     for results in (sources.run, best) if best else (sources.run,):
         found = _found(results, analysis, row_ref, name)
-        head = f"evidence  {found}, {results.name}" if results.is_evidence else f"this run  {found}"
+        head = f"committed {found}, {results.name}" if results.is_evidence else f"this run  {found}"
         lines.append(f"  {head}")
         task = results.plan.analyse_task(analysis)
         if task is None:

@@ -9,7 +9,7 @@ from ..config.plan import Plan
 from ..config.runs import Run
 from ..records.record import read_record
 from ..utils.files import read_json, write_json, write_text
-from .claims.judge import VERDICTS
+from .claims.check import ERRATA, GROUPS, VERDICTS
 
 METRICS = Path("results/metrics")
 SHOWN = ("top1", "loss", "val_top1", "best_epoch", *PRECISION)
@@ -25,8 +25,13 @@ def metrics_files(plan: Plan) -> list[Path]:
 def write_metrics(plan: Plan, root: Path = Path()) -> None:
     """Write all of them from this run's records and `results/claims.json`."""
     claims, *files, histories = [root / path for path in metrics_files(plan)]
-    verdicts = [claim["verdict"] for claim in read_json(root / "results/claims.json")["claims"]]
-    write_json(claims, {name.replace(" ", "_"): verdicts.count(name) for name in VERDICTS})
+    found = read_json(root / "results/claims.json")["claims"]
+    verdicts = {group: [c["verdict"] for c in found if c["group"] == group] for group in GROUPS}
+    tallies = {
+        group: {name.replace(" ", "_"): names.count(name) for name in (*VERDICTS, *ERRATA)}
+        for group, names in verdicts.items()
+    }
+    write_json(claims, tallies)
     rows = []
     for run, file in zip(plan.all_runs, files, strict=True):
         results = read_record(root / plan.train_task(run).path).results

@@ -7,7 +7,8 @@ from ..config.plan import Plan
 from ..config.schema import Claim
 from ..utils.errors import HovitError
 from ..utils.files import atomic, write_text
-from .claims.judge import Missing, Verdict, against, claim_values, judge
+from .claims.check import Verdict, check_claim
+from .claims.compare import Missing, against, claim_values
 from .results import Results, Value
 from .sources import Sources, load_sources
 
@@ -63,24 +64,22 @@ def write_readme(plan: Plan, root: Path = Path()) -> None:
 
 
 def results_section(sources: Sources) -> str:
-    """The table, the sources of its numbers, and the picture with its caption, as Markdown."""
+    """The table with the source of each number, and the picture with its caption, as Markdown."""
     claims = _claims(sources.plan)
-    verdicts = [judge(sources, *claims[name]) for name in HEADLINES]
+    verdicts = [check_claim(sources, *claims[name]) for name in HEADLINES]
     lines = [
-        "| | the paper says | printed | here | verdict |",
-        "| :-- | :-- | --: | --: | :-- |",
-        *(_line(sources, claims[v.id][0], v) for v in verdicts),
+        "| | statement | printed | measured | verdict | from |",
+        "| :-- | :-- | --: | --: | :-- | :-- |",
+        *(_line(verdict) for verdict in verdicts),
     ]
-    places = dict.fromkeys(v.source.removeprefix("evidence: ") for v in verdicts if v.records)
     return "\n".join(
         [
             "",
             *lines,
             "",
-            f"From the committed evidence: {'; '.join(places)}. Where the paper only compares, "
-            "*here* shows both numbers: test top-1 in percent, or milliseconds. Accuracies come "
-            "from stand-in images, small sizes and few epochs, so their verdicts hold at that "
-            "scale only.",
+            "*Our check* marks a statement that no paper makes. Accuracies are test top-1 on "
+            "stand-in images at small size with few epochs, so their verdicts hold for these "
+            "images only. `results/claims.md` has all claims, and explains the verdicts.",
             "",
             f"![Ratios in the papers and measured ratios, with the inter-quartile range over "
             f"rounds]({PICTURE})",
@@ -89,13 +88,12 @@ def results_section(sources: Sources) -> str:
     )
 
 
-def _line(sources: Sources, claim: Claim, v: Verdict) -> str:
-    here = "—"
-    if v.measured is not None and v.reported:
-        here = f"{v.measured:,.{len(v.reported.partition('.')[2])}f}"
-    elif v.measured is not None and (sides := _sides(sources, claim)):
-        here = f"{sides[0].mean:.1f} against {sides[1].mean:.1f}"
-    return f"| {SYSTEMS[v.seed]} | {v.says} | {v.reported or ''} | {here} | {v.verdict} |"
+def _line(v: Verdict) -> str:
+    says = v.says + " (*our check*)" * (v.group == "own")
+    return (
+        f"| {SYSTEMS[v.seed]} | {says} | {v.reported or ''} | {v.shown or '—'} | {v.label} "
+        f"| {v.source or v.why} |"
+    )
 
 
 def picture(sources: Sources) -> bytes:

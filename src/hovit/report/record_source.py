@@ -1,5 +1,6 @@
 """The records of one source: this run, or the evidence of one device at one scale."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,15 @@ class RecordSource:
             first = first or (name, device)
         return first[1] if first else None
 
+    def devices(self, paths: Iterable[Path]) -> list[str]:
+        """The devices of records that were read; for a measurement, those of its latencies."""
+        found = set()
+        for record in filter(None, (self._read.get(path) for path in paths)):
+            rows = record.results.get("rows", {}).values() if record.kind == "measure" else ()
+            timed = {str(Device(**row["device"])) for row in rows if "device" in row}
+            found |= timed or {str(record.provenance.device)}
+        return sorted(found)
+
     def batches(self, study: Study) -> list[Quantity]:
         """The latencies of a study, one for each batch size: as its record has them, or planned."""
         measured = {
@@ -278,5 +288,5 @@ class RecordSource:
         devices = {str(r.provenance.device) for row in rows for _, r in self.trained(study, row)}
         if measured := self.measured(study):
             devices.add(str(measured.provenance.device))
-        name = "evidence" if self.is_evidence else "this run"
+        name = "committed results" if self.is_evidence else "this run"
         return ", ".join([f"{name}: {self.plan.scale.id}", *dict.fromkeys(found), *sorted(devices)])

@@ -1,6 +1,7 @@
 """The numbers in the records of one source, with their spread."""
 
 import math
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,9 @@ from ..config.metrics import Quantity, quantity
 from ..config.schema import Row, Study
 from ..utils.errors import HovitError, one_line
 from ..utils.files import read_json
+from .noise import NORMAL, binomial_noise, binomial_variance, pooled_variance, seed_noise
 from .paired import mcnemar, pair
 from .record_source import RecordSource
-
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # t at 95 %, by n
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,14 @@ class Value:
     """A number with its spread.
 
     Args:
-        mean: mean over seeds; for latency the median over rounds.
+        mean: mean over random seeds; for latency the median over rounds.
         spread: standard deviation over seeds (0 for one seed), or the inter-quartile range.
         n: seeds, or rounds; 1 for an exact number.
         noise: how far the number may be off. For training: half the width of a 95 % interval over
-            seeds (Student's t), combined with one over test images for accuracy and loss. For
-            latency: half the inter-quartile range. For an analysis: as its record states.
+            random seeds, combined with one over test images for accuracy and loss. The variance
+            over seeds is pooled over the rows of the study (`Results.seed_variance`). For latency:
+            half the inter-quartile range. For an analysis: as its record states.
+        seed_noise: the part of the noise that random seeds cause.
         samples: latency of each round, in the order that all rows of a record share.
         paths: the records behind the number.
     """
@@ -36,6 +38,7 @@ class Value:
     spread: float = 0.0
     n: int = 1
     noise: float = 0.0
+    seed_noise: float = 0.0
     samples: tuple[float, ...] = ()
     paths: tuple[Path, ...] = ()
 
@@ -99,25 +102,55 @@ class Results(RecordSource):
         values = [float(r.results[metric]) for _, r in runs if metric in r.results]
         if not values:  # no run, or AP for a size that no object has
             return None
-        mean, spread, noise = _over_seeds(values)
+        mean, spread = _over_seeds(values)
         n = len(values)
+        over_seeds = seed_noise(*self.seed_variance(study, row, metric), n)
+        over_images = 0.0
         if metric in ("top1", "val_top1"):  # all seeds share the images: more seeds do not help
             images = runs[0][1].results["images_val" if metric == "val_top1" else "images_test"]
-            noise = math.hypot(noise, _binomial(mean, images))
+            over_images = binomial_noise(mean, images)
         if metric == "loss":
             errors = [float(r.results.get("loss_error", 0.0)) for _, r in runs]
-            noise = math.hypot(noise, 1.96 * sum(errors) / n)
+            over_images = NORMAL * sum(errors) / n
         paths = tuple(self.place(self.plan.train_task(run).path) for run, _ in runs)
-        return Value(mean, spread, n, noise, paths=paths)
+        noise = math.hypot(over_seeds, over_images)
+        return Value(mean, spread, n, noise, over_seeds, paths=paths)
+
+    def seed_variance(self, study: Study, row: Row, metric: str) -> tuple[float, int]:
+        """The variance of a metric over random seeds, and its degrees of freedom.
+
+        It is pooled over the rows of the study that share the row's recipe and images. A row with
+        one seed therefore has the seed noise of the others, and one with two is not judged by two
+        numbers alone. Where each seed draws its own test images, the variance that this causes is
+        left out: the noise over test images contains it.
+        """
+        own = self.plan.runs_of(study, row)
+        groups: dict[str, list[float]] = {}
+        for other in study.rows:
+            runs = self.plan.runs_of(study, other)
+            alike = runs and (runs[0].recipe, runs[0].role) == (own[0].recipe, own[0].role)
+            if alike and runs[0].id not in groups:
+                records = [record for _, record in self.trained(study, other)]
+                numbers = [r.results[metric] for r in records if metric in r.results]
+                groups[runs[0].id] = [float(number) for number in numbers]
+        variance, freedom = pooled_variance(groups.values())
+        if metric == "top1" and own[0].dataset.split.per_run:
+            drawn = [
+                binomial_variance(float(r.results["top1"]), r.results["images_test"])
+                for other in study.rows
+                for _, r in self.trained(study, other)
+            ]
+            variance = max(variance - statistics.fmean(drawn), 0.0) if drawn else variance
+        return variance, freedom
 
     def paired_difference(
         self, study: Study, row: Row, other_study: Study, other: Row
     ) -> PairedValue | None:
         """Top-1 of a row minus that of another row, over the same test images.
 
-        Uses the random seeds that both rows have. If that is one seed, the noise includes the
-        spread of a row with more seeds. None if there is no such seed, or if the two were not
-        tested on the same images.
+        Uses the random seeds that both rows have. None if there is no such seed, or if the two
+        were not tested on the same images. The noise combines the pooled variance over seeds of
+        both rows with the noise over test images of the pairs.
         """
         rows = self.trained(study, row), self.trained(other_study, other)
         others = {run.seed: run for run, _ in rows[1]}
@@ -133,13 +166,15 @@ class Results(RecordSource):
             paths += [self.place(self.plan.train_task(each).path) for each in (run, second)]
         if (pairs := pair(tables)) is None:
             return None
-        mean, spread, noise = _over_seeds(pairs.differences)
-        if len(tables) == 1:
-            top1 = [[float(record.results["top1"]) for _, record in each] for each in rows]
-            noise = math.hypot(*(_over_seeds(values)[2] for values in top1))
-        noise = math.hypot(noise, pairs.image_noise)
+        mean, spread = _over_seeds(pairs.differences)
+        sides = ((study, row), (other_study, other))
+        n = len(tables)
+        over_seeds = math.hypot(
+            *(seed_noise(*self.seed_variance(*side, "top1"), n) for side in sides)
+        )
+        noise = math.hypot(over_seeds, pairs.image_noise)
         return PairedValue(
-            mean, spread, len(tables), noise, paths=tuple(paths),
+            mean, spread, n, noise, over_seeds, paths=tuple(paths),
             better=pairs.better, worse=pairs.worse,
         )  # fmt: skip
 
@@ -148,7 +183,7 @@ class Results(RecordSource):
         found = self.rows(task).get(row.id)
         if task is None or found is None:
             return None
-        noise = _binomial(found["top1"], found["images"])
+        noise = binomial_noise(found["top1"], found["images"])
         return Value(found["top1"], noise=noise, paths=(self.place(task.path),))
 
     def _measured_value(self, study: Study, row: Row, number: Quantity) -> Value | None:
@@ -164,7 +199,8 @@ class Results(RecordSource):
             if batch is None:
                 return None
             iqr = batch["q3"] - batch["q1"]
-            return Value(batch["median"], iqr, batch["n"], iqr / 2, tuple(batch["ms"]), paths)
+            ms = tuple(batch["ms"])
+            return Value(batch["median"], iqr, batch["n"], iqr / 2, samples=ms, paths=paths)
         name = "parameters" if number.metric.name == "parameters_m" else number.metric.name
         return Value(float(found[name]), paths=paths) if name in found else None
 
@@ -202,11 +238,9 @@ class Results(RecordSource):
         return Value(float(found[name]), noise=noise, paths=(self.place(task.path),))
 
 
-def _over_seeds(values: list[float]) -> tuple[float, float, float]:
-    """(mean, standard deviation, half the width of a 95 % interval by Student's t)."""
-    mean, n = sum(values) / len(values), len(values)
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else 0.0
-    return mean, spread, STUDENT.get(n, 2.0) * spread / math.sqrt(n)
+def _over_seeds(values: list[float]) -> tuple[float, float]:
+    """(mean, standard deviation over random seeds; 0 for one seed)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def _throughput(
@@ -219,13 +253,8 @@ def _throughput(
     batch, images = latency[size], 1e3 * int(size)
     spread = images / batch["q1"] - images / batch["q3"]
     samples = tuple(images / ms for ms in batch["ms"])
-    return Value(images / batch["median"], spread, batch["n"], spread / 2, samples, paths)
-
-
-def _binomial(percent: float, images: int) -> float:
-    """Half the width of the 95 % interval of an accuracy over so many images, in points."""
-    share = percent / 100
-    return 196 * math.sqrt(share * (1 - share) / images)
+    median, n = images / batch["median"], batch["n"]
+    return Value(median, spread, n, spread / 2, samples=samples, paths=paths)
 
 
 def _image_counts(folder: Path) -> tuple[dict[str, int], int]:

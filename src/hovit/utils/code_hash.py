@@ -25,7 +25,7 @@ ENTRIES = {
     "report": (
         "report/tables/write.py",
         "report/figures/draw.py",
-        "report/claims/judge.py",
+        "report/claims/write.py",
         "report/paper/write.py",
     ),
     "page": ("report/page/write.py",),

@@ -1,1 +1,1 @@
-"""Claims of the papers, judged by records."""
+"""Claims of the papers, checked by records."""

@@ -9,8 +9,10 @@ from typing import Any
 
 from ...config.metrics import quantity
 from ...config.schema import Row, Study
+from ..number import significant
 from ..sources import Sources
 from ..tables.columns import format_printed
+from .compare import last_digit
 
 REASONS = {
     "data": "needs images or training that no scale has",
@@ -27,14 +29,8 @@ ABOUT = (
 )
 COUNTS = (
     "Parameters, multiply-adds and images are counted; these differ from the paper's number by "
-    "more than one unit of its last digit:"
+    "more than one unit of its last digit. Errata are listed above:"
 )
-
-
-def last_digit(printed: str) -> float:
-    """One unit of the last decimal of a printed number; 0 for a whole one."""
-    decimals = len(printed.partition("–")[0].partition(".")[2])
-    return 10.0**-decimals if decimals else 0.0
 
 
 def coverage(sources: Sources) -> dict[str, Any]:
@@ -53,20 +49,27 @@ def cells(sources: Sources) -> list[dict[str, Any]]:
     """Every number that a table shows as reported.
 
     `counted` is the count here, in the unit of the heading, and `same` says whether both agree to
-    one unit of the last printed digit (whole counts exactly). Both are None for numbers that are
+    one unit of the last printed digit (whole counts exactly). `erratum` marks cells that a claim
+    lists among the errata. Both are None for numbers that are
     trained or timed, and for studies that no claim refers to: their records may not be there when
-    claims are judged.
+    claims are checked.
     """
     found: list[dict[str, Any]] = []
     claimed = {study.id for study in sources.plan.claimed}
+    errata = {
+        claim.of
+        for file in sources.plan.config.claims.values()
+        for claim in file.claims
+        if claim.group == "errata" and claim.kind == "value"
+    }
     for study in sources.plan.config.studies.values():
         for row in study.rows:
             for metric, printed in row.reported.items():
                 counted = _counted(sources, study, row, metric) if study.id in claimed else None
                 same = None if counted is None else _same(counted, printed, metric)
-                cell = {"cell": f"{study.id}/{row.id}/{metric}", "reported": printed}
-                paper = {"seed": study.source.seed}
-                found.append(paper | cell | {"counted": counted, "same": same})
+                ref = f"{study.id}/{row.id}/{metric}"
+                cell = {"seed": study.source.seed, "cell": ref, "reported": printed}
+                found.append(cell | {"counted": counted, "same": same, "erratum": ref in errata})
     return found
 
 
@@ -89,11 +92,13 @@ def _same(counted: float, printed: str, metric: str) -> bool:
 
 def coverage_tally(rest: dict[str, Any]) -> str:
     """The number of uncheckable statements and of reported cells, in one line."""
-    counts = [cell["same"] for cell in rest["cells"] if cell["same"] is not None]
+    counted = [cell for cell in rest["cells"] if cell["same"] is not None]
+    counts = [cell["same"] for cell in counted if not cell["erratum"]]
     return (
         f"{len(rest['not_checkable'])} not checkable ({by_reason(rest)}); "
-        f"{len(rest['cells'])} reported cells, {len(counts)} of them counts: "
-        f"{counts.count(True)} as printed, {counts.count(False)} not"
+        f"{len(rest['cells'])} reported cells, {len(counted)} of them counts: "
+        f"{counts.count(True)} as printed, {counts.count(False)} not, "
+        f"{len(counted) - len(counts)} errata"
     )
 
 
@@ -110,7 +115,7 @@ def coverage_lines(rest: dict[str, Any], papers: list[str]) -> list[str]:
         rest: from `coverage`.
         papers: the paper of each claim.
     """
-    differ = [cell for cell in rest["cells"] if cell["same"] is False]
+    differ = [cell for cell in rest["cells"] if cell["same"] is False and not cell["erratum"]]
     lines = ["", "## Coverage of the papers", "", ABOUT, ""]
     lines += ["| paper | claims | reported cells | not checkable |", "| :-- | --: | --: | --: |"]
     for paper in dict.fromkeys(papers):
@@ -120,7 +125,8 @@ def coverage_lines(rest: dict[str, Any], papers: list[str]) -> list[str]:
     lines += ["", coverage_tally(rest) + ". " + COUNTS, ""]
     lines += ["| cell | reported | counted |", "| :-- | --: | --: |"]
     lines += [
-        f"| `{c['cell']}` | {format_printed(c['reported'])} | {c['counted']:,.6g} |" for c in differ
+        f"| `{c['cell']}` | {format_printed(c['reported'])} | {significant(c['counted'])} |"
+        for c in differ
     ]
     lines += ["", "## Not checkable", ""]
     lines += [f"- *{name}*: {meaning}" for name, meaning in REASONS.items()]

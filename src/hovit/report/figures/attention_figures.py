@@ -7,7 +7,7 @@ import numpy as np
 
 from ...config.runs import Pack
 from ...config.schema import Row, Study
-from ..claims.judge import ratio_noise
+from ..claims.compare import ratio_noise
 from ..record_source import plural
 from ..results import Results
 from ..tables.columns import baseline_ratio

@@ -102,29 +102,27 @@ def _curve(
 
 
 def five_ideas(results: Results) -> "Canvas":
-    """Latency of each idea relative to its baseline, and accuracy.
+    """Latency of each idea relative to its baseline, and accuracy: the deck's, then measured.
 
-    Error bars: half the inter-quartile range of the rounds' ratios; standard deviation over seeds.
+    The two accuracies have axes of their own, because they come from different images. Error bars:
+    half the inter-quartile range of the rounds' ratios; standard deviation over random seeds.
     """
     import matplotlib.pyplot as plt
 
     from . import style
 
     rows = _idea_rows(results.plan)
-    size = (style.WIDTH, 0.2 * len(rows) + 1.1)
-    canvas, (left, right) = plt.subplots(1, 2, figsize=size, sharey=True)
-    _idea_latencies(left, results, rows)
-    _idea_accuracies(right, results, rows)
-    left.set_yticks(range(len(rows))[::-1], [row.label for _, row in rows])
-    for ax in (left, right):
+    size = (style.WIDTH, 0.2 * len(rows) + 1.3)
+    canvas, axes = plt.subplots(
+        1, 3, figsize=size, sharey=True, gridspec_kw={"width_ratios": [1.6, 1, 1]}
+    )
+    _idea_latencies(axes[0], results, rows)
+    for ax, number in zip(axes[1:], ("reported_top1", "top1"), strict=True):
+        _idea_accuracies(ax, results, rows, number)
+    axes[0].set_yticks(range(len(rows))[::-1], [row.label for _, row in rows])
+    for ax in axes:
         ax.grid(axis="x", visible=False)
-        ax.legend(
-            loc="lower center",
-            bbox_to_anchor=(0.5, 1.0),
-            ncols=3,
-            handletextpad=0.1,
-            columnspacing=0.8,
-        )
+    axes[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), handletextpad=0.1)
     _state(canvas, results, results.plan.study("hovit"))
     return canvas
 
@@ -152,24 +150,34 @@ def _idea_latencies(ax: "Axes", results: Results, rows: list[tuple[Study, Row]])
     ax.set_xlabel("Latency, × its baseline (left is faster)")
 
 
-def _idea_accuracies(ax: "Axes", results: Results, rows: list[tuple[Study, Row]]) -> None:
-    """Accuracy: reported and measured."""
+def _idea_accuracies(
+    ax: "Axes", results: Results, rows: list[tuple[Study, Row]], number: str
+) -> None:
+    """Accuracy of one source: `reported_top1` or `top1`."""
     import numpy as np
 
     from . import style
 
-    measured = {"color": style.OURS, "marker": "o"}
-    y = np.arange(len(rows))[::-1]
-    for number, label, look in (
-        ("reported_top1", "deck", _reported_look()),
-        ("top1", results.name, measured),
-    ):
-        found = [results.value(study, row, number) for study, row in rows]
-        means = [v.mean if v else np.nan for v in found]
-        spreads = [_spread(v) if v else 0 for v in found]
-        ax.errorbar(means, y, xerr=spreads, linestyle="", label=label, **look)
+    is_reported = number == "reported_top1"
+    look = _reported_look() if is_reported else {"color": style.OURS, "marker": "o"}
+    found = [results.value(study, row, number) for study, row in rows]
+    means = [v.mean if v else np.nan for v in found]
+    spreads = [_spread(v) if v else 0 for v in found]
+    ax.errorbar(means, np.arange(len(rows))[::-1], xerr=spreads, linestyle="", **look)
+    ax.set_title(_images(results, is_reported))
     ax.set_xlabel("Test top-1, %")
     ax.set_xlim(left=0)
+
+
+def _images(results: Results, is_reported: bool) -> str:
+    """Whose accuracy, and on which images, in two lines."""
+    runs = results.plan.runs_of(study := results.plan.study("hovit"), study.row("hovit"))
+    images = runs[0].dataset if runs else None
+    paper = (images.stands_for or images.title) if images else ""
+    whose, title = (
+        ("deck", paper) if is_reported else (results.name, images.title if images else "")
+    )
+    return f"{whose}\n{title}"
 
 
 def _reported_look() -> dict[str, Any]:
@@ -193,64 +201,54 @@ def _idea_rows(plan: Plan) -> list[tuple[Study, Row]]:
 
 
 def accuracy_latency(results: Results) -> "Canvas":
-    """Accuracy against latency relative to LeViT. Hollow points: the deck; filled points: measured.
+    """Accuracy against latency relative to LeViT: the deck's numbers, and the measured ones.
 
-    A line joins the two points of a model.
+    Each has axes of its own, because the accuracies come from different images. Error bars:
+    standard deviation over random seeds.
     """
     import matplotlib.pyplot as plt
 
     from . import style
 
-    canvas, axes = plt.subplots(1, 2, figsize=(style.WIDTH, 3.6))
+    canvas, axes = plt.subplots(2, 2, figsize=(style.WIDTH, 5.2))
     last = results.batches(results.plan.study("hovit"))[-1]
     looks: dict[str, dict[str, Any]] = {}
-    for ax, launched in zip(axes, (False, True), strict=True):
-        for study, row in _idea_rows(results.plan):
-            if str(row.model).startswith("l_") == launched:
-                _pair(ax, results, study, row, str(last), looks)
+    for line, launched in zip(axes, (False, True), strict=True):
+        rows = [
+            (study, row)
+            for study, row in _idea_rows(results.plan)
+            if str(row.model).startswith("l_") == launched
+        ]
         base = "L_LeViT (deck)" if launched else "LeViT (deck)"
-        ax.set_xlabel(f"Latency, × {base}")
-        ax.set_title("With the Launcher" if launched else "From scratch")
-    axes[0].set_ylabel("Test top-1, %")
+        line[0].set_ylabel(f"{'With the Launcher' if launched else 'From scratch'}\nTest top-1, %")
+        for ax, before, latency in zip(
+            line, ("reported_", ""), ("latency", str(last)), strict=True
+        ):
+            for study, row in rows:
+                _mark(
+                    ax, row, _point(results, study, row, before + latency, f"{before}top1"), looks
+                )
+            batch = "batch not stated" if before else f"batch {last.batch}"
+            ax.set_xlabel(f"Latency, × {base} ({batch})")
+            if not launched:
+                ax.set_title(_images(results, bool(before)))
     keys = [plt.Line2D([], [], label=label, **look) for label, look in looks.items()]
-    keys += [
-        plt.Line2D([], [], color="#555555", marker="o", linestyle="", mfc=fill, label=label)
-        for fill, label in (
-            ("white", "hollow: the deck (batch not stated)"),
-            ("#555555", f"filled: {results.name}, batch {last.batch}"),
-        )
-    ]
     canvas.legend(handles=keys, loc="outside right center")
     _state(canvas, results, results.plan.study("hovit"))
     return canvas
 
 
-def _pair(
-    ax: "Axes",
-    results: Results,
-    study: Study,
-    row: Row,
-    latency: str,
-    looks: dict[str, dict[str, Any]],
+def _mark(
+    ax: "Axes", row: Row, point: tuple[float, Value] | None, looks: dict[str, dict[str, Any]]
 ) -> None:
-    """Plot a row's reported and measured point, and a line between them."""
+    """Plot one model; the same model has the same look in all panels."""
     from . import style
 
-    found = (
-        _point(results, study, row, "reported_latency", "reported_top1"),
-        _point(results, study, row, latency, "top1"),
-    )
-    if found == (None, None):
+    if point is None:
         return
     look = looks.setdefault(_family(row), style.look(len(looks)) | {"linestyle": ""})
-    for point, fill in zip(found, ("white", look["color"]), strict=True):
-        if point:
-            x, value = point
-            ax.errorbar(x, value.mean, _spread(value) or None, mfc=fill, **look)
-    if all(found):
-        ends = [point for point in found if point]
-        ax.plot([x for x, _ in ends], [v.mean for _, v in ends], color=look["color"], marker="",
-                linestyle=":", linewidth=0.8)  # fmt: skip
+    x, value = point
+    ax.errorbar(x, value.mean, _spread(value) or None, **look)
 
 
 def _point(

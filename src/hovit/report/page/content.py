@@ -11,8 +11,8 @@ from ...config.schema import Row, Study
 from ...records.record import Record, read_record
 from ...utils.errors import HovitError
 from ...utils.files import digest
+from ..claims.check import ERRATA, GROUPS, VERDICTS, Verdict, check_all, counts, tally
 from ..claims.coverage import REASONS, coverage, coverage_tally
-from ..claims.judge import VERDICTS, Verdict, judge_all, say, tally
 from ..explain import rerun_command
 from ..results import Results, Value
 from ..sources import Sources
@@ -20,7 +20,7 @@ from ..tables.columns import NOTHING, Column, Table, format_printed, make_table
 from ..tables.facts import describe
 from ..tables.write import table_notes
 
-SYMBOLS = dict(zip(VERDICTS, "✓✗≈–", strict=True))
+SYMBOLS = dict(zip((*VERDICTS, *ERRATA), "✓↗?≈✗≠–✎=", strict=True))
 
 
 def collect(sources: Sources) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class _Collector:
     def collect(self) -> dict[str, Any]:
         plan = self.sources.plan
         studies = [self.study(study) for study in plan.config.studies.values()]
-        verdicts = judge_all(self.sources)
+        verdicts = check_all(self.sources)
         claims = [self.claim(verdict) for verdict in verdicts]
         analyses = self.analyses()
         rest = coverage(self.sources)
@@ -70,7 +70,11 @@ class _Collector:
         return {
             "scale": plan.scale,
             "tally": tally(verdicts),
-            "counts": {name: sum(v.verdict == name for v in verdicts) for name in VERDICTS},
+            "counts": counts(verdicts),
+            "groups": [
+                {"name": group, "title": title, "counts": counts(verdicts, group)}
+                for group, title in GROUPS.items()
+            ],
             "symbols": SYMBOLS,
             "papers": sorted({verdict.seed for verdict in verdicts}),
             "claims": claims,
@@ -97,11 +101,10 @@ class _Collector:
         )
         for path in verdict.records:
             self.keep(Path(path))
-        measured = "" if verdict.measured is None else say(verdict.measured)
         parts = {"kind": claim.kind, "of": claim.of, "to": claim.to, "tolerance": claim.tolerance}
         reported = verdict.reported and format_printed(verdict.reported)
-        shown = {"reported": reported, "measured": measured, "records": list(verdict.records),
-                 "file": file.id}  # fmt: skip
+        shown = {"reported": reported, "measured": verdict.shown, "label": verdict.label,
+                 "records": list(verdict.records), "file": file.id}  # fmt: skip
         return asdict(verdict) | parts | shown
 
     # Tables
@@ -138,12 +141,14 @@ class _Collector:
     def context(self, results: Results, study: Study) -> dict[str, Any]:
         """What a study's numbers from one source share: scale, images, runs."""
         plan = results.plan
-        data, runs = {}, {}
+        data, runs, stand_ins = {}, {}, {}
         for row in study.rows:
             if found := plan.runs_of(study, row):
                 images = found[0].dataset
                 stands = f" (stands in for {images.stands_for})" if images.stands_for else ""
                 data[row.id] = f"{images.title}{stands}, {found[0].image_size} px"
+                if images.stands_for:
+                    stand_ins[row.id] = f"{images.title}{stands}"
             if trained := results.trained(study, row):
                 paths = [results.place(plan.train_task(run).path) for run, _ in trained]
                 runs[row.id] = [self.keep(path) for path in paths]
@@ -153,7 +158,8 @@ class _Collector:
             data = dict.fromkeys(evaluated.results["rows"], what)
         scale = f"{plan.scale.id}: {plan.scale.title}"
         state = "evidence" if results.is_evidence else "run"
-        return {"scale": scale, "state": state, "name": results.name, "data": data, "runs": runs}
+        return {"scale": scale, "state": state, "name": results.name, "data": data, "runs": runs,
+                "stand_ins": stand_ins}  # fmt: skip
 
     def row(self, study: Study, row: Row) -> dict[str, Any]:
         """What a row is; `system` is the same for the same model in every table."""

@@ -13,7 +13,7 @@ from ...config.schema import Ref, Row, Study
 from ...utils.errors import HovitError
 from ...utils.strict import Strict
 from ...utils.yaml_file import load_file
-from ..claims.judge import Missing, referenced
+from ..claims.compare import Missing, referenced
 from ..record_source import plural
 from ..results import Results, Value
 from ..sources import Sources
@@ -120,7 +120,7 @@ def resolve(sources: list[Results], name: str, variable: Variable) -> dict[str, 
     """A variable for the text: `text`, `value`, and the origin of the number.
 
     Args:
-        sources: the first that has all cells of the variable, at a scale that judges them, gives
+        sources: the first that has all cells of the variable, at a scale that checks them, gives
             the number.
         name: name of the variable, for messages.
         variable: the variable.

@@ -6,7 +6,7 @@ The text is `paper/**/*.typ` and holds no numbers. `variables.json` has each num
 """
 
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from ...config.plan import Plan
 from ...config.schema import Study
 from ...utils.errors import HovitError, one_line
 from ...utils.files import atomic, write_json
+from ..claims.check import Verdict, check_all, counts
 from ..claims.coverage import REASONS, coverage
-from ..claims.judge import VERDICTS, Verdict, judge_all, say
 from ..figures.attention_figures import seeds
 from ..figures.draw import FIGURES, FOLDER
 from ..record_source import plural
@@ -42,7 +42,7 @@ def write_paper(plan: Plan, root: Path = Path()) -> None:
             something that `paper/variables.yaml` does not have.
     """
     sources = load_sources(plan, root)
-    verdicts = judge_all(sources)
+    verdicts = check_all(sources)
     costs = [line for results in by_scale(sources) for line in _costs(results)]
     rest = coverage(sources)
     tables = {study.id: paper_table(sources, study) for study in plan.config.studies.values()}
@@ -135,7 +135,7 @@ def _sources(column: Column) -> list[Results]:
 
 
 def _is_judged(column: Column) -> bool:
-    """Whether it holds trained or timed numbers, at a scale that judges such numbers."""
+    """Whether it holds trained or timed numbers, at a scale that checks such numbers."""
     metric = "latency" if column.number.is_timed else column.number.metric.recorded
     return any(metric in results.plan.scale.judges for results in _sources(column))
 
@@ -252,8 +252,7 @@ def _figures(sources: Sources, root: Path) -> dict[str, Any]:
 
 
 def _claim(verdict: Verdict) -> dict[str, Any]:
-    measured = "" if verdict.measured is None else say(verdict.measured)
-    return asdict(replace(verdict, measured=None)) | {"measured": measured}
+    return asdict(verdict) | {"measured": verdict.shown, "label": verdict.label}
 
 
 def _costs(results: Results) -> list[dict[str, Any]]:
@@ -292,7 +291,9 @@ def _facts(
     """Variables that count over everything rather than name a cell."""
     claims = ("results/claims.json",)
     numbers = {
-        "claims": (len(verdicts), claims),
+        "claims": (sum(counts(verdicts).values()), claims),
+        "own-checks": (sum(counts(verdicts, "own").values()), claims),
+        "errata": (counts(verdicts, "errata")["erratum"], claims),
         "not-checkable": (len(rest["not_checkable"]), claims),
         "reported-cells": (len(rest["cells"]), claims),
         "tables": (len(tables), ("config/studies",)),
@@ -301,9 +302,8 @@ def _facts(
         "records": (sum(line["records"] for line in costs), ("results/paper/costs.json",)),
         "hours": (sum(line["hours"] for line in costs), ("results/paper/costs.json",)),
     }  # fmt: skip
-    for name in VERDICTS:
-        key = f"claims-{name.replace(' ', '-')}"
-        numbers[key] = (sum(v.verdict == name for v in verdicts), claims)
+    for name, number in counts(verdicts).items():
+        numbers[f"claims-{name.replace(' ', '-')}"] = (number, claims)
     return {
         name: {"text": f"{number:,.1f}" if name == "hours" else f"{number:,}", "value": number,
                "records": list(records), "field": "counted", "device": "", "n": "",

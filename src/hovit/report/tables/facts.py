@@ -182,7 +182,7 @@ def _latency(results: Results, study: Study) -> str:
         return ""
     setting = protocol(measured.spec["latency"], device.kind)
     workload = setting.get("workload", "inference")
-    parts = [str(device), WORKLOADS.get(workload, "") + _timed_size(results, study, setting)]
+    parts = [str(device), WORKLOADS.get(workload, "") + timed_size(results, study, setting)]
     if "throughput" in study.columns:
         parts.append(f"images/s at batch {results.throughput_batch(study)}")
     if not study.keep_memory:
@@ -210,12 +210,24 @@ def _processes(results: Results, study: Study) -> str:
     return f"in {len(each[0])} processes, whose medians of a row differ by up to {spread:.0%}"
 
 
-def _timed_size(results: Results, study: Study, setting: Any) -> str:
+def timed_size(results: Results, study: Study, setting: Any) -> str:
     """Size of the images that were timed."""
     if not any(row.image_size for row in study.rows):
         return _pixels(setting["image_size"])
     most = results.plan.scale.latency.image_size
     return "each row's own size" + (f", at most {most} px" if most else "")
+
+
+def timed_pixels(results: Results, study: Study, row: Row) -> str:
+    """Size of the images on which one row was timed; "" if it takes none."""
+    measured, device = results.measured(study), results.latency_device(study)
+    if measured is None or device is None:
+        return ""
+    setting = protocol(measured.spec["latency"], device.kind)
+    most = results.plan.scale.latency.image_size
+    if row.image_size:
+        return _pixels(min(row.image_size, most or row.image_size))
+    return _pixels(setting["image_size"])
 
 
 def _pixels(size: int | None) -> str:

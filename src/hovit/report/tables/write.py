@@ -8,11 +8,13 @@ from ...config.metrics import Quantity, quantity
 from ...config.plan import Plan
 from ...config.schema import Row, Study
 from ...utils.files import write_text
+from ..order import PAPERS, in_order, paper_of
 from ..results import PairedValue, Results
 from ..sources import Sources, load_sources
-from .columns import Column, Table, make_table
+from .columns import Table, make_table
 from .facts import describe
 from .latex import to_latex
+from .view import view
 
 TABLES = Path("results/tables")
 # Facts of this run that each line of the CSV repeats.
@@ -36,18 +38,18 @@ def write_table_from(sources: Sources, study: Study, root: Path = Path()) -> Non
     facts = table_facts(sources, table)
     stem = root / TABLES / study.id
     write_text(stem.with_suffix(".csv"), to_csv(sources, table, facts))
-    write_text(stem.with_suffix(".md"), to_markdown(table, facts))
+    write_text(stem.with_suffix(".md"), to_markdown(sources, study, facts))
     write_text(stem.with_suffix(".tex"), to_latex(table, facts))
 
 
 def table_facts(sources: Sources, table: Table) -> dict[str, str]:
-    """Facts about this run, about each source of evidence by its letter, and unused records."""
+    """Facts about this run, about committed results by letter, and unused records."""
     facts = describe(sources.run, table.study)
     for letter, results in table.evidence.items():
         told = "; ".join(
             f"{key.lower()}: {text}" for key, text in describe(results, table.study).items()
         )
-        facts[f"Evidence {letter}"] = f"{told}; records: `{results.folder}`"
+        facts[f"Committed results {letter}"] = f"{told}; records: `{results.folder}`"
     problems = [p for results in sources.all for p in results.problems_of(table.study)]
     if problems:
         facts["Not used"] = "; ".join(problems)
@@ -124,27 +126,19 @@ def _numbers(
     return found
 
 
-def to_markdown(table: Table, facts: dict[str, str]) -> str:
-    """The table, then facts and notes about it."""
-    study, columns = table.study, table.columns
-    header = ["", *(f"{column.heading}<br>{column.source}" for column in columns)]
-    align = [":--", *("--:" for _ in columns)]
-    body = [
-        [row.label + " †" * row.ours, *(_markdown_cell(column, i) for column in columns)]
-        for i, row in enumerate(study.rows)
-    ]
-    lines = ["| " + " | ".join(line) + " |" for line in (header, align, *body)]
+def to_markdown(sources: Sources, study: Study, facts: dict[str, str]) -> str:
+    """The tables of at most 100 characters a line, then notes and full provenance."""
     notes = [f"- {note}" for note in table_notes(study)]
     if any(row.ours for row in study.rows):
         notes.append("- † added here: the paper has no such row.")
+    if any(row.baseline for row in study.rows):
+        notes.append("- × is the ratio to the row's baseline.")
+    notes.append(f"- All columns and digits: [{study.id}.csv]({study.id}.csv).")
     about = [f"- **{key}**: {text}" for key, text in facts.items()]
-    source = f"Source: {study.source.seed}, {study.source.place}."
-    return "\n".join([f"# {study.title}", "", source, "", *lines, "", *about, "", *notes, ""])
-
-
-def _markdown_cell(column: Column, i: int) -> str:
-    mark = column.mark(i)
-    return column.cells[i] + (f" <sup>{mark}</sup>" if mark else "")
+    place = study.source.place.removeprefix("paper, ")
+    source = f"Source: {PAPERS[study.source.seed]}, {place}."
+    lines = [f"# {study.title}", "", source, "", *view(sources, study), *notes, ""]
+    return "\n".join([*lines, "## Provenance", "", *about, ""])
 
 
 def table_notes(study: Study) -> list[str]:
@@ -153,29 +147,27 @@ def table_notes(study: Study) -> list[str]:
 
 
 def write_index(plan: Plan, root: Path = Path()) -> None:
-    """Write `results/tables/index.md`: every table, its source, its scale and its figures."""
+    """Write `results/tables/index.md`: every table by paper and story, with files and figures."""
     from ..figures.draw import FIGURES
 
-    lines = [
-        "# Tables",
-        "",
-        f"Scale `{plan.scale.id}`: {plan.scale.title}.",
-        "",
-        "| table | content | source | files | figures |",
-        "| :-- | :-- | :-- | :-- | :-- |",
-    ]
-    for study in plan.config.studies.values():
-        files = " ".join(f"[{ext}]({study.id}.{ext})" for ext in ("md", "csv", "tex"))
-        figures = " ".join(
+    lines = ["# Tables", "", f"This run: scale `{plan.scale.id}` ({plan.scale.title}).", ""]
+    paper = ""
+    for study in in_order(plan.config.studies.values()):
+        if paper_of(study) != paper:
+            paper = paper_of(study)
+            lines += ["", f"## {PAPERS[paper]}", ""]
+        files = " ".join(f"[{ext}]({study.id}.{ext})" for ext in ("csv", "tex"))
+        figures = [
             f"[{name}](../../figures/{name}.png)"
             for name, figure in FIGURES.items()
             if study.id in figure.studies
-        )
-        source = f"{study.source.seed}: {study.source.place}"
-        lines.append(f"| `{study.id}` | {study.title} | {source} | {files} | {figures} |")
+        ]
+        shown = f"; figures: {', '.join(figures)}" if figures else ""
+        place = f"{study.source.place} ({files}{shown})"
+        lines += [f"- [{study.title}]({study.id}.md) `{study.id}`", f"  {place}"]
     lines += [
         "",
-        "The claims of the papers, judged by these records: [claims.md](../claims.md).",
+        "The claims of the papers, checked by these records: [claims.md](../claims.md).",
         "",
     ]
     write_text(root / TABLES / "index.md", "\n".join(lines))

@@ -116,6 +116,10 @@ const rank = (choice) =>
         ? 2
         : 3;
 
+/** The images of a number: stand-ins never share a plot with the images of the paper. */
+const imagesOf = (study, row, source) =>
+  DATA.studies[study].contexts[source]?.stand_ins[row.id] ?? row.task;
+
 function pointsOf(form) {
   const [name, only, device] = form.x.value.split("|");
   const words = form.text.value.toLowerCase();
@@ -124,7 +128,8 @@ function pointsOf(form) {
     for (const row of rows) {
       for (const source of sourcesOf(study)) {
         const state = stateOf(source);
-        if (row.task !== form.task.value || !shown(state) || (only && only !== state)) continue;
+        if (imagesOf(study, row, source) !== form.task.value) continue;
+        if (!shown(state) || (only && only !== state)) continue;
         if (!`${row.label} ${row.model}`.toLowerCase().includes(words)) continue;
         const y = numberOf(study, row, form.y.value, source);
         const x = numberOf(study, row, name, source) ?? baselineOf(row, name);
@@ -348,7 +353,6 @@ function offerAcross(form, across) {
 
 function setUpScatter() {
   const form = $("#axes");
-  const rows = Object.values(DATA.studies).flatMap((study) => study.rows);
   const across = acrossChoices();
   const trained = Object.entries(DATA.metrics).filter(
     ([name, { kind }]) =>
@@ -356,7 +360,10 @@ function setUpScatter() {
   );
   form.y.append(...options(trained.map(([name, { heading: text }]) => [name, text])));
   if (trained.some(([name]) => name === "top1")) form.y.value = "top1";
-  const tasks = [...new Set(rows.map((row) => row.task))];
+  const every = Object.entries(DATA.studies).flatMap(([study, { rows }]) =>
+    rows.flatMap((row) => sourcesOf(study).map((source) => imagesOf(study, row, source))),
+  );
+  const tasks = [...new Set(every)];
   form.task.append(...options(tasks.map((task) => [task, task])));
   const count = (task) => {
     form.task.value = task;

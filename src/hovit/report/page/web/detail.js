@@ -206,7 +206,7 @@ function claimPanel(id) {
   const verdict = h(
     "span",
     { class: `verdict ${claim.verdict.replaceAll(" ", "-")}` },
-    `${DATA.symbols[claim.verdict]} ${claim.verdict}`,
+    `${DATA.symbols[claim.verdict]} ${claim.label}`,
   );
   return [
     h("h2", { id: "detail-title" }, claim.says),
@@ -214,11 +214,11 @@ function claimPanel(id) {
     h(
       "dl",
       {},
-      fact("Why", claim.why),
+      fact("Why", claim.why || "the numbers agree or differ as stated"),
       fact("Reported", claim.reported ?? "no number (a comparison)"),
       fact("Measured", claim.measured || "not measured"),
       fact("Place", `${claim.seed}: ${claim.place}`),
-      fact("Judged by", claim.source),
+      fact("Checked by", claim.source || "no record"),
       fact(
         "Check",
         `${claim.kind} of `,
@@ -231,7 +231,7 @@ function claimPanel(id) {
       ),
       fact("Numbers", claimNumbers(claim)),
       fact("Defined in", h("code", {}, `config/claims/${claim.file}.yaml`), `, ${claim.id}`),
-      fact("Judge again", command(claimCommand())),
+      fact("Check again", command(claimCommand())),
     ),
     claim.records.map((path) => recordParts(path)),
   ];

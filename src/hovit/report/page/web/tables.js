@@ -186,7 +186,7 @@ function filterClaims() {
   const form = $("#filters");
   const words = form.text.value.toLowerCase().split(/\s+/).filter(Boolean);
   const verdicts = new Set($$('[name="verdict"]:checked', form).map((box) => box.value));
-  const rows = $$("#claims-table tbody tr");
+  const rows = $$(".claims tbody tr");
   for (const row of rows) {
     const text = row.textContent.toLowerCase();
     row.hidden =

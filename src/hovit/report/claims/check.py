@@ -1,0 +1,258 @@
+"""Check the claims of the papers by records. A verdict is computed, never typed.
+
+`results/verdicts.json` holds the verdicts that somebody last read and accepted, and every number
+that config says the papers report. `hovit claims --check` names whatever differs.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...config.metrics import quantity
+from ...config.plan import Plan
+from ...config.schema import Claim, ClaimGroup, Config, split_ref
+from ...utils.errors import HovitError
+from ...utils.files import read_json, write_json
+from ..results import Results, Value
+from ..sources import Sources, load_sources
+from .compare import NO_RECORD, Missing, claim_values, compare, is_exact, units
+
+VERDICTS = (
+    "reproduced", "direction only", "provisional", "within noise", "contradicted",
+    "not comparable", "not measured",
+)  # fmt: skip
+ERRATA = ("erratum", "consistent")  # outcomes of `group: errata`, and "not measured"
+GROUPS: dict[ClaimGroup, str] = {
+    "paper": "claims of the papers",
+    "own": "our checks",
+    "errata": "checks of the papers' arithmetic",
+}
+ACCEPTED = Path("results/verdicts.json")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of one claim.
+
+    Args:
+        seed: the paper.
+        group: whether the paper says it, or it is a check of our own or of the paper's arithmetic.
+        verdict: one of VERDICTS; for errata one of ERRATA.
+        detail: a larger or smaller effect, or the verdict that one random seed points to.
+        unit: unit of `measured` and `reported`.
+        measured: the number that is compared with the paper's, or None.
+        shown: the measured number, or both numbers of a comparison, with the unit.
+        why: the reason.
+        source: where the numbers come from: counted now, this run, or committed results.
+        records: the records behind it.
+    """
+
+    id: str
+    seed: str
+    group: ClaimGroup
+    study: str
+    says: str
+    place: str
+    reported: str | None
+    unit: str
+    verdict: str
+    detail: str
+    measured: float | None
+    shown: str
+    why: str
+    source: str
+    records: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """The verdict for people: `direction only (larger)`, `provisional (one seed): ...`."""
+        if self.verdict == "provisional":
+            return f"provisional (one seed): {self.detail}"
+        return f"{self.verdict} ({self.detail})" if self.detail else self.verdict
+
+
+def check_claim(sources: Sources, claim: Claim, paper: str) -> Verdict:
+    """Check one claim by this run, or else by the first committed results that can tell.
+
+    All numbers of a verdict come from one source, so devices and data sets are never mixed.
+    """
+    missing: list[Missing] = []
+    for results in sources.all:
+        values = claim_values(results, claim)
+        if not isinstance(values, Missing):
+            return _decided(results, claim, paper, values)
+        missing.append(values)
+    special = [each for each in missing if not each.is_general]
+    names = [each.verdict for each in special]
+    verdict = "not comparable" if "not comparable" in names else "not measured"
+    reasons = dict.fromkeys(each.why for each in special if each.verdict == verdict)
+    here = "" if missing[0].why == NO_RECORD else f"; this run: {missing[0].why}"
+    why = "; ".join(reasons) or f"no committed results{here}"
+    return _verdict(claim, paper, verdict=verdict, why=why)
+
+
+def _decided(results: Results, claim: Claim, paper: str, values: list[Value]) -> Verdict:
+    """The verdict by a source that has all numbers."""
+    outcome = compare(results, claim, values)
+    notes = [outcome.why, claim.note, *_stand_ins(results, claim)]
+    return _verdict(
+        claim,
+        paper,
+        verdict=outcome.verdict,
+        detail=outcome.detail,
+        measured=outcome.measured,
+        shown=outcome.shown,
+        why=". ".join(filter(None, notes)),
+        source=_source(results, claim, values),
+        records=tuple(sorted({str(path) for value in values for path in value.paths})),
+    )
+
+
+def _verdict(
+    claim: Claim,
+    paper: str,
+    *,
+    verdict: str,
+    why: str,
+    detail: str = "",
+    measured: float | None = None,
+    shown: str = "",
+    source: str = "",
+    records: tuple[str, ...] = (),
+) -> Verdict:
+    return Verdict(
+        id=claim.id,
+        seed=paper,
+        group=claim.group,
+        study=split_ref(claim.of)[1],
+        says=claim.says,
+        place=claim.place,
+        reported=claim.reported,
+        unit=units(claim)[1],
+        verdict=verdict,
+        detail=detail,
+        measured=measured,
+        shown=shown,
+        why=why,
+        source=source,
+        records=records,
+    )
+
+
+def _source(results: Results, claim: Claim, values: list[Value]) -> str:
+    """Where a verdict comes from: `counted now`, `this run (...)`, `committed results (...)`."""
+    if not any(value.paths for value in values):
+        return "computed from printed numbers" if _all_printed(claim) else "counted now"
+    scale = f"scale {results.plan.scale.id}"
+    if is_exact(claim):  # the same on every device
+        return f"counted, committed results ({scale})" if results.is_evidence else "counted now"
+    paths = {path for value in values for path in value.paths}
+    facts = [scale, *_images(results, claim), *results.devices(paths)]
+    kind = "committed results" if results.is_evidence else "this run"
+    return f"{kind} ({', '.join(facts)})"
+
+
+def _all_printed(claim: Claim) -> bool:
+    numbers = [quantity(split_ref(ref)[3]) for ref in (claim.of, claim.to) if ref]
+    return all(number is not None and number.reported for number in numbers)
+
+
+def _images(results: Results, claim: Claim) -> list[str]:
+    """The images that the compared models were trained on; none for counts and times."""
+    found: dict[str, None] = {}
+    for ref in filter(None, (claim.of, claim.to)):
+        analysis_id, study_id, row_id, metric = split_ref(ref)
+        number = quantity(metric)
+        study = results.plan.study(study_id)
+        if analysis_id or (number and number.is_trained and study.trained):
+            runs = results.plan.runs_of(study, study.row(row_id))
+            found |= dict.fromkeys(run.dataset.title for run in runs)
+    return list(found)
+
+
+def _stand_ins(results: Results, claim: Claim) -> list[str]:
+    """The models that the scale trains and times in place of the claim's."""
+    models, named = results.plan.scale.models, set()
+    for ref in filter(None, (claim.of, claim.to)):
+        analysis_id, study_id, row_id, metric = split_ref(ref)
+        number = quantity(metric)
+        stand_in = models.get(str(results.plan.study(study_id).row(row_id).model))
+        trained = bool(analysis_id) or (number is not None and number.is_trained)
+        if stand_in and (trained or stand_in.measured) and not (number and number.reported):
+            named.add(str(results.plan.study(study_id).row(row_id).model))
+    return [f"{models[name].model} stands in for {name}" for name in sorted(named)]
+
+
+def check_all(sources: Sources) -> list[Verdict]:
+    """Check every claim in config."""
+    return [
+        check_claim(sources, claim, file.seed)
+        for file in sources.plan.config.claims.values()
+        for claim in file.claims
+    ]
+
+
+def counts(verdicts: list[Verdict], group: ClaimGroup = "paper") -> dict[str, int]:
+    """The number of each verdict in a group, in the order of VERDICTS or ERRATA."""
+    found = [verdict.verdict for verdict in verdicts if verdict.group == group]
+    names = VERDICTS if group != "errata" else (*ERRATA, "not measured")
+    return {name: found.count(name) for name in names}
+
+
+def tally(verdicts: list[Verdict]) -> str:
+    """The number of each verdict in one line, group by group."""
+    parts = []
+    for group, title in GROUPS.items():
+        number = sum(counts(verdicts, group).values())
+        parts.append(f"{number} {title}: {tally_of(verdicts, group)}")
+    return "; ".join(parts)
+
+
+def tally_of(verdicts: list[Verdict], group: ClaimGroup) -> str:
+    """The number of each verdict in one group; `none` if it is empty."""
+    found = [(n, name) for name, n in counts(verdicts, group).items() if n]
+    words = [f"{n} {'errata' if name == 'erratum' and n > 1 else name}" for n, name in found]
+    return ", ".join(words) or "none"
+
+
+def reported_numbers(config: Config) -> dict[str, str]:
+    """Every number that config says a paper reports, by its place."""
+    rows = {
+        f"{study.id}/{row.id}/{metric}": number
+        for study in config.studies.values()
+        for row in study.rows
+        for metric, number in row.reported.items()
+    }
+    claims = {
+        claim.id: claim.reported
+        for file in config.claims.values()
+        for claim in file.claims
+        if claim.reported is not None
+    }
+    return rows | claims
+
+
+def accept(plan: Plan, root: Path = Path()) -> None:
+    """Write `results/verdicts.json`: somebody has read these verdicts, and expects them."""
+    verdicts = {v.id: v.label for v in check_all(load_sources(plan, root))}
+    write_json(root / ACCEPTED, {"reported": reported_numbers(plan.config), "verdicts": verdicts})
+
+
+def check_accepted(plan: Plan, root: Path = Path()) -> list[str]:
+    """A line for every verdict and every reported number that differs from the accepted one.
+
+    Raises:
+        HovitError: if `results/verdicts.json` is missing or not readable.
+    """
+    accepted = read_json(root / ACCEPTED)
+    found = {
+        "reported": reported_numbers(plan.config),
+        "verdicts": {v.id: v.label for v in check_all(load_sources(plan, root))},
+    }
+    if any(not isinstance(accepted.get(part), dict) for part in found):
+        raise HovitError(f"{root / ACCEPTED}: not a file that `hovit claims --accept` writes")
+    return [
+        f"{name}: {now.get(name, 'gone')}, but accepted was {accepted[part].get(name, 'nothing')}"
+        for part, now in found.items()
+        for name in sorted(now | accepted[part])
+        if now.get(name) != accepted[part].get(name)
+    ]

@@ -1,0 +1,96 @@
+"""`results/claims.md` and `results/claims.json`: every claim with its verdict."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from ...config.plan import Plan
+from ...utils.files import write_json, write_text
+from ..order import PAPERS, in_order, paper_of
+from ..sources import load_sources
+from ..tables.columns import format_printed
+from .check import GROUPS, Verdict, check_all, counts, tally, tally_of
+from .coverage import coverage, coverage_lines, coverage_tally
+
+ABOUT = """\
+- **reproduced**: within the tolerance of the reported number, or in the reported direction by more
+  than the noise.
+- **direction only**: in the reported direction, but the effect is larger or smaller.
+- **provisional**: one random seed only. The word after it is the verdict that this seed points to.
+- **within noise**: the difference is too small to tell.
+- **contradicted**: in the opposite direction, or another number where the claim is an exact number.
+- **not comparable**: measured on images that stand in for those of the paper.
+- **not measured**: no record; the reason is stated.
+
+Noise is a 95 % interval over random seeds and test images (accuracy and loss), or half the
+inter-quartile range of the rounds' ratios (times). The variance over seeds is pooled over the rows
+of a study; models that were tested on the same images are compared image by image. Times are
+compared by ratio and rank only, because the device differs from the paper's."""
+
+
+def write_claims(plan: Plan, root: Path = Path()) -> str:
+    """Write `results/claims.json` and `.md`; return the tally."""
+    sources = load_sources(plan, root)
+    verdicts = check_all(sources)
+    rest = coverage(sources)
+    scale = {"id": plan.scale.id, "title": plan.scale.title}
+    claims = [asdict(verdict) | {"label": verdict.label} for verdict in verdicts]
+    content = {"scale": scale, "tally": tally(verdicts), "claims": claims, **rest}
+    write_json(root / "results/claims.json", content)
+    lines = [
+        "# Claims of the papers, checked by records",
+        "",
+        f"This run: scale `{plan.scale.id}` ({plan.scale.title}).",
+        "",
+        *_summary(verdicts),
+        "",
+        ABOUT,
+        "",
+    ]
+    for group, heading in (("paper", ""), ("own", "Our checks: "), ("errata", "Errata: ")):
+        found = [verdict for verdict in verdicts if verdict.group == group]
+        lines += _sections(plan, found, heading, by_study=group == "paper")
+    lines += coverage_lines(rest, [v.seed for v in verdicts if v.group == "paper"])
+    write_text(root / "results/claims.md", "\n".join([*lines, ""]))
+    return f"{tally(verdicts)}\n{coverage_tally(rest)}"
+
+
+def _summary(verdicts: list[Verdict]) -> list[str]:
+    """The number of each verdict, one line for each group."""
+    return [
+        f"- **{sum(counts(verdicts, group).values())} {title}**: {tally_of(verdicts, group)}."
+        for group, title in GROUPS.items()
+    ]
+
+
+def _sections(plan: Plan, verdicts: list[Verdict], heading: str, by_study: bool) -> list[str]:
+    """The verdicts of one group: a section for each paper, and for claims one for each study."""
+    lines: list[str] = []
+    studies = in_order(plan.config.studies.values())
+    for paper, title in PAPERS.items():
+        own = [study for study in studies if paper_of(study) == paper]
+        found = [(study, [v for v in verdicts if v.study == study.id]) for study in own]
+        found = [(study, some) for study, some in found if some]
+        if not found:
+            continue
+        lines += [f"## {heading}{title}", ""]
+        for study, some in found:
+            link = f"[`{study.id}`](tables/{study.id}.md)"
+            lines += [f"### {study.title} ({link})", ""] if by_study else []
+            lines += [line for verdict in some for line in verdict_lines(verdict)]
+            lines += [""] if by_study else []
+        lines += [] if by_study else [""]
+    return lines
+
+
+def verdict_lines(verdict: Verdict) -> list[str]:
+    """One verdict as an item of a list: the sentence, the numbers, and where they come from."""
+    numbers = []
+    if verdict.reported:
+        numbers.append(f"reported {format_printed(verdict.reported)} {verdict.unit}".strip())
+    if verdict.shown:
+        how = "computed" if verdict.group == "errata" else "measured"
+        numbers.append(f"{how} {verdict.shown}")
+    place = f"place: {verdict.place.rstrip('.')}"
+    facts = [", ".join(numbers), verdict.source, verdict.why, place]
+    text = ". ".join(fact[:1].upper() + fact[1:] for fact in facts if fact)
+    return [f"- **{verdict.label}** `{verdict.id}`: {verdict.says}.", f"  {text}."]

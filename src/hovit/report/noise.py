@@ -1,0 +1,57 @@
+"""Noise of a number: random seeds, test images, rounds of a timing."""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+
+# Student's t at 95 % (two-sided) by degrees of freedom.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+NORMAL = 1.96  # as `student` for infinitely many
+
+
+def student(freedom: int) -> float:
+    """Student's t at 95 % (two-sided); above 4 degrees of freedom by an expansion, to 0.004."""
+    if freedom in STUDENT:
+        return STUDENT[freedom]
+    z = NORMAL
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
+
+
+def binomial_variance(percent: float, images: int) -> float:
+    """Variance of an accuracy over so many images, in points squared."""
+    share = percent / 100
+    return 1e4 * share * (1 - share) / images
+
+
+def binomial_noise(percent: float, images: int) -> float:
+    """Half the width of the 95 % interval of an accuracy over so many images, in points."""
+    return NORMAL * math.sqrt(binomial_variance(percent, images))
+
+
+def pooled_variance(groups: Iterable[Sequence[float]]) -> tuple[float, int]:
+    """(variance within groups, its degrees of freedom); (0, 0) if no group has two values."""
+    groups = list(groups)
+    freedom = sum(len(group) - 1 for group in groups if group)
+    if not freedom:
+        return 0.0, 0
+    return sum(statistics.pvariance(g) * len(g) for g in groups if g) / freedom, freedom
+
+
+def seed_noise(variance: float, freedom: int, n: int) -> float:
+    """Half the width of the 95 % interval of a mean over n random seeds.
+
+    Args:
+        variance: pooled variance over random seeds.
+        freedom: its degrees of freedom; 0 if it is unknown, which gives 0.
+        n: random seeds of the mean.
+    """
+    return student(freedom) * math.sqrt(variance / n) if freedom else 0.0
+
+
+def half_iqr(numbers: Sequence[float]) -> float:
+    """Half the inter-quartile range."""
+    low, _, high = statistics.quantiles(numbers, n=4)
+    return (high - low) / 2

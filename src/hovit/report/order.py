@@ -1,0 +1,46 @@
+"""The order of papers and studies in lists: by paper, and within a paper as its text goes."""
+
+from collections.abc import Iterable
+
+from ..config.schema import Study
+
+PAPERS = {
+    "hovit": "HoViT (slides)",
+    "skipvit": "SkipViT (poster)",
+    "efficientvit": "EfficientViT (paper)",
+    "ours": "Added here",
+}
+# Where a study is not named here, it follows those of its paper.
+STORY = {
+    "hovit": (
+        "hovit", "launcher", "launcher_imagenet", "pretraining", "scratch", "conv_stage",
+        "checkerboard", "depth", "conv_shrink", "dropout", "hovit_cifar100", "levit_attention",
+        "attention_models", "swin_similarity", "swin_flatten", "attention_speed",
+        "attention_gradients", "attention_length", "backbones", "datasets",
+    ),
+    "skipvit": ("skipvit", "skipvit_warmup"),
+    "efficientvit": (
+        "efficientvit_imagenet", "efficientvit_family", "efficientvit_onnx",
+        "efficientvit_ablation", "efficientvit_downstream", "efficientvit_pretraining",
+        "efficientvit_detection", "mhsa_share", "efficientvit_speed", "efficientvit_steps",
+        "efficientvit_allocator",
+    ),
+}  # fmt: skip
+
+
+def paper_of(study: Study) -> str:
+    """The paper that a study belongs to; studies added here belong to the paper they extend."""
+    named = [paper for paper, studies in STORY.items() if study.id in studies]
+    return named[0] if named else study.source.seed
+
+
+def in_order(studies: Iterable[Study]) -> list[Study]:
+    """Studies by paper, and within a paper in the order of its story."""
+
+    def place(study: Study) -> tuple[int, int]:
+        paper = paper_of(study)
+        story = STORY.get(paper, ())
+        at = story.index(study.id) if study.id in story else len(story)
+        return list(PAPERS).index(paper), at
+
+    return sorted(studies, key=place)
