@@ -144,7 +144,7 @@ def checklist_section(sources: Sources) -> str:
     ]
     for name in HEADLINES:
         v = check_claim(sources, *claims[name])
-        records = [read_record(sources.this_run.root / path) for path in v.records]
+        records = [read_record(sources.run.root / path) for path in v.records]
         minutes = sum(record.provenance.seconds for record in records) / 60
         counted = v.source.startswith("counted")
         scale = records[0].scale
