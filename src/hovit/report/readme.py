@@ -1,5 +1,6 @@
 """README's findings and results, and ARTIFACT's checklist, from the committed records alone."""
 
+import re
 from io import BytesIO
 from pathlib import Path
 from string import Formatter
@@ -155,8 +156,11 @@ def checklist_section(sources: Sources) -> str:
         else:
             command = f"make table T={v.study} SCALE={scale} DATA=…"
         device = records[0].provenance.device.name
-        equal = "exact" if counted else v.why.split(";")[0].split(". ")[0] or "—"
-        time = "1" if counted else f"{minutes:.0f} ({device})"
+        differs = [text for text in re.split(r"[;.] ", v.why) if "differ" in text]
+        equal = "exact" if counted else next(iter(differs), "—")
+        time = (
+            "1" if counted else f"{minutes:.0f} ({device})" if minutes >= 1 else f"< 1 ({device})"
+        )
         lines.append(
             f"| {v.says} (`{v.id}`) | `{v.study}` | {v.reported or ''} | {v.shown} | {equal} "
             f"| `{command}` | {time} |"
