@@ -158,12 +158,11 @@ def checklist_section(sources: Sources) -> str:
         device = records[0].provenance.device.name
         differs = [text for text in re.split(r"[;.] ", v.why) if "differ" in text]
         equal = "exact" if counted else next(iter(differs), "—")
-        time = (
-            "1" if counted else f"{minutes:.0f} ({device})" if minutes >= 1 else f"< 1 ({device})"
-        )
+        rounded = f"{minutes:.0f}" if minutes >= 0.5 else "< 1"
+        taken = "1" if counted else f"{rounded} ({device})"
         lines.append(
             f"| {v.says} (`{v.id}`) | `{v.study}` | {v.reported or ''} | {v.shown} | {equal} "
-            f"| `{command}` | {time} |"
+            f"| `{command}` | {taken} |"
         )
     return "\n".join(["", *lines, ""])
 
