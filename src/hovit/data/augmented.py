@@ -148,7 +148,7 @@ def _rand_augment(size: int) -> Callable[[Image.Image], Image.Image]:
 
 
 def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
-    """timm's posterize. At magnitude 10 it keeps 0 bits, which Pillow 12 refuses: black."""
+    """timm's posterize. At magnitude 10 it keeps 0 bits, which newer Pillow refuses: black."""
     return posterize(image, bits, **kwargs) if bits else image.point(lambda _: 0)
 
 
