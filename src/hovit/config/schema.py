@@ -535,7 +535,7 @@ class NotChecked(Strict):
     reason `data`: needs images or training that no scale has; `hardware`: about a device that is
     not available; `unsaid`: the paper does not say what was done or meant; `undone`: no study
     checks it yet; `setting`: says how something is built or trained, which configuration and tests
-    cover; `others`: about the work of others; `opinion`: a judgement, an explanation or a wish.
+    cover; `others`: about the work of others; `opinion`: an opinion, an explanation or a proposal.
     """
 
     says: Text

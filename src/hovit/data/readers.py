@@ -105,7 +105,7 @@ def _download(
         if dataset.files:
             raise HovitError(f"{dataset.id}: {data_root}: {one_line(error)}") from None
         raise HovitError(
-            f"{dataset.id}: torchvision could not get it into {data_root} ({one_line(error)}); "
+            f"{dataset.id}: torchvision could not download it to {data_root} ({one_line(error)}); "
             f"without a network, put {what} there by hand"
         ) from None
     finally:
@@ -290,7 +290,7 @@ def find(dataset: Dataset, data_root: Path, name: str) -> Path:
     path = data_root / name
     if not path.exists():
         raise HovitError(
-            f"{path}: not found, and dataset {dataset.id} is made of it; put it there, or name the "
+            f"{path}: not found, but dataset {dataset.id} needs it; put it there, or name the "
             "folder that has it (--data-root, or DATA= with make)"
         )
     return path

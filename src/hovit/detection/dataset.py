@@ -81,7 +81,7 @@ def read_parts(dataset: Dataset, root: Path) -> Iterator[tuple[str, Annotations]
         for path in (root / annotations, root / images):
             if not path.exists():
                 raise HovitError(
-                    f"{path}: not found, and dataset {dataset.id} is made of it; put it there, or "
+                    f"{path}: not found, but dataset {dataset.id} needs it; put it there, or "
                     "name the folder that has it (--data-root, or DATA= with make)"
                 )
         yield split, read_annotations(root / annotations, root / images, dataset.num_classes)

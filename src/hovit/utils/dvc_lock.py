@@ -75,4 +75,4 @@ def _problem(path: Path, expected: str) -> str:
         return "missing"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    return "" if same else "not the bytes that dvc.lock promises"
+    return "" if same else "differs from dvc.lock"

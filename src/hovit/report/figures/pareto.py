@@ -1,4 +1,4 @@
-"""Speed of every system against its size and accuracy, for each device, with Pareto fronts."""
+"""Speed of every system against its size and accuracy, with Pareto fronts, for each device."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-# Family -> the cited studies of its rows; rows with the Launcher are a family of their own.
+# Family -> the cited studies of its rows; rows with the Launcher form another family.
 FAMILIES = {
     "LeViT and HoViT": ("hovit", "conv_stage", "checkerboard", "depth", "conv_shrink"),
     "Launcher": ("launcher",),
@@ -25,7 +25,7 @@ FAMILIES = {
 SPEEDS = {"latency_1": "Latency at batch 1, ms", "throughput": "Images/s at batch {batch}"}
 SIZES = {"parameters_m": "Parameters, M", "macs": "Multiply-adds, G"}
 FRONT_STYLES = ["-", "--", "-.", ":"]
-LABEL_ROOM = (60, 8)  # pixels that a label needs to its right, and in height
+LABEL_ROOM = (60, 8)  # width and height of a label, in pixels
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Point:
 
     Args:
         x, y: size or accuracy, and speed.
-        label: of its row.
+        label: label of its row.
         family: key of FAMILIES.
         data: data set of the accuracy; empty for a size.
         reported: whether the accuracy is the paper's.
@@ -112,7 +112,7 @@ def _panels(axes: Any, results: Results, study: Study, speed: str) -> None:
 
 
 def size_points(results: Results, study: Study, size: str, speed: str) -> list[Point]:
-    """The rows that have both, in the unit of the axis."""
+    """The rows that have both numbers, in the units of the axes."""
     points = []
     for row in study.rows:
         x, y = (results.value(study, row, number) for number in (size, speed))
@@ -156,7 +156,7 @@ def family_of(row: Row) -> str:
 
 
 def pareto_front(points: Iterable[Point], larger_is_faster: bool) -> list[Point]:
-    """The points that no other one beats in both accuracy and speed, by rising accuracy."""
+    """The points that no other point beats in both accuracy and speed, by rising accuracy."""
     front: list[Point] = []
     sign = -1 if larger_is_faster else 1
     for point in sorted(points, key=lambda p: (-p.x, sign * p.y)):
@@ -183,7 +183,7 @@ def _look(family: str) -> dict[str, Any]:
 def _draw_front(
     ax: "Axes", front: list[Point], data: str, line: str, labelled: list[tuple[float, float]]
 ) -> None:
-    """A front, with the names of its systems beside it, where there is room.
+    """Draw a front and, where there is room, the names of its systems.
 
     Args:
         ax: the panel.
