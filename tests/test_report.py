@@ -203,7 +203,7 @@ def test_a_record_of_other_code_is_named_and_not_used(plan: Plan, root: Path) ->
     record = read_record(path)
     made = record.provenance.model_copy(update={"code": "0" * 64})
     write_record(path, record.model_copy(update={"provenance": made}))
-    assert "record.json: other code than the present made it" in not_used(plan, root)
+    assert "record.json: made by other code than the current code" in not_used(plan, root)
     assert value_of(plan, root, "hovit").n == 1
 
 

@@ -408,7 +408,7 @@ def open_files(pack: Pack, folder: Path | None = None) -> ImageFiles:
     meta = read_json(folder / "pack.json")
     if meta.get("spec_hash") != pack.spec_hash:
         raise HovitError(
-            f"{folder}: made by another config/datasets/{pack.dataset.id}.yaml; delete it"
+            f"{folder}: made from another config/datasets/{pack.dataset.id}.yaml; delete it"
         )
     root = Path(str(meta.get("root")))
     if meta != _describe(pack, folder, root) | {"fingerprint": meta.get("fingerprint")}:

@@ -215,8 +215,8 @@ def _stanford_cars(dataset: Dataset, data_root: Path) -> list[Item]:
     base = data_root / "stanford_cars"
     if missing := [name for name in CARS if not (base / name).exists()]:
         raise HovitError(
-            f"{dataset.id}: {base / missing[0]}: not found, and its authors' download is gone; "
-            f"get the images and labels elsewhere and put into {base}: {', '.join(CARS)}"
+            f"{dataset.id}: {base / missing[0]}: not found, and the original download is gone; get "
+            f"the images and labels elsewhere and put these into {base}: {', '.join(CARS)}"
         )
     items = []
     for split in ("train", "test"):

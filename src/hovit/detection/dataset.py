@@ -139,11 +139,11 @@ def open_coco(pack: Pack, folder: Path | None = None) -> CocoDataset:
     meta = read_json(folder / "pack.json")
     if meta.get("spec_hash") != pack.spec_hash:
         raise HovitError(
-            f"{folder}: made by another config/datasets/{pack.dataset.id}.yaml; {command}"
+            f"{folder}: made from another config/datasets/{pack.dataset.id}.yaml; run {command}"
         )
     root = Path(str(meta.get("root")))
     if meta != _describe(pack, folder, root):
-        raise HovitError(f"{folder}: annotations under {root} or a file here changed; {command}")
+        raise HovitError(f"{folder}: it or annotations under {root} changed; run {command}")
     sums = _read_manifest(folder).set_index(["split", "image_id"])["sha256"].to_dict()
     parts = {
         split: replace(part, images=[

@@ -27,8 +27,8 @@ def check_batch_norm(model: nn.Module, batch_size: int, world: int) -> None:
     has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     if has_batch_norm and batch_size // world < 2:
         raise HovitError(
-            f"{world} processes get one image each of a batch of {batch_size}, but BatchNorm needs "
-            "two; use fewer processes or a larger batch"
+            f"a batch of {batch_size} gives each of {world} processes one image, but BatchNorm "
+            "needs two; use fewer processes or a larger batch"
         )
 
 

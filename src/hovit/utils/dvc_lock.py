@@ -57,7 +57,7 @@ def _outs(lock: Path) -> Iterator[tuple[str, str]]:
     for path, md5 in outs:
         if not (isinstance(path, str) and isinstance(md5, str) and MD5.fullmatch(md5)):
             raise HovitError(
-                f"{lock}: {path}: md5: {md5!r} is no md5 of 32 digits in hex; `dvc repro` writes "
+                f"{lock}: {path}: md5: {md5!r} is not an md5 of 32 hex digits; `dvc repro` writes "
                 "it again"
             )
         yield path, md5
