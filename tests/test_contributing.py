@@ -159,7 +159,7 @@ def test_a_dataset_in_an_existing_role_is_two_files(copy: Copy) -> None:
     copy.changes_what("Add a dataset in an existing role")
     said = copy.hovit("data", "photos-64px", "--data-root", ".")
     assert "photos-64px: 6 / 2 / 2 images" in said
-    assert re.search(r"hovit\.pets\.deck .* photos-64px", copy.hovit("list"))
+    assert re.search(r"hovit\.pets\.deck .* photos-64px", copy.hovit("list", "--runs"))
 
 
 def test_a_role(copy: Copy) -> None:
@@ -168,9 +168,9 @@ def test_a_role(copy: Copy) -> None:
     copy.edit("config/scales/smoke.yaml", DIGITS, "{faces: digits, pets: digits, cifar10: digits")
     copy.changes_what("Add a role")
     copy.write("config/studies/another.yaml", study("hovit", "[top1]", "dataset: faces\n"))
-    assert re.search(r"hovit\.faces\.deck .* digits-64px +another", copy.hovit("list"))
+    assert re.search(r"hovit\.faces\.deck .* digits-64px +another", copy.hovit("list", "--runs"))
     copy.hovit("table", "another")
-    assert ".faces." not in copy.hovit("list", "--scale", "mini")  # which has no such images
+    assert ".faces." not in copy.hovit("list", "--runs", "--scale", "mini")  # which has no such images
 
 
 def test_a_reader(copy: Copy) -> None:
@@ -213,7 +213,7 @@ def test_a_recipe(copy: Copy) -> None:
     copy.edit("dvc.yaml", params, params.replace("deck", "another") + params)
     copy.changes_what("Add a recipe")
     copy.write("config/studies/another.yaml", study("hovit", "[top1]", "recipe: another\n"))
-    assert "hovit.pets.another" in copy.hovit("list")
+    assert "hovit.pets.another" in copy.hovit("list", "--runs")
 
 
 MODEL = '''"""A linear classifier of mean colours."""
@@ -313,7 +313,7 @@ def check_attention(''',
 def test_a_study_is_one_file(copy: Copy) -> None:
     copy.write("config/studies/another.yaml", study("hovit", "[parameters, top1]", ""))
     copy.changes_what("Add a study")
-    listed = copy.hovit("list")
+    listed = copy.hovit("list", "--runs")
     assert re.search(r"another +1 rows  Another study", listed)
     assert re.search(r"hovit\.pets\.deck .*\banother\b", listed)
     copy.hovit("table", "another")
@@ -343,7 +343,7 @@ def analysed(copy: Copy) -> dict[str, object]:
 def test_an_analysis_is_one_file(copy: Copy) -> None:
     copy.write("config/analyses/another.yaml", ANALYSIS.format(kind="attention_maps"))
     copy.changes_what("Add an analysis")
-    assert re.search(r"another +1 rows  Another analysis", copy.hovit("list"))
+    assert re.search(r"another +1 rows  Another analysis", copy.hovit("list", "--runs"))
     assert len(analysed(copy)["map"]) > 0  # type: ignore[arg-type]
 
 

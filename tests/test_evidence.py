@@ -213,11 +213,12 @@ def test_tables_show_it_beside_this_run(config: Config, here: Path, plan: Plan) 
     write_all(plan, here)
     write_table(plan, plan.study("hovit"), here)
     text = (here / "results/tables/hovit.md").read_text()
-    header = next(line for line in text.splitlines() if line.startswith("| "))
-    for column in ("Top-1, %<br>reported", "Top-1, %<br>evidence", "Top-1, %<br>this run"):
-        assert column in header
-    assert header.count("Parameters") == 2  # exact: evidence would only repeat it
-    assert "Tiny-ImageNet-37" in re.search(r"\*\*Evidence a\*\*: (.*)", text)[1]  # type: ignore[index]
+    headers = [line for line in text.splitlines() if line.startswith("|  |")]
+    assert headers[0].count("Parameters") == 2  # reported, and counted once
+    assert headers[1].startswith("|  | Top-1, %, reported | Top-1, % on stand-ins |")
+    assert "committed results, scale mini, Tiny-ImageNet-37" in text
+    csv = (here / "results/tables/hovit.csv").read_text()
+    assert {"top1_reported", "evidence_top1", "top1"} <= set(csv.splitlines()[0].split(","))
 
 
 def test_claims_use_it_where_this_run_cannot_tell(config: Config, here: Path, plan: Plan) -> None:
@@ -228,10 +229,10 @@ def test_claims_use_it_where_this_run_cannot_tell(config: Config, here: Path, pl
     after = {v.id: v for v in check_all(load_sources(plan, here))}
     assert after["hovit-accuracy"].verdict != "not measured"
     assert after["hovit-accuracy"].source == (
-        "evidence: mini, Tiny-ImageNet-37, Test CPU, 2 threads"
+        "committed results (scale mini, Tiny-ImageNet-37, Test CPU, 2 threads)"
     )
     assert all("evidence/test-cpu" in path for path in after["hovit-accuracy"].records)
-    assert after["parameters-hovit"].source.startswith("this run: smoke, digits")
+    assert after["parameters-hovit"].source == "counted now"
 
 
 def test_a_dropped_run_turns_its_claims(config: Config, here: Path, plan: Plan) -> None:
@@ -255,7 +256,7 @@ def test_tables_from_evidence_alone_in_seconds_without_torch(config: Config, her
     began = time.monotonic()
     subprocess.run([sys.executable, "-c", code], cwd=here, check=True)
     assert time.monotonic() - began < 60  # about two seconds; a hang guard, not a speed test
-    assert "**Evidence a**: scale: `mini`" in (here / "results/tables/launcher.md").read_text()
+    assert "**Committed results a**: scale: `mini`" in (here / "results/tables/launcher.md").read_text()
 
 
 def test_measurements_of_two_devices_stay_apart(config: Config, here: Path) -> None:
