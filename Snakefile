@@ -1,4 +1,4 @@
-"""The only DAG: data -> train -> measure -> tables, figures, claims, page.
+"""The DAG of the artifact: data -> train -> measure -> tables, figures, claims, page.
 
 snakemake --cores all results/tables                       everything, at scale smoke
 snakemake --cores all results/runs                         train and measure only; data/packed: decode only
@@ -42,8 +42,8 @@ try:
 except HovitError as error:
     sys.exit(f"error: {error}")
 
-# `--cores all` counts the processors of the machine, and profiles/default names the memory of a
-# usual one. A container may be allowed less; the memory stays enough for one job.
+# `--cores all` counts the processors of the machine, and profiles/default assumes the memory of a
+# typical one. A container may allow less; the limit on memory always leaves enough for one job.
 if workflow.resource_settings.cores == available_cpu_count():
     workflow.register_resource("_cores", usable_cpus())
 given, usable = workflow.global_resources.get("mem_mb"), usable_memory_mb()
@@ -55,7 +55,7 @@ if (
 ):
     workflow.register_resource("mem_mb", max(usable, PLAN.scale.memory_mb))
 
-# Passed by the environment, not as parameters: the location of files changes no result.
+# Passed in the environment, not as parameters, because the location of files changes no result.
 SETTINGS = {
     "HOVIT_DATA": DATA_ROOT,
     "HOVIT_WEIGHTS": str(WEIGHTS or ""),
@@ -72,7 +72,7 @@ onstart:
         worker.start()
 
 
-# Tasks know their records, specs, code hashes and inputs; the rules below only ask them.
+# Tasks define their records, specs, code hashes and inputs; the rules below only query them.
 STUDIES = PLAN.config.studies
 TRAIN = {(run.id, str(run.seed)): PLAN.train_task(run) for run in PLAN.all_runs}
 MEASURE = {study.id: PLAN.measure_task(study) for study in STUDIES.values()}
@@ -82,7 +82,7 @@ PACKS = PLAN.packs
 IN_PLACE = {pack.id for pack in PACKS.values() if pack.in_place}
 REPORT_CODE = code_hash("report")
 EVIDENCE = evidence_digest()
-# Reports describe images and recipes.
+# Reports describe images and recipes, so they depend on these files.
 CONFIG = [
     f"config/scales/{SCALE}.yaml",
     *expand("config/datasets/{name}.yaml", name=PLAN.config.datasets),
@@ -111,7 +111,7 @@ wildcard_constraints:
 
 
 def one_of(names):
-    """A pattern that matches exactly these names."""
+    """Return a pattern that matches exactly these names."""
     return "|".join(re.escape(name) for name in sorted(set(names))) or "(?!)"
 
 
@@ -129,7 +129,7 @@ rule all_tables:
 
 
 def records(studies):
-    """Everything that a report on these studies reads."""
+    """List all records and packs that a report on these studies reads."""
     studies = list(studies)
     files = [task.path for task in PLAN.tasks(studies)]
     for study in studies:
@@ -142,7 +142,7 @@ def records(studies):
 
 
 def analyses(names):
-    """The records of those analyses that this scale has the data for."""
+    """List the records of the analyses for which this scale has data."""
     return [ANALYSE[name].path for name in names if ANALYSE[name]]
 
 
@@ -195,7 +195,7 @@ use rule data as data_in_place with:
         ),
 
 
-# state.safetensors and best-N.safetensors are not declared: a killed run goes on from them.
+# state.safetensors and best-N.safetensors are not declared, so that a killed run resumes from them.
 rule train:
     input:
         lambda w: TRAIN[w.run, w.seed].inputs,
@@ -244,8 +244,8 @@ use rule train as train_detector with:
         run=one_of(DETECTORS),
 
 
-# Latency needs the machine for itself: all cores, and the GPU. At a scale that judges no latency,
-# it shares the cores.
+# A measurement has the machine to itself: all cores and the GPU. At a scale that does not check
+# latency, it shares the cores.
 ALL_CORES = (workflow.resource_settings.cores and workflow.cores) or PLAN.scale.threads
 
 

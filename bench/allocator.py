@@ -1,9 +1,10 @@
-"""What does the C library's allocator cost a model, and does it change who is faster?
+"""Cost of the C library's allocator, and its effect on the ranking of models.
 
-Times timm models in new processes, in turns: in some the process keeps the memory it frees
-(`hovit.utils.device.keep_freed_memory`, as `hovit measure` does), in the others glibc returns large
-blocks to the system. For each model it prints the median in every process, the ratio of the two
-ways, and, for each way, how far its time over the first model's differs from process to process.
+Times timm models in new processes, which alternate between two settings. In one, the process keeps
+the memory it frees (`hovit.utils.device.keep_freed_memory`, as `hovit measure` does); in the other,
+glibc returns large blocks to the system. For each model it prints the median in every process, the
+ratio of the two settings, and, for each setting, the spread between processes of the model's time
+over that of the first model.
 
     python bench/allocator.py
     python bench/allocator.py --models swin_tiny_patch4_window7_224 resnet50 --batch 1 --threads 2
@@ -47,12 +48,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     models = ["efficientvit_paper_m5", "efficientnet_b0", "mobilenetv3_large_100", "resnet50"]
-    parser.add_argument("--models", nargs="+", default=models, help="timm's, of 224 px")
+    parser.add_argument("--models", nargs="+", default=models, help="timm models at 224 px")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--processes", type=int, default=5, help="of each way")
-    parser.add_argument("--way", choices=WAYS, help="time in this process, and print JSON")
+    parser.add_argument("--processes", type=int, default=5, help="processes for each setting")
+    parser.add_argument("--way", choices=WAYS, help="time in this process and print JSON")
     parser.add_argument("--out", type=Path, default=Path("results/bench/allocator.json"))
     options = parser.parse_args()
     if options.way:

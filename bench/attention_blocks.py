@@ -1,8 +1,8 @@
 """Best block size, in scores, for Jaccard and Euclidean attention without gradients.
 
-All block sizes run in turn on the same inputs. Reported for each: its time over the time of the
-whole batch in one block (median of the ratios in each round, quartiles, n). The size in use is
-`hovit.attention.similarity.BLOCKS`.
+All block sizes run in turn on the same inputs. For each, the script prints its time over the time
+of the whole batch in one block (median of the ratios in each round, quartiles, n). The models use
+the size `hovit.attention.similarity.BLOCKS`.
 
     python bench/attention_blocks.py
     python bench/attention_blocks.py --tokens 49 --threads 1

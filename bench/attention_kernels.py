@@ -1,10 +1,10 @@
-"""Jaccard and Euclidean attention over PyTorch's fused dot product, by how they are computed.
+"""Implementations of Jaccard and Euclidean attention, compared with PyTorch's fused dot product.
 
-Three computations run in turn on the same inputs: `chosen`, what `hovit.attention` chooses on the
-device (FlexAttention on a GPU, blocks on a CPU); `plain`, two matrix products with elementwise
-passes between them; and `compiled`, the plain one by `torch.compile`. Reported for each: its time
-over that of `scaled_dot_product_attention` (median of the ratios in each round, quartiles, n). On a
-GPU each is also timed as a CUDA graph.
+Three implementations run in turn on the same inputs: `chosen`, the one that `hovit.attention` uses
+on the device (FlexAttention on a GPU, blocks on a CPU); `plain`, two matrix products with
+elementwise passes between them; and `compiled`, the plain one with `torch.compile`. For each, the
+script prints its time over that of `scaled_dot_product_attention` (median of the ratios in each
+round, quartiles, n). On a GPU, each is also timed as a CUDA graph.
 
     python bench/attention_kernels.py
     python bench/attention_kernels.py --accelerator cuda --gradients --precision bfloat16

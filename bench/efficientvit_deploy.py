@@ -1,15 +1,15 @@
 """Speed of each step of `hovit.models.deploy` on EfficientViT, against timm's fused model.
 
-All forms of a model have the same weights, and their outputs are first checked against timm's to
-1e-4. Each round times all forms in random order. Reported is the speed of each form over timm's
-fused model in the same round (median of the ratios, quartiles, n):
+All forms of a model have the same weights, and their outputs are first compared with timm's (to
+1e-4). Each round times all forms in random order. For each form, the script prints its speed over
+that of timm's fused model in the same round (median of the ratios, quartiles, n):
 
     timm            timm's model without changes
     timm fused      the baseline: timm.utils.reparameterize_model
     timm fused cl   the baseline with weights and images in channels-last order
-    folded          our model: BatchNorm and identities folded, activations in place
+    folded          the model here: BatchNorm and identities folded, activations in place
     folded cl       the same in channels-last order
-    deployed        our deploy form: also 1 x 1 convolutions as linears, convolution on Q as product
+    deployed        the deploy form: 1 x 1 convolutions as linear layers, that on Q as a product
     ... compiled    after torch.compile (--compile)
     ... graph       on a GPU: a CUDA graph of the same kernels
     vit_base        on a GPU: ViT-B/16 without changes; users report that M0 is no faster at batch 1
@@ -174,19 +174,21 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     sizes, batches = [f"m{i}" for i in range(6)], [1, 16]
-    parser.add_argument("--model", action="append", choices=sizes, help="again for more")
+    parser.add_argument("--model", action="append", choices=sizes, help="model size; repeatable")
     parser.add_argument(
-        "--batch", action="append", type=above_zero(int), help="again for more (1 and 16)"
+        "--batch", action="append", type=above_zero(int), help="repeatable (default 1 and 16)"
     )
     parser.add_argument(
-        "--image-size", type=above_zero(int), default=224, help="pixels a side (224)"
+        "--image-size", type=above_zero(int), default=224, help="pixels per side (default 224)"
     )
     parser.add_argument("--rounds", type=above_zero(int), default=15)
     parser.add_argument(
-        "--seconds", type=above_zero(float), default=0.1, help="of one measurement, about"
+        "--seconds", type=above_zero(float), default=0.1, help="approximate time of one measurement"
     )
-    parser.add_argument("--threads", type=above_zero(int), default=1, help="of the CPU (1)")
-    parser.add_argument("--compile", action="store_true", help="compiled forms too")
+    parser.add_argument(
+        "--threads", type=above_zero(int), default=1, help="CPU threads (default 1)"
+    )
+    parser.add_argument("--compile", action="store_true", help="also time compiled forms")
     parser.add_argument("--accelerator", default="cpu", help="auto, cpu (default) or cuda")
     parser.add_argument("--out", type=Path, default=Path("results/bench/efficientvit_deploy.json"))
     options = parser.parse_args(argv)

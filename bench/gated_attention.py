@@ -1,12 +1,12 @@
-"""Speed of gated attention in chunks over the recurrence, and its upper bound.
+"""Speed-up of gated attention in chunks over the recurrence, and its upper bound.
 
-The recurrence, the chunks and, as a bound, only the matrix products of the chunks run in turn on
-the same inputs. Reported for the last two: speed-up over the recurrence (median of the ratios in
-each round, quartiles, n).
+Three computations run in turn on the same inputs: the recurrence, the chunks and, as a bound, only
+the matrix products of the chunks. For the last two, the script prints the speed-up over the
+recurrence (median of the ratios in each round, quartiles, n).
 
-Tried on the chunks without gain (AMD EPYC, 2 threads, fp32): longer chunks, cumulative sums as
-products with a triangular matrix, in-place passes. Not used: a few images at a time; at batch 32
-this is faster on one thread and slower on two.
+These changes to the chunks gave no speed-up (AMD EPYC, 2 threads, fp32): longer chunks, cumulative
+sums as products with a triangular matrix, in-place passes. Processing a few images at a time is not
+used: at batch 32 it is faster on one thread and slower on two.
 
     python bench/gated_attention.py
     python bench/gated_attention.py --batches 1 --tokens 196 4096 --accelerator cuda

@@ -1,6 +1,6 @@
-"""Does training wait for its input? Throughput of the loader, and of training on real input.
+"""Throughput of the data loader, and of training on real and synthetic input.
 
-Measured in images/s, on the pack of the `hovit` study's data set at a scale:
+Measures images/s on the pack of the `hovit` study's data set at a scale:
 
 1. loader alone: reading batches from the pack (`fetch`), and turning them into model input on the
    device, augmentation included (`input`);
@@ -9,21 +9,22 @@ Measured in images/s, on the pack of the `hovit` study's data set at a scale:
    clipping and optimizer are those of the training loop, at the size, batch and precision of the
    scale.
 
-Reports median and quartiles over rounds. `real / synthetic` is computed per pair of adjacent
-rounds, so that a slow phase of the machine affects both; 1 means that input costs nothing. On a
-CPU, where nothing is prefetched, `input share` is the part of a `real` round spent on making input.
-Other load on the machine affects both parts of it alike, so it is the more reliable number on a
+Prints median and quartiles over rounds. `real / synthetic` is computed per pair of adjacent rounds,
+so that a slow phase of the machine affects both; 1 means that input costs nothing. On a CPU, where
+nothing is prefetched, `input share` is the part of a `real` round spent on making input. Other load
+on the machine affects the input and the rest of a round alike, so this share is more reliable on a
 busy machine; real / synthetic should be about 1 - input share.
 
-Where workers prefetch (GPU, and a pack too large for it), up to four batches are ready when a real
+If workers prefetch (on a GPU that cannot hold the pack), up to four batches are ready when a real
 round starts, so STEPS should be well above four.
 
     python bench/loader.py
     python bench/loader.py --scale mini --data-root ../shared/data --model levit_deck
 
 With `--files FOLDER` (train/CLASS/*.JPEG, as ImageNet), it measures reading images in place
-instead: decode, random resized crop to `--size` pixels (bicubic) and flip, to a batch of bytes.
-Images per CPU second of one process, in alternating rounds over the same files, without workers:
+instead: decoding, random resized crop to `--size` pixels (bicubic) and flip, to a uint8 batch. It
+prints images per CPU second of one process, in alternating rounds over the same files, without
+workers:
 
 - `here`: hovit.data.image_files and hovit.data.augmented;
 - `ImageFolder`: torchvision's ImageFolder with its own transforms, the baseline;
@@ -280,8 +281,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--accelerator", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--files", type=Path, help="folder with train/CLASS/*.JPEG")
-    parser.add_argument("--size", type=int, default=224, help="of the crops of --files, in pixels")
-    parser.add_argument("--images", type=int, default=512, help="images of --files in a round")
+    parser.add_argument("--size", type=int, default=224, help="crop size of --files, in pixels")
+    parser.add_argument("--images", type=int, default=512, help="images of --files per round")
     parser.add_argument("--out", type=Path, default=Path("results/bench/loader.json"))
     return parser.parse_args(argv)
 

@@ -1,12 +1,12 @@
-"""CPU and wall time of the last `make tables` by rule, from what Snakemake and its jobs recorded.
+"""CPU and wall time of the last `make tables` by rule, from the records of Snakemake and its jobs.
 
-python bench/pipeline.py                       of this checkout, as a Markdown table
-python bench/pipeline.py --json now.json       keep the figures as well
-python bench/pipeline.py --before then.json    with an earlier run's figures beside
+python bench/pipeline.py                       print a Markdown table for this checkout
+python bench/pipeline.py --json now.json       also write the numbers to a file
+python bench/pipeline.py --before then.json    also show the numbers of an earlier run
 
 Wall time is from .snakemake/metadata; CPU time (user + sys) is the last line of each job's log,
-which the pipeline's worker writes. Snakemake's own CPU time is not among them: `time make tables`
-gives the whole. Jobs run side by side, so wall times add up to more than the run took.
+which the pipeline's worker writes. The CPU time of Snakemake itself is not included; `time make
+tables` gives the total. Jobs run in parallel, so the sum of wall times exceeds that of the run.
 """
 
 import argparse
@@ -22,7 +22,7 @@ Figures = dict[str, dict[str, float]]
 
 
 def jobs(root: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """Each finished job's record: (rule, first log) -> one of its outputs' metadata."""
+    """The record of each finished job: (rule, first log) -> metadata of one of its outputs."""
     found = {}
     for path in (root / ".snakemake/metadata").rglob("*"):
         if path.is_file():
@@ -33,7 +33,7 @@ def jobs(root: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def cpu_seconds(log: Path) -> float | None:
-    """The CPU time that a job's log ends with, if it does."""
+    """The CPU time in the last line of a job's log, if there is one."""
     if not log.is_file():
         return None
     found = CPU_LINE.search(log.read_text(encoding="utf-8", errors="replace"))
@@ -64,7 +64,7 @@ def slowest(root: Path, count: int) -> list[tuple[float, str]]:
 
 
 def table(now: Figures, before: Figures | None = None) -> str:
-    """The figures as Markdown, the most CPU first."""
+    """The numbers as Markdown, with the most CPU time first."""
     sides = [now] if before is None else [before, now]
     names = sorted(
         {name for side in sides for name in side},
@@ -91,9 +91,9 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, default=Path(), help="top folder of a checkout")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--before", type=Path, help="figures of an earlier run")
-    parser.add_argument("--slowest", type=int, default=10, help="list so many jobs")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    parser.add_argument("--before", type=Path, help="numbers of an earlier run")
+    parser.add_argument("--slowest", type=int, default=10, help="number of slowest jobs to list")
     args = parser.parse_args()
     now = figures(args.root)
     if not now:

@@ -1,23 +1,24 @@
-"""Training speed of SkipViT against timm's ViT: how much of the saved computation becomes speed.
+"""Training speed of SkipViT and timm's ViT: the share of saved computation that becomes speed.
 
 One step is forward, cross-entropy, backward and AdamW on synthetic images on the device. Each
 schedule of Table 1 of the poster alternates with the baseline, timm's ViT of the same shape, step
-by step and in alternating order. Reported for each schedule: the speed-up implied by the
-floating-point operations (`torch.utils.flop_counter`, forward and backward), the measured one
+by step and in alternating order. For each schedule, the script prints the speed-up implied by the
+floating-point operations (`torch.utils.flop_counter`, forward and backward), the measured speed-up
 (median of the ratios of the pairs, quartiles, n), the measured share of the implied gain, and the
 poster's speed-up (Ascend 910A, ViT-S). A shared machine disturbs single steps: use the median and
 its quartiles.
 
 Findings (ViT-Ti/16, batch 64, fp32, AMD EPYC, 2 threads):
 
-- `gather` and `scatter` over every element, to drop and return tokens, are replaced by operations
-  on whole rows (`index_select`, `index_copy`), two to three times as fast in both directions.
-- All N x N scores for the ranking are replaced by the row of the class token, next to the fused
-  kernel.
+- Tokens are dropped and returned as whole rows (`index_select`, `index_copy`), which is two to
+  three times as fast as `gather` and `scatter` over every element, in both directions.
+- Ranking computes only the scores of the class token, in addition to the fused kernel, in place of
+  all N x N scores.
 - The measured speed-up exceeds the implied one if the allocator maps large activations again in
-  every step: with 6(55%)+11 a step takes 319,000 page faults in the baseline and 123,000 in
-  SkipViT. With `MALLOC_MMAP_MAX_=0` neither takes any, and the speed-up is 1.269 of an implied
-  1.272 (without: 1.301; n = 7 rounds, a busy machine). This script therefore keeps freed memory.
+  every step: with 6(55%)+11, a step takes 319,000 page faults in the baseline and 123,000 in
+  SkipViT. With `MALLOC_MMAP_MAX_=0` neither has page faults, and the measured speed-up is 1.269 for
+  an implied 1.272 (without: 1.301; n = 7 rounds, a busy machine). This script therefore keeps freed
+  memory.
 
     python bench/skipvit.py --model tiny --rounds 15
     python bench/skipvit.py --model small --batch 256 --precision bf16-mixed --compile --steps 20
@@ -99,7 +100,7 @@ def seconds(step: Callable[[], None], steps: int, device: torch.device) -> float
 
 
 def build(options: argparse.Namespace, schedule: str | None) -> nn.Module:
-    """SkipViT with a schedule, or timm's ViT for None; all with the same weights."""
+    """SkipViT with a schedule, or timm's ViT if it is None; all have the same weights."""
     torch.manual_seed(0)
     name = f"vit_{options.model}_patch{options.patch}_224"
     size: dict[str, Any] = {"img_size": options.image_size}
@@ -130,14 +131,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--model", default="tiny", choices=["tiny", "small", "base"])
     parser.add_argument("--patch", type=int, default=16, choices=[8, 16])
-    parser.add_argument("--image-size", type=int, default=224, help="pixels a side (default 224)")
+    parser.add_argument("--image-size", type=int, default=224, help="pixels per side (default 224)")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=9, help="pairs of each schedule (default 9)")
-    parser.add_argument("--steps", type=int, default=1, help="of each measurement (default 1)")
+    parser.add_argument("--steps", type=int, default=1, help="steps per measurement (default 1)")
     parser.add_argument(
-        "--schedule", action="append", help="again for more (default: the poster's)"
+        "--schedule", action="append", help="repeatable (default: the poster's schedules)"
     )
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU (default 2)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--precision", default="32-true", choices=list(AUTOCAST))
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--accelerator", default="auto", help="auto, cpu or cuda")

@@ -1,23 +1,23 @@
-"""Training speed of the trainer against a plain loop in the style of timm's train script.
+"""Training speed of the trainer, compared with a plain loop in the style of timm's train script.
 
-Images/s of the same model, batch size, precision and optimizer, in alternating rounds of STEPS
-steps within one process:
+Measures images/s of the same model, batch size, precision and optimizer, in alternating rounds of
+STEPS steps within one process:
 
 - `plain`: timm's loader with WORKERS processes (PIL transforms on the packed images, normalisation
   on the device), autocast, optimizer, and a read of the loss every 50 steps.
 - `eager`: the trainer without CUDA graphs: input from the pack, resized and augmented on the
   device. On a CPU it always runs so.
-- `captured`: the same, each step a CUDA graph (GPU only).
+- `captured`: the same, with each step as a CUDA graph (GPU only).
 - `compiled`: with `torch.compile`, and captured on a GPU (only with --compile).
 
 A ratio compares two adjacent rounds, so that a slow phase of the machine affects both. CPU seconds
-per 1,000 images are those of this process and of the loader's workers. On a busy machine only the
-ratios and the CPU seconds count. The workers can prepare two batches each during the other rounds,
-in favour of `plain`.
+per 1,000 images include this process and the loader's workers. On a busy machine, only the ratios
+and the CPU seconds are reliable. The workers can prepare two batches each during the other rounds,
+which favours `plain`.
 
 Finding (HoViT at 64 px, batch 32, fp32, AMD EPYC, 1 thread, a busy machine): `eager` is 1.21 times
 as fast as `plain` (quartiles 1.15 to 1.24, n = 5 rounds of 6 steps) and takes 0.86 of its CPU
-seconds; 90 % of a step are the model's kernels and 9 % the optimizer. No GPU was measured yet.
+seconds; the model's kernels take 90 % of a step and the optimizer 9 %. No GPU has been measured.
 
     python bench/training.py --device cpu --steps 8
     python bench/training.py --device cuda --scale proxy --steps 200 --compile
@@ -62,7 +62,7 @@ ENDLESS = 10**6  # images of the plain loop's data set
 
 
 class PilImages(Dataset[tuple[Any, int]]):
-    """Images of a pack as timm's ImageDataset gives them: one PIL image and its label."""
+    """Images of a pack in the form of timm's ImageDataset: one PIL image and its label."""
 
     def __init__(self, packed: Packed, indices: np.ndarray) -> None:
         self.packed, self.indices = packed, np.resize(indices, ENDLESS)
@@ -80,7 +80,7 @@ class PilImages(Dataset[tuple[Any, int]]):
 def plain_loop(
     run: Run, packed: Packed, indices: np.ndarray, device: torch.device, workers: int
 ) -> Callable[[int], None]:
-    """Function that trains so many steps, as timm's train script does."""
+    """Function that trains `steps` steps, as timm's train script does."""
     loader = create_loader(
         PilImages(packed, indices), (3, run.image_size, run.image_size), run.recipe.batch_size,
         is_training=True, no_aug=run.recipe.augment == "none", num_workers=workers, device=device,
@@ -115,7 +115,7 @@ def plain_loop(
 
 
 def our_trainer(run: Run, fabric: Any, root: Path, options: Options) -> Callable[[int], None]:
-    """Function that trains so many steps as one epoch of `hovit train`."""
+    """Function that trains `steps` steps, as one epoch of `hovit train` does."""
     trainer = ClassificationTrainer(run, fabric, root, options)
     images = trainer.indices
 
@@ -183,11 +183,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--augment", default="none", choices=["none", "crop_flip"])
     parser.add_argument("--precision", choices=AUTOCAST, help="default: bf16-mixed on a GPU")
-    parser.add_argument("--compile", action="store_true", help="also with torch.compile")
+    parser.add_argument("--compile", action="store_true", help="also measure with torch.compile")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=40, help="steps per round (default 40)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--workers", type=int, default=4, help="of the plain loop (timm's 4)")
+    parser.add_argument(
+        "--workers", type=int, default=4, help="workers of the plain loop (default 4, as timm)"
+    )
     parser.add_argument("--out", type=Path, default=Path("results/bench/training.json"))
     return parser.parse_args(argv)
 

@@ -1041,7 +1041,7 @@ def test_every_epoch_and_seed_has_its_own_order():
 
 
 def test_processes_must_divide_the_batch():
-    with pytest.raises(HovitError, match="3 processes do not divide a batch of 32"):
+    with pytest.raises(HovitError, match="a batch of 32 is not divisible by 3 processes"):
         epoch_batches(np.arange(100), 32, 0, 0, 0, 3)
 
 

@@ -198,13 +198,13 @@ def box(*values: float) -> Callable[[dict[str, Any]], object]:
 
 
 BAD_ANNOTATIONS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "no images": (lambda c: c.update(images=[]), "images: there are none"),
+    "no images": (lambda c: c.update(images=[]), "images: the list is empty"),
     "no list": (lambda c: c.update(annotations={}), "annotations: must be a list"),
     "no categories": (lambda c: c.pop("categories"), "categories: must be a list"),
     "too few categories": (lambda c: c["categories"].pop(), "2 categories, but num_classes is 3"),
     "a category twice": (lambda c: c["categories"][0].update(id=5), "category 5 is listed twice"),
     "an image twice": (lambda c: c["images"].append(c["images"][0]), "image 100 is listed twice"),
-    "an id of text": (lambda c: c["images"][0].update(id="100"), "image: each one's id must be"),
+    "an id of text": (lambda c: c["images"][0].update(id="100"), "image: every id must be"),
     "a file elsewhere": (lambda c: c["images"][0].update(file_name="../x.jpg"), "image 100: file_na"),
     "no width": (lambda c: c["images"][0].pop("width"), "image 100: width and height must be"),
     "an unlisted category": (lambda c: c["annotations"][0].update(category_id=3), "category 3 is not"),

@@ -351,5 +351,7 @@ def test_verify_without_a_readable_lock_says_so(tmp_path: Path, text: str | None
 def test_a_lock_whose_md5_is_none_is_one_line(tmp_path: Path, md5: str) -> None:
     out = f"    outs:\n    - path: figures\n      md5: {md5}\n"
     (tmp_path / "dvc.lock").write_text(f"stages:\n  tables:\n    cmd: make\n{out}")
-    with pytest.raises(HovitError, match=r"dvc\.lock: figures: md5: .* is no md5 of 32 digits"):
+    with pytest.raises(
+        HovitError, match=r"dvc\.lock: figures: md5: .* is not an md5 of 32 hex digits"
+    ):
         check_stored(tmp_path)

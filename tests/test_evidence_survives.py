@@ -221,4 +221,4 @@ def test_a_missing_run_is_caught(clone: Path) -> None:
     for seed in (0, 1):
         shutil.rmtree(clone / EVIDENCE / HOVIT.replace("seed0", f"seed{seed}"))
     said = refused(clone, "claims", "--check")
-    assert "hovit-accuracy: not measured, but accepted was within noise" in said
+    assert "hovit-accuracy: not measured; accepted: within noise" in said

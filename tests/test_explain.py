@@ -118,7 +118,7 @@ def test_explain_traces_an_analysis(
     ):
         with pytest.raises(HovitError, match=what):
             explain(plan, "head_similarity", row, column)
-    with pytest.raises(HovitError, match="a cell has a row and a column: `hovit explain hovit"):
+    with pytest.raises(HovitError, match="name both a row and a column: `hovit explain hovit"):
         explain(plan, "hovit", "hovit")
 
 
@@ -149,7 +149,7 @@ def test_the_list_is_short_and_an_unknown_name_has_neighbours(plan: Plan) -> Non
     assert count_runs(plan).startswith(f"runs at scale mini: {len(plan.runs)} (`hovit list --runs`")
     assert "\n" not in count_runs(plan)
     message = str(unknown_name(plan, "hovit_cifar"))
-    assert message.startswith("no study, analysis or run 'hovit_cifar' at scale mini; nearest are")
+    assert message.startswith("no study, analysis or run 'hovit_cifar' at scale mini; nearest: ")
     assert "studies hovit_cifar100, hovit, " in message
     assert "runs hovit.cifar100.deck_100, " in message
     assert "analyses " in message

@@ -258,7 +258,7 @@ def test_killed_packing_leaves_a_whole_pack_or_none(plan: Plan, tmp_path: Path) 
 def test_two_processes_do_not_train_one_run(plan: Plan, packed: Path) -> None:
     run = small_run(plan)
     fabric = make_fabric("32-true", accelerator="cpu")
-    with alone(packed / run.folder), pytest.raises(HovitError, match="another process is at work"):
+    with alone(packed / run.folder), pytest.raises(HovitError, match="in use by another process"):
         train(run, fabric, packed)
     train(run, fabric, packed)
 
@@ -273,7 +273,7 @@ def test_the_lock_of_a_killed_process_is_gone(tmp_path: Path) -> None:
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        with pytest.raises(HovitError, match="another process is at work"), alone(tmp_path):
+        with pytest.raises(HovitError, match="in use by another process"), alone(tmp_path):
             pass
         process.kill()
     with alone(tmp_path):

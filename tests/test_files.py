@@ -75,7 +75,7 @@ def test_the_lock_of_a_folder_leaves_nothing_and_survives_a_killed_holder(tmp_pa
     (tmp_path / ".pack.lock").touch()  # of a killed process
     with alone(folder) as locked:
         assert locked
-        with pytest.raises(HovitError, match="another process is at work"), alone(folder):
+        with pytest.raises(HovitError, match="in use by another process"), alone(folder):
             pass
     assert list(tmp_path.iterdir()) == []
 

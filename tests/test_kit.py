@@ -70,7 +70,7 @@ def test_images_that_do_not_fit_are_left_out_and_named(plan: Plan, tmp_path: Pat
     assert log[1].startswith("images of some-4-64px")
     assert sum(path.stat().st_size for path in (tmp_path / "kit").rglob("*.zip")) <= room
     prepare(packs[1], tmp_path / "kit/data", tmp_path / "pack")
-    with pytest.raises(HovitError, match=r"part-0\.zip: not found as a file"):
+    with pytest.raises(HovitError, match=r"part-0\.zip: no such file"):
         _add_images(packs, tmp_path / "nowhere", tmp_path / "kit", room, log.append)
 
 
@@ -122,7 +122,7 @@ def repository(tmp_path: Path) -> Path:
 
 def test_changes_that_are_not_committed_are_refused(repository: Path, plan: Plan) -> None:
     (repository / "README.md").write_text("changed")
-    with pytest.raises(HovitError, match="has changes that are not committed"):
+    with pytest.raises(HovitError, match="has uncommitted changes"):
         make_kit(repository / "dist/kit", plan, [plan.study("depth")], data_root=repository,
                  root=repository)  # fmt: skip
 
@@ -159,7 +159,7 @@ def test_the_kit_runs_on_a_cpu_and_its_export_is_evidence(repository: Path, tmp_
     assert "training: exit code 0" in done.stdout, done.stdout
     assert git("status", "--porcelain", "-uno", cwd=kit / "hovit") == ""
     said = hovit("evidence", "add", str(kit / "out/export.tgz")).splitlines()
-    assert said[-1] == "7 records taken"  # six rows, one measurement
+    assert said[-1] == "7 records added"  # six rows, one measurement
     if git("rev-parse", "--is-shallow-repository", cwd=ROOT) == "false":
         assert hovit("evidence", "verify").endswith("records of evidence verify\n")
     for path in said[:-1]:

@@ -481,7 +481,7 @@ def test_a_batch_too_large_for_the_card_is_one_line():
     def full(model, x):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
-    with pytest.raises(HovitError, match="tiny at batch 4096: the card's memory is too small"):
+    with pytest.raises(HovitError, match="tiny at batch 4096: the GPU memory is too small"):
         measure_latency({"tiny": Tiny()}, CPU, image_size=16, batches=(4096,), rounds=1, warmup=1,
                         timer=full)  # fmt: skip
 
@@ -609,7 +609,7 @@ def test_a_study_may_be_timed_with_freed_memory_returned_but_not_after_it_is_kep
     study = plan.study("efficientvit_allocator")
     assert plan.measure_task(study).spec["latency"]["memory"] == "returned"
     monkeypatch.setattr("hovit.utils.device.freed_memory_kept", True)
-    with pytest.raises(HovitError, match=r"this process already keeps it: .* `hovit measure"):
+    with pytest.raises(HovitError, match=r"this process already keeps it; .* `hovit measure"):
         measure_study(plan.measure_task(study), CPU, tmp_path)
     assert not list(tmp_path.rglob("*.json"))
 

@@ -571,7 +571,7 @@ def test_create_model_passes_the_image_size_to_models_of_fixed_size():
 @pytest.mark.parametrize(
     ("name", "args", "says"),
     [
-        ("levit_dekc", {}, "'levit_dekc' is not registered with timm; near it: l_levit_"),
+        ("levit_dekc", {}, "'levit_dekc' is not registered with timm; nearest: l_levit_"),
         ("nosuch", {}, "'nosuch' is not registered with timm"),
         ("resnet50.a1_in1k", {}, "resnet50.a1_in1k"),  # a tag names weights
         ("resnet50.nosuch", {}, "resnet50.nosuch"),

@@ -249,7 +249,7 @@ def test_a_claim_about_two_accuracies_is_checked_by_pairs(plan: Plan, tmp_path: 
     found = checked(plan, tmp_path, "less")
     assert (found.verdict, found.detail, found.measured) == ("provisional", "reproduced", -10.0)
     assert found.why.endswith(
-        "of the same test images, 0 are right only with the first and 10 only with the second "
+        "on the same test images, only the first is right for 0 and only the second for 10 "
         "(p = 0.002, exact McNemar test)"
     )
     assert checked(plan, tmp_path, "keeps").detail == "contradicted"

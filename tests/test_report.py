@@ -203,7 +203,7 @@ def test_a_record_of_other_code_is_named_and_not_used(plan: Plan, root: Path) ->
     record = read_record(path)
     made = record.provenance.model_copy(update={"code": "0" * 64})
     write_record(path, record.model_copy(update={"provenance": made}))
-    assert "record.json: other code than the present made it" in not_used(plan, root)
+    assert "record.json: made by other code than the current code" in not_used(plan, root)
     assert value_of(plan, root, "hovit").n == 1
 
 
@@ -420,7 +420,7 @@ def test_a_dropped_run_and_a_better_one_turn_a_verdict(plan: Plan, root: Path) -
     assert any(line.startswith("launcher-accuracy: contradicted, but") for line in changed)
     for seed in (0, 1):
         (root / plan.run(l_levit.id, seed).folder / "record.json").unlink()
-    assert any("not measured, but accepted was" in line for line in check_accepted(plan, root))
+    assert any("not measured; accepted:" in line for line in check_accepted(plan, root))
 
 
 def test_accepted_verdicts_that_cannot_be_read(plan: Plan, root: Path) -> None:

@@ -350,7 +350,7 @@ def test_a_foreign_or_broken_export_is_one_line(tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.size = 2
             tar.addfile(info, io.BytesIO(b"{}"))
-        with pytest.raises(HovitError, match="is not a path of an export"):
+        with pytest.raises(HovitError, match="is not a path inside an export"):
             unpack_records(path, tmp_path / "target")
     assert not (tmp_path / "results").exists()
     data = random.Random(0).randbytes(100_000)

@@ -1,7 +1,7 @@
 """Command line: `hovit COMMAND`, or `python -m hovit COMMAND` without installation.
 
-Commands import what they need when they run: `hovit --help` reads no config, and torch is imported
-only by commands that train or measure.
+Each command imports its modules when it runs: `hovit --help` reads no config, and only commands
+that train or measure import torch.
 """
 
 import sys
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from .training.trainer import Options
 
 app = typer.Typer(
-    help="Fast vision transformers, reproduced: train, measure, report.",
+    help="Reproduce three papers on fast vision transformers: train, measure and report.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-ScaleOption = Annotated[str, typer.Option(help="One of config/scales.")]
+ScaleOption = Annotated[str, typer.Option(help="Name of a scale in config/scales.")]
 WeightsOption = Annotated[
     Path | None,
     typer.Option(
         envvar="HOVIT_WEIGHTS",
-        help="Pretrained ResNet50 as .safetensors, or a folder of MODEL.safetensors, instead of "
-        "the scale's.",
+        help="Pretrained ResNet50 as .safetensors, or a folder of MODEL.safetensors; replaces the "
+        "weights that the scale names.",
     ),
 ]
 DataRoot = Annotated[
@@ -53,14 +53,14 @@ class Only(StrEnum):
 
 
 def load_plan(scale: str = "smoke", weights_file: Path | None = None) -> "Plan":
-    """`hovit.config.plan.load_plan` of the config here, imported when it is called."""
+    """Load the config in this folder as a plan; imports `hovit.config` only when it is called."""
     from .config.plan import load_plan
 
     return load_plan(scale, weights_file=weights_file)
 
 
 def main() -> None:
-    """Run the command line; a HovitError is one line on stderr and exit code 1."""
+    """Run the command line. A HovitError becomes one line on stderr and exit code 1."""
     use_writable_caches()
     try:
         app()
@@ -73,10 +73,10 @@ def main() -> None:
 def list_(
     scale: ScaleOption = "smoke",
     runs: Annotated[
-        bool, typer.Option("--runs", help="Also every run, with the tables that cite it.")
+        bool, typer.Option("--runs", help="Also list every run and the tables that cite it.")
     ] = False,
 ) -> None:
-    """List the studies and the analyses; with --runs also every run of a scale."""
+    """List the studies and the analyses, and with --runs every run of a scale."""
     from .report.listing import count_runs, list_analyses, list_runs, list_studies
 
     plan = load_plan(scale)
@@ -110,9 +110,9 @@ def show(
 @app.command()
 def estimate(
     scale: ScaleOption = "proxy",
-    write: Annotated[bool, typer.Option("--write", help="Update ARTIFACT.md.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Write the table to ARTIFACT.md.")] = False,
 ) -> None:
-    """Estimate how long the main studies train on one GPU, from the time of one step."""
+    """Estimate the training time of the main studies on one GPU, from the time of one step."""
     import hovit.models  # noqa: F401 (registers)
 
     from .pipeline.card_time import estimate_table, write_artifact
@@ -126,12 +126,12 @@ def estimate(
 @app.command()
 def explain(
     name: Annotated[str, typer.Argument(help="A study or an analysis.")],
-    row: Annotated[str, typer.Argument(help="A row; for an analysis STUDY/ROW.")] = "",
-    column: Annotated[str, typer.Argument(help="A metric; for an analysis a number.")] = "",
+    row: Annotated[str, typer.Argument(help="A row; for an analysis, STUDY/ROW.")] = "",
+    column: Annotated[str, typer.Argument(help="A metric; for an analysis, a number.")] = "",
     scale: ScaleOption = "smoke",
     weights: WeightsOption = None,
 ) -> None:
-    """Trace a table cell or an analysis: record, spec, commit, command to make it again."""
+    """Trace a table cell or an analysis to its record, spec, commit and command."""
     from .report.explain import explain as explain_cell
 
     print(explain_cell(load_plan(scale, weights_file=weights), name, row, column))
@@ -139,16 +139,16 @@ def explain(
 
 @app.command()
 def data(
-    name: Annotated[str, typer.Argument(help="A pack: DATASET-SIZEpx (see `hovit list --runs`).")],
+    name: Annotated[str, typer.Argument(help="A pack, DATASET-SIZEpx (see `hovit list --runs`).")],
     data_root: DataRoot = Path("data"),
 ) -> None:
-    """Decode a dataset once, split it, and store it under data/packed; COCO is only checked."""
+    """Decode and split a dataset once, under data/packed; COCO and ImageNet are only checked."""
     from .config.plan import all_packs
     from .pipeline.train import prepare_pack
 
     packs = all_packs()
     if name not in packs:
-        raise HovitError(f"no scale has a pack {name!r}; there are {', '.join(packs)}")
+        raise HovitError(f"no scale uses a pack {name!r}; the packs are {', '.join(packs)}")
     meta = prepare_pack(packs[name], data_root)
     counts = " / ".join(f"{n:,}" for n in meta["images"].values())
     print(f"{name}: {counts} images (train / val / test), fingerprint {meta['fingerprint'][:12]}")
@@ -157,14 +157,14 @@ def data(
 @app.command()
 def train(
     run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run (see `hovit list --runs`).")],
-    seed: Annotated[int | None, typer.Option(help="Default: the first of the scale.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Default: the scale's first.")] = None,
     scale: ScaleOption = "smoke",
     weights: WeightsOption = None,
     accelerator: Accelerator = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     compile: Annotated[bool, typer.Option(help="Compile the model with torch.compile.")] = False,
 ) -> None:
-    """Train one run, or resume it. Under torchrun: data-parallel."""
+    """Train one run, or resume it. Training is data-parallel under torchrun."""
     plan = load_plan(scale, weights_file=weights)
     run = plan.run(run_id, seed)
     import hovit.models  # noqa: F401 (registers)
@@ -184,7 +184,7 @@ def train(
 
 @contextmanager
 def _watching(run: "Run", quiet: bool = False) -> "Iterator[Options]":
-    """Options that show progress: a bar on a terminal, else a line for each epoch."""
+    """Options that show progress: a bar on a terminal, otherwise one line per epoch."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -238,18 +238,18 @@ def evaluate(
     images: Annotated[
         Path,
         typer.Argument(
-            envvar="HOVIT_IMAGENET", help="ImageNet: a folder with val/n01440764/*.JPEG."
+            envvar="HOVIT_IMAGENET", help="Folder of ImageNet, with val/n01440764/*.JPEG."
         ),
     ],
     scale: ScaleOption = "smoke",
     weights: WeightsOption = None,
     accelerator: Accelerator = "auto",
 ) -> None:
-    """Evaluate given weights of a study that trains nothing, on ImageNet's validation images."""
+    """Evaluate pretrained weights of a study that trains nothing, on ImageNet's validation set."""
     plan = load_plan(scale)
     task = plan.evaluate_task(plan.study(study))
     if task is None:
-        raise HovitError(f"{study}: only a study with `trained: false` and `top1` is evaluated")
+        raise HovitError(f"{study}: only a study with `trained: false` and `top1` can be evaluated")
     import hovit.models  # noqa: F401 (registers)
 
     from .pipeline.evaluate import evaluate_study
@@ -268,7 +268,7 @@ def analyse(
     weights: WeightsOption = None,
     accelerator: Accelerator = "auto",
 ) -> None:
-    """Compute an analysis of trained models, for a figure."""
+    """Compute an analysis of trained models and write its record."""
     plan = load_plan(scale, weights_file=weights)
     task = plan.analyse_task(plan.analysis(analysis))
     if task is None:
@@ -284,8 +284,8 @@ def analyse(
 
 @app.command()
 def sweep(
-    study: Annotated[list[str], typer.Option(help="A study; repeat for more.")],
-    budget: Annotated[str, typer.Option(help="Stop before this: 90s, 9m, 1.5h.")],
+    study: Annotated[list[str], typer.Option(help="A study; repeat the option for more.")],
+    budget: Annotated[str, typer.Option(help="Time limit, such as 90s, 9m or 1.5h.")],
     scale: ScaleOption = "smoke",
     data_root: DataRoot = Path("data"),
     weights: WeightsOption = None,
@@ -294,27 +294,29 @@ def sweep(
         int,
         typer.Option(
             min=1,
-            help="Processes that share the device. With more than one, no run starts that cannot "
-            "finish in time.",
+            help="Number of processes that share the device. With more than one, a run starts only "
+            "if it can finish in time.",
         ),
     ] = 1,
     priority: Annotated[
         bool,
-        typer.Option("--priority", help="Studies in the order given, the first seed of all first."),
+        typer.Option(
+            "--priority", help="Keep the order of studies; run the first seed of every row first."
+        ),
     ] = False,
-    only: Annotated[Only | None, typer.Option(help="Train or measure, not both.")] = None,
+    only: Annotated[Only | None, typer.Option(help="Only train, or only measure.")] = None,
     export: Annotated[
         Path | None,
-        typer.Option(help="Write records, histories and predictions to this .tgz, and refresh it."),
+        typer.Option(help="Write records, histories and predictions to this .tgz during the run."),
     ] = None,
     states: Annotated[
-        bool, typer.Option("--states", help="Export checkpoints of unfinished runs, too.")
+        bool, typer.Option("--states", help="Also export checkpoints of unfinished runs.")
     ] = False,
     max_size: Annotated[
-        str | None, typer.Option(help="Limit of the export, for example 60M.")
+        str | None, typer.Option(help="Size limit of the export, such as 60M.")
     ] = None,
 ) -> None:
-    """Run studies within a time budget, without Snakemake; repeat it to resume."""
+    """Run studies within a time budget, without Snakemake. Run it again to resume."""
     began = time.monotonic()
     from .pipeline.export import Export, parse_size
     from .pipeline.sweep import all_tasks, parse_budget
@@ -322,12 +324,12 @@ def sweep(
 
     seconds = parse_budget(budget)
     if seconds < 30:
-        raise HovitError(f"--budget {budget}: at least 30s, of which 10 are for stopping cleanly")
+        raise HovitError(f"--budget {budget}: must be at least 30s (10s are for a clean stop)")
     if (states or max_size) and export is None:
-        raise HovitError("--states and --max-size belong to --export FILE.tgz")
+        raise HovitError("--states and --max-size need --export FILE.tgz")
     plan = load_plan(scale, weights_file=weights)
     studies = [plan.study(name) for name in study]
-    # The last checkpoints, the last export and the way out take time too.
+    # Writing the last checkpoints and the last export takes time too.
     reserve = max(10.0, 0.05 * seconds)
     exporting = export and Export(
         export,
@@ -353,16 +355,16 @@ def sweep(
 
 
 def _tell_rest(todo: list[str]) -> None:
-    """Print what a sweep left open.
+    """Print the tasks that a sweep has not done.
 
     Raises:
-        HovitError: if some of it failed.
+        HovitError: if a task failed.
     """
     failed = [job for job in todo if job.endswith("(failed)")]
     if failed:
-        raise HovitError(f"{len(failed)} failed: {', '.join(failed)}; {len(todo)} in all to do")
+        raise HovitError(f"{len(failed)} failed: {', '.join(failed)}; {len(todo)} tasks remain")
     if todo:
-        print(f"budget spent; {len(todo)} to do ({todo[0]} first): run the same command to resume")
+        print(f"budget spent; {len(todo)} tasks remain: run the same command to resume {todo[0]}")
     else:
         print("all done")
 
@@ -370,17 +372,17 @@ def _tell_rest(todo: list[str]) -> None:
 @app.command()
 def kit(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    study: Annotated[list[str], typer.Option(help="A study; repeat for more.")],
+    study: Annotated[list[str], typer.Option(help="A study; repeat the option for more.")],
     scale: ScaleOption = "proxy",
     data_root: DataRoot = Path("data"),
     python: Annotated[
-        str | None, typer.Option(help="Python of the other machine, for wheels: 3.12.")
+        str | None, typer.Option(help="Python version of the other machine, such as 3.12.")
     ] = None,
     package: Annotated[
-        list[str] | None, typer.Option(help="A package that it lacks; repeat for more.")
+        list[str] | None, typer.Option(help="A package that it lacks; repeat the option for more.")
     ] = None,
 ) -> None:
-    """Write a folder that runs studies on a GPU without network (`make gpu-kit`)."""
+    """Write a folder that runs studies on a GPU machine without network (`make gpu-kit`)."""
     import hovit.models  # noqa: F401 (registers)
 
     from .pipeline.kit import make_kit
@@ -395,7 +397,7 @@ def kit(
 
 @app.command()
 def table(study: str, scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
-    """Write a study's table under results/tables: CSV, Markdown, LaTeX."""
+    """Write the table of a study under results/tables, as CSV, Markdown and LaTeX."""
     from .report.tables.write import write_table
 
     plan = load_plan(scale, weights_file=weights)
@@ -404,7 +406,7 @@ def table(study: str, scale: ScaleOption = "smoke", weights: WeightsOption = Non
 
 @app.command()
 def index(scale: ScaleOption = "smoke") -> None:
-    """Write results/tables/index.md."""
+    """Write the list of tables, results/tables/index.md."""
     from .report.tables.write import write_index
 
     write_index(load_plan(scale))
@@ -412,7 +414,7 @@ def index(scale: ScaleOption = "smoke") -> None:
 
 @app.command()
 def figure(name: str, scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
-    """Draw a figure under figures/: PDF and PNG."""
+    """Draw a figure under figures/, as PDF and PNG."""
     from .report.figures.draw import draw
 
     draw(load_plan(scale, weights_file=weights), name)
@@ -431,13 +433,13 @@ def claims(
     scale: ScaleOption = "smoke",
     weights: WeightsOption = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Exit code 1 if one differs from results/verdicts.json.")
+        bool, typer.Option("--check", help="Fail if a verdict differs from results/verdicts.json.")
     ] = False,
     accept: Annotated[
-        bool, typer.Option("--accept", help="Write results/verdicts.json: expect these verdicts.")
+        bool, typer.Option("--accept", help="Accept the verdicts: write results/verdicts.json.")
     ] = False,
 ) -> None:
-    """Check the papers' claims by records; write results/claims.json and .md."""
+    """Check the papers' claims against records; write results/claims.json and .md."""
     from .report.claims import check as checks
     from .report.claims.write import write_claims
 
@@ -450,13 +452,13 @@ def claims(
             print(line, file=sys.stderr)
         raise HovitError(
             f"{len(differences)} verdicts or reported numbers differ from {checks.ACCEPTED}; "
-            "if they should, `hovit claims --accept`"
+            "if this is intended, run `hovit claims --accept`"
         )
 
 
 @app.command()
 def readme() -> None:
-    """Write README's table and figure of results from the committed evidence."""
+    """Write the README's table and figure of results, from the committed records."""
     from .report.readme import write_readme
 
     write_readme(load_plan())
@@ -464,7 +466,7 @@ def readme() -> None:
 
 @app.command()
 def paper(scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
-    """Write results/paper, and compile paper/paper.pdf from it."""
+    """Write the paper's numbers to results/paper, and compile paper/paper.pdf."""
     from .report.paper.write import write_paper
 
     write_paper(load_plan(scale, weights_file=weights))
@@ -480,7 +482,7 @@ def report(scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
 
 @app.command()
 def metrics(scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
-    """Write the files of `dvc metrics` and `dvc plots` under results/metrics."""
+    """Write the files for `dvc metrics` and `dvc plots` under results/metrics."""
     from .report.metrics import write_metrics
 
     write_metrics(load_plan(scale, weights_file=weights))
@@ -488,7 +490,7 @@ def metrics(scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None
 
 @app.command()
 def verify() -> None:
-    """Verify every file in dvc.lock, here and in DVC's cache; exit code 1 if a byte differs."""
+    """Verify every file in dvc.lock, here and in DVC's cache; fail if one differs."""
     from .utils.dvc_lock import check_stored
 
     count, problems = check_stored()
@@ -497,12 +499,12 @@ def verify() -> None:
     if problems:
         raise HovitError(
             f"{len(problems)} files are missing or changed: "
-            "delete what is changed, then `dvc pull`; or `dvc repro` if you changed it"
+            "delete the changed ones, then run `dvc pull`; run `dvc repro` if you changed them"
         )
-    print(f"{count} files are the bytes that dvc.lock promises, here and in DVC's cache")
+    print(f"{count} files match dvc.lock, here and in DVC's cache")
 
 
-evidence = typer.Typer(help="Records from other machines: add them, verify them.")
+evidence = typer.Typer(help="Add and verify records from other machines.")
 app.add_typer(evidence, name="evidence")
 
 
@@ -511,7 +513,7 @@ def evidence_add(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            help="results/runs of another machine, or a file of `hovit sweep --export`."
+            help="results/runs of another machine, or a file from `hovit sweep --export`."
         ),
     ],
 ) -> None:
@@ -522,12 +524,12 @@ def evidence_add(
     taken = add(load_config(), sources)
     for path in taken:
         print(path)
-    print(f"{len(taken)} records taken")
+    print(f"{len(taken)} records added")
 
 
 @evidence.command("verify")
 def evidence_verify() -> None:
-    """Verify every record under results/evidence; exit code 1 if one fails."""
+    """Verify every record under results/evidence; fail if one does not verify."""
     from .config.load import load_config
     from .pipeline.evidence import CODE, complete_history, verify
 
@@ -536,13 +538,13 @@ def evidence_verify() -> None:
         print(problem, file=sys.stderr)
     if problems:
         raise HovitError(f"{len(problems)} of {count} records of evidence do not verify")
-    note = f"; the git history is not here, so their code was checked against {CODE}"
+    note = f"; without the git history, their code was checked against {CODE}"
     print(f"{count} records of evidence verify" + note * (not complete_history(Path())))
 
 
 @app.command()
 def schema() -> None:
-    """Write the JSON Schemas of config/'s files and of records, and the list of models."""
+    """Write the JSON Schemas of config files and records, and the list of models."""
     from .config.schema import KINDS
     from .pipeline.list_models import write_models
     from .records.record import Record

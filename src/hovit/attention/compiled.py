@@ -1,7 +1,8 @@
 """Pure functions compiled by `torch.compile` for a GPU, with a fallback.
 
-On a GPU a chain of elementwise passes costs one launch and one trip through memory each; compiled
-they are a few kernels. On a CPU none of the functions here became faster, so they stay eager there.
+On a GPU, each operation of an elementwise chain costs one kernel launch and one pass over memory.
+Compilation fuses the chain into a few kernels. On a CPU, compilation made none of the functions
+here faster, so they run eagerly there.
 """
 
 import warnings
@@ -16,11 +17,11 @@ from torch import Tensor
 class CompiledFunction:
     """A function of tensors, compiled for each signature on its first call.
 
-    The first call compiles for some seconds and tries the backward pass if gradients are needed.
-    What cannot be compiled is remembered, and warned of once.
+    The first call takes some seconds to compile, and also runs the backward pass if gradients are
+    needed. If compilation fails, it warns once and does not try this signature again.
 
     Args:
-        function: takes tensors, None, numbers and strings, and returns a tensor. It has no closure.
+        function: takes tensors, None, numbers and strings, and returns a tensor; not a closure.
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
@@ -31,7 +32,7 @@ class CompiledFunction:
         """The result, or None where the function cannot be compiled."""
         if torch._C._are_functorch_transforms_active():  # vmap over models
             return None
-        if torch.compiler.is_compiling():  # the whole model: this function is a part of it
+        if torch.compiler.is_compiling():  # the whole model is compiled, with this function
             return self.function(*args)
         tensors = [x for x in args if isinstance(x, Tensor)]
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
@@ -49,8 +50,8 @@ class CompiledFunction:
         return None if kernel is None else kernel(*args)
 
     def _compile(self, args: tuple[Any, ...], needs_grad: bool) -> Callable[..., Tensor] | None:
-        """Compile and try."""
-        # Dynamo keeps up to 8 versions for each code object, and searches them in turn.
+        """Compile the function and run it once; None if that fails."""
+        # A new code object: Dynamo keeps up to 8 versions of each, and searches them in turn.
         name = self.function.__name__
         code = self.function.__code__.replace(co_name=f"{name}_{len(self.kernels)}")
         function = FunctionType(code, self.function.__globals__)

@@ -52,7 +52,7 @@ def _cited(config: Config, root: Path, study: Study, row: Row) -> Row:
     if cited is None:
         raise HovitError(f"{where}: there is no row {row.same_as}")
     if cited.same_as or cited.model is None or row.model:
-        raise HovitError(f"{where}: {row.same_as} must have a model, and this row none of its own")
+        raise HovitError(f"{where}: {row.same_as} must have a model, and this row must not")
     size = cited.image_size or config.studies[study_id].image_size
     own_size = size if size != study.image_size else None
     return row.model_copy(

@@ -39,7 +39,7 @@ def check_model(name: str, where: str, tag: bool = False) -> None:
         raise HovitError(f"{where}: {name!r}: a tag names weights, not a model; write {base!r}")
     if base not in models:
         raise HovitError(
-            f"{where}: no model {base!r}{nearest(base, models)}; `hovit schema` lists a new model"
+            f"{where}: no model {base!r}{nearest(base, models)}; run `hovit schema` after adding it"
         )
     if dot:
         check_tag(base, given, where)

@@ -103,13 +103,15 @@ class Plan:
         if seeds is None:
             raise HovitError(
                 f"no study defines a run {run_id!r} at scale {self.scale.id}; "
-                "`hovit list --runs` names them"
+                "`hovit list --runs` lists all runs"
             )
         if seed is None:
             seed = next(iter(seeds))
         if seed not in seeds:
             allowed = ", ".join(map(str, seeds))
-            raise HovitError(f"run {run_id} has no seed {seed} at scale {self.scale.id}: {allowed}")
+            raise HovitError(
+                f"run {run_id} has no seed {seed} at scale {self.scale.id}, only {allowed}"
+            )
         return seeds[seed]
 
     def upstream(self, run: Run) -> Run | None:

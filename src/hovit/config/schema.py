@@ -221,7 +221,7 @@ class Recipe(InSpec):
     @model_validator(mode="after")
     def _of_one_kind(self) -> "Recipe":
         if (self.schedule == "step") != (self.detection is not None):
-            raise ValueError("`schedule: step` and `detection` go together")
+            raise ValueError("`schedule: step` and `detection` require each other")
         for_classifiers = {name: getattr(self, name) for name in CLASSIFIERS_ONLY}
         if self.detection and (set_ := [k for k, v in for_classifiers.items() if v not in NOT_SET]):
             raise ValueError(f"{set_[0]} is for classifiers only")
@@ -535,7 +535,7 @@ class NotChecked(Strict):
     reason `data`: needs images or training that no scale has; `hardware`: about a device that is
     not available; `unsaid`: the paper does not say what was done or meant; `undone`: no study
     checks it yet; `setting`: says how something is built or trained, which configuration and tests
-    cover; `others`: about the work of others; `opinion`: a judgement, an explanation or a wish.
+    cover; `others`: about the work of others; `opinion`: an opinion, an explanation or a proposal.
     """
 
     says: Text

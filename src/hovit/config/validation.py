@@ -58,7 +58,7 @@ def _check_scales(config: Config, root: Path, must: Must) -> None:
             where = f"{file}: datasets.{role}"
             must(config.datasets, dataset, where)
             if (role == "coco") != (config.datasets[dataset].reader == "coco"):
-                raise HovitError(f"{root}/{where}: role and reader coco go together, or not at all")
+                raise HovitError(f"{root}/{where}: role coco and reader coco require each other")
         if scale.photographs:
             must(config.datasets, scale.photographs, f"{file}: photographs")
         for key, recipes in (
@@ -120,7 +120,7 @@ def _check_rows(config: Config, root: Path, study: Study, must: Must) -> None:
             raise HovitError(f"{root}/{file}: rows[{i}].id: {row.id!r} is given twice")
         if row.reported_only and (row.model or not row.reported):
             raise HovitError(
-                f"{root}/{file}: rows[{i}].reported_only: goes with `reported`, without a model"
+                f"{root}/{file}: rows[{i}].reported_only: requires `reported` and no model"
             )
         if (study.kind == "models" and not row.reported_only) != (row.model is not None):
             raise HovitError(
@@ -130,7 +130,7 @@ def _check_rows(config: Config, root: Path, study: Study, must: Must) -> None:
         if row.rule:
             must(config.datasets, row.rule, f"{file}: rows[{i}].rule")
         if (row.rule is None) != (row.total is None):
-            raise HovitError(f"{root}/{file}: rows[{i}]: `rule` and `total` go together")
+            raise HovitError(f"{root}/{file}: rows[{i}]: `rule` and `total` require each other")
         if row.recipe:
             must(config.recipes, row.recipe, f"{file}: rows[{i}].recipe")
         if config.recipes[row.recipe or study.recipe].frozen_front and not row.pretrained:
@@ -140,7 +140,8 @@ def _check_rows(config: Config, root: Path, study: Study, must: Must) -> None:
         detects = config.recipes[row.recipe or study.recipe].detection is not None
         if study.trained and row.model and detects != ((row.dataset or study.dataset) == "coco"):
             raise HovitError(
-                f"{root}/{file}: rows[{i}]: dataset coco and a recipe with `detection` go together"
+                f"{root}/{file}: rows[{i}]: dataset coco and a recipe with `detection` require "
+                "each other"
             )
         _check_model(config, f"{root}/{file}: rows[{i}]", row)
         if row.trained_as:

@@ -1,9 +1,9 @@
 """Training images after augmentation by timm: RandAugment, random erasing, mixup and CutMix.
 
-Crop, flip and RandAugment work on one image, in worker processes where a GPU trains. Random
-erasing, mixup and CutMix work on the normalised batch, on the device. Draws for an image come from
-(seed, epoch, position in the epoch), those for a batch from (seed, epoch, step, rank): a resumed
-run draws the same, and so does any number of workers.
+Crop, flip and RandAugment work on single images, in worker processes if a GPU trains. Random
+erasing, mixup and CutMix work on the normalised batch, on the device. Random numbers for an image
+are seeded with (seed, epoch, position in the epoch), and those for a batch with (seed, epoch, step,
+rank). They are the same in a resumed run, and for any number of workers.
 
 RandAugment: Cubuk et al., arXiv 1909.13719. Random erasing: Zhong et al., arXiv 1708.04896. Mixup:
 Zhang et al., arXiv 1710.09412. CutMix: Yun et al., arXiv 1905.04899.
@@ -33,8 +33,8 @@ from .loader import Batch, step_seed, usable_workers
 
 MOST_WORKERS = 16
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
-SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random crop's area and aspect
-CONTENT_SEED, BATCH_SEED = 1, 2  # keep the draws for images and batches apart
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # ranges of the area and aspect ratio of a random crop
+CONTENT_SEED, BATCH_SEED = 1, 2  # separate the random numbers of images and of batches
 
 
 class ImageSource(Protocol):
@@ -54,8 +54,8 @@ class ImageSource(Protocol):
 
         Args:
             image: result of `open`.
-            index: of the image.
-            shrink: the sides may be smaller by up to this factor, if that is faster.
+            index: index of the image.
+            shrink: the sides may be smaller by up to this factor if decoding is then faster.
 
         Raises:
             HovitError: naming a file that cannot be decoded.
@@ -81,7 +81,7 @@ class PackedSource:
 
 
 class AugmentedImages(Dataset[Batch]):
-    """Training images, cropped, flipped and, by the recipe, changed by RandAugment.
+    """Training images, cropped and flipped, with RandAugment if the recipe has it.
 
     Args:
         source: the images.
@@ -100,7 +100,7 @@ class AugmentedImages(Dataset[Batch]):
     def __getitems__(self, draws: np.ndarray) -> Batch | HovitError:
         """A batch of (index, position in the epoch) as uint8 [B, size, size, 3] and labels [B].
 
-        Returns an error instead of raising it: raised in a worker, it would be a traceback.
+        An error is returned, not raised, because a worker would turn it into a traceback.
         """
         try:
             images = [self._augmented(int(index), int(position)) for index, position in draws]
@@ -121,7 +121,7 @@ class AugmentedImages(Dataset[Batch]):
 
 
 def random_crop(source: ImageSource, index: int, size: int) -> Tensor:
-    """A random crop of 8 to 100 % of an image's area, resized (bicubic): uint8 [3, size, size]."""
+    """Random crop of 8 to 100 % of the area, resized (bicubic) to uint8 [3, size, size]."""
     image = source.open(index)
     top, left, high, wide = RandomResizedCropAndInterpolation.get_params(image, SCALE, RATIO)
     width, height = image.size
@@ -155,7 +155,7 @@ def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
 def with_positions(
     batches: Sequence[np.ndarray], first: int, batch_size: int, rank: int = 0, world: int = 1
 ) -> list[np.ndarray]:
-    """Add to each image of this process its position in the epoch.
+    """Pair each image index of this process with its position in the epoch.
 
     Args:
         batches: indices of each batch of this process.
@@ -184,10 +184,10 @@ def load_images(
 
     Args:
         images: images of `size` pixels per side.
-        batches: what `images.__getitems__` takes, for each batch.
-        size: for the memory that workers need.
+        batches: for each batch, the argument of `images.__getitems__`.
+        size: pixels per side, from which the memory of workers is computed.
         device: device of the model.
-        workers: worker processes; default: none for a CPU, else those of `loader_workers`.
+        workers: worker processes; default: none on a CPU, otherwise `loader_workers(world)`.
         world: number of training processes on this machine.
 
     Raises:
@@ -213,7 +213,7 @@ def load_images(
 
 
 def loader_workers(world: int) -> int:
-    """Worker processes for one of `world` training processes that share the usable cores."""
+    """Number of loader workers for each of `world` training processes that share the cores."""
     can_ask = hasattr(os, "sched_getaffinity")  # not on macOS
     cores = len(os.sched_getaffinity(0)) if can_ask else os.cpu_count() or 2
     return max(1, min(MOST_WORKERS, cores // world - 1))
@@ -226,18 +226,18 @@ def _no_collate(batch: Any) -> Any:
 def mix_batch(
     x: Tensor, labels: Tensor, recipe: Recipe, num_classes: int, seed: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Erase rectangles at random, then mix pairs of images, as the recipe says.
+    """Erase random rectangles, then mix pairs of images, as the recipe states.
 
     Args:
         x: normalised images [B, 3, H, W]; changed in place.
         labels: int64 [B].
         recipe: its `random_erasing`, `mixup`, `cutmix` and `label_smoothing`.
-        num_classes: classes.
+        num_classes: number of classes.
         seed: (run seed, epoch, step, rank).
 
     Returns:
-        The images, and labels: int64 [B], or probabilities [B, classes] with the label smoothing in
-        them if the recipe mixes images.
+        The images, and labels: int64 [B], or label-smoothed probabilities [B, classes] if the
+        recipe mixes images.
 
     Raises:
         HovitError: if images are mixed and a process has an odd number of them.
@@ -259,7 +259,7 @@ def mix_batch(
 
 
 def seed_generators(parts: Sequence[int]) -> None:
-    """Seed Python's and NumPy's global generators, from which timm draws."""
+    """Seed the global generators of Python and NumPy, which timm uses."""
     seed = step_seed(parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - timm draws from it

@@ -1,18 +1,19 @@
-"""ImageNet-1K, read where it lies: JPEG files in folders, or the published archives.
+"""ImageNet-1K read in place, from folders of JPEG files or from the published archives.
 
 Layout under the data root: `imagenet/train/n01440764/*.JPEG` and `imagenet/val/n01440764/*.JPEG`,
 as torchvision's `ImageNet` and timm expect it, or the archives that torchvision unpacks
-(`ILSVRC2012_img_train.tar`, `ILSVRC2012_img_val.tar`, `ILSVRC2012_devkit_t12.tar.gz`): images are
-read from inside them, at the offset that the manifest states. Nothing is copied. The 100,000 test
+(`ILSVRC2012_img_train.tar`, `ILSVRC2012_img_val.tar`, `ILSVRC2012_devkit_t12.tar.gz`). Images are
+read from inside the archives, at the offsets in the manifest. Nothing is copied. The 100,000 test
 images have no labels and are not read.
 
-Pillow decodes, and torchvision crops and resizes tensors of bytes: its bicubic resizing uses AVX2.
+Pillow decodes, and torchvision crops and resizes uint8 tensors, because its bicubic resizing uses
+AVX2.
 `bench/loader.py --files` compares it with torchvision's ImageFolder loader. torchvision.io decodes
 somewhat faster than Pillow, but is deprecated since torchvision 0.29; FFCV copies the data set, and
 DALI has transforms of its own, on the GPU.
 
-The pack of such a data set has two files: `manifest.csv` (split, label, class, path, offset, bytes)
-and `pack.json` (description, place, and a fingerprint over splits, labels, names and sizes).
+The pack of the data set has two files: `manifest.csv` (split, label, class, path, offset, bytes)
+and `pack.json` (description, folder, and a fingerprint over splits, labels, names and sizes).
 """
 
 import io
@@ -56,7 +57,7 @@ class Located(NamedTuple):
     Args:
         label: class name.
         path: file, relative to the data set's folder.
-        offset: first byte in that file; it is 0 for a file of one image.
+        offset: position of the first byte in that file; 0 for a file of one image.
         bytes: size.
         name: name of the image, without folders.
     """
@@ -71,8 +72,8 @@ class Located(NamedTuple):
 def prepare(pack: Pack, data_root: Path, folder: Path | None = None) -> dict[str, Any]:
     """List and check the images, write manifest.csv and pack.json, and return pack.json.
 
-    Each file must begin and end as a JPEG, or else be decodable. Damaged files are named on stderr,
-    one line each.
+    Each file must have the first and last bytes of a JPEG, or be decodable. Damaged files are
+    printed to stderr, one line each.
 
     Args:
         pack: pack of a data set with reader `imagenet`.
@@ -80,7 +81,8 @@ def prepare(pack: Pack, data_root: Path, folder: Path | None = None) -> dict[str
         folder: folder of the pack; default: `pack.folder`.
 
     Raises:
-        HovitError: if images are missing or damaged, or their number is not the published one.
+        HovitError: if images are missing or damaged, or if their number differs from the published
+            number.
     """
     folder, root = folder or pack.folder, (data_root / pack.dataset.files[0]).resolve()
     with alone(folder, wait=True):
@@ -133,7 +135,7 @@ def _list_folders(root: Path, split: str) -> Iterator[Located]:
 
 
 def _list_train_tar(archive: Path) -> Iterator[Located]:
-    """Images of the archive of archives: one for each class, all uncompressed."""
+    """Images of the training archive, which holds one uncompressed archive per class."""
     with tarfile.open(archive, "r:") as outer:
         for each in outer:
             inner = outer.extractfile(each)
@@ -148,7 +150,7 @@ def _list_train_tar(archive: Path) -> Iterator[Located]:
 
 
 def _list_val_tar(root: Path) -> Iterator[Located]:
-    """Validation images with the labels of the development kit."""
+    """Validation images, with labels from the development kit."""
     from scipy.io import loadmat  # type: ignore[import-untyped]
 
     devkit = root / DEVKIT
@@ -182,10 +184,10 @@ def _check_counts(dataset: Dataset, root: Path, train: int, val: int) -> None:
 
 
 def _check_files(root: Path, images: Sequence[Located]) -> None:
-    """Name each damaged file on stderr.
+    """Print each damaged file to stderr.
 
     Raises:
-        HovitError: if there is any.
+        HovitError: if a file is damaged.
     """
     damaged: list[str] = []
     with ThreadPoolExecutor() as pool:
@@ -200,7 +202,7 @@ def _check_files(root: Path, images: Sequence[Located]) -> None:
 
 
 def _damage(root: Path, image: Located) -> str:
-    """What is wrong with a file, in one line; empty if nothing is."""
+    """One line that describes the damage of a file; empty for a good file."""
     try:
         with open(root / image.path, "rb") as file:
             file.seek(image.offset)
@@ -218,13 +220,13 @@ def _damage(root: Path, image: Located) -> str:
 def make_manifest(
     dataset: Dataset, train: Sequence[Located], val: Sequence[Located]
 ) -> pd.DataFrame:
-    """Splits of the images: the published validation images are the test set.
+    """Split the images. The published validation images are the test set.
 
-    The training images are shuffled by the seed of the split, and its share of them trains; the
-    others choose the epoch.
+    The training images are shuffled with the random seed of the split. Its `train` share is used
+    for training, and the rest to choose the epoch.
 
     Raises:
-        HovitError: if the classes differ from those of the training images, or in number.
+        HovitError: if the number of classes is wrong, or a validation class has no training image.
     """
     names = sorted({each.label for each in train})
     if len(names) != dataset.num_classes:
@@ -246,7 +248,7 @@ def make_manifest(
 
 
 def fingerprint(manifest: pd.DataFrame) -> str:
-    """sha256 in hex over splits, labels, names and sizes; alike for folders and archives."""
+    """sha256 in hex over splits, labels, names and sizes; equal for folders and archives."""
     return digest(manifest[["split", "label", "name", "bytes"]].to_csv(index=False))
 
 
@@ -277,20 +279,20 @@ def _read_manifest(folder: Path) -> pd.DataFrame:
 
 
 class ImageFiles:
-    """The images of a manifest, decoded on demand; an `ImageSource` that also reads like a pack.
+    """The images of a manifest, decoded on demand: an `ImageSource` with the interface of a pack.
 
     Args:
         root: folder of the data set.
-        manifest: with `COLUMNS`.
+        manifest: table with `COLUMNS`.
         size: pixels per side of a central crop.
-        meta: pack.json without the place.
+        meta: pack.json without the folder.
     """
 
     def __init__(self, root: Path, manifest: pd.DataFrame, size: int, meta: dict[str, Any]) -> None:
         self.root, self.size, self.meta = root, size, meta
         self.labels = manifest["label"].to_numpy(np.int64)
         self.splits = {name: np.flatnonzero(manifest["split"] == name) for name in SPLITS}
-        # Fixed-width arrays: worker processes share them, as no reference counts are written.
+        # Fixed-width arrays have no reference counts, so worker processes share their memory.
         self._paths = manifest["path"].to_numpy("S")
         self._offsets = manifest["offset"].to_numpy(np.int64)
         self._bytes = manifest["bytes"].to_numpy(np.int64)
@@ -300,7 +302,7 @@ class ImageFiles:
         return len(self.labels)
 
     def path(self, index: int) -> Path:
-        """The file, or the archive, that holds an image."""
+        """The file or archive that holds an image."""
         return self.root / os.fsdecode(self._paths[index])
 
     def open(self, index: int) -> Image.Image:
@@ -315,7 +317,7 @@ class ImageFiles:
     def decode(self, image: Image.Image, index: int, shrink: int = 1) -> Tensor:
         """Decode to RGB, uint8 [3, H, W], without EXIF orientation, as torchvision and timm do.
 
-        Where the sides may be smaller by a factor of 2 or more, libjpeg decodes fewer coefficients.
+        If `shrink` is 2 or more, libjpeg decodes fewer coefficients.
 
         Raises:
             HovitError: naming a damaged file.
@@ -325,7 +327,7 @@ class ImageFiles:
         return torch.from_numpy(np.array(self.to_rgb(image, index))).permute(2, 0, 1)
 
     def to_rgb(self, image: Image.Image, index: int) -> Image.Image:
-        """Decode by Pillow.
+        """Decode with Pillow.
 
         Raises:
             HovitError: naming a damaged file.
@@ -334,9 +336,9 @@ class ImageFiles:
 
 
 class CentralCrops(TorchDataset[Any]):
-    """Images for evaluation: resized to 8 / 7 of the crop (bicubic), then the central crop.
+    """Images for evaluation: resized to 8 / 7 of the crop size (bicubic), then cropped centrally.
 
-    `crops[i]` and `crops[[i, j]]` are arrays, as those of a pack. A loader gets batches.
+    `crops[i]` and `crops[[i, j]]` are arrays, like the images of a pack. A loader gets batches.
     """
 
     def __init__(self, files: ImageFiles) -> None:
@@ -397,7 +399,7 @@ def open_files(pack: Pack, folder: Path | None = None) -> ImageFiles:
     """Open a data set that `prepare` checked.
 
     Raises:
-        HovitError: if the pack is missing, has another spec, or its manifest changed.
+        HovitError: if the pack is missing or has another spec, or if its manifest has changed.
     """
     folder = folder or pack.folder
     command = f"`hovit data {pack.id}`"
@@ -406,7 +408,7 @@ def open_files(pack: Pack, folder: Path | None = None) -> ImageFiles:
     meta = read_json(folder / "pack.json")
     if meta.get("spec_hash") != pack.spec_hash:
         raise HovitError(
-            f"{folder}: made by another config/datasets/{pack.dataset.id}.yaml; delete it"
+            f"{folder}: made from another config/datasets/{pack.dataset.id}.yaml; delete it"
         )
     root = Path(str(meta.get("root")))
     if meta != _describe(pack, folder, root) | {"fingerprint": meta.get("fingerprint")}:

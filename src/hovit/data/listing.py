@@ -90,7 +90,7 @@ def _is_image(where: str, member: str, start: Callable[[], bytes]) -> bool:
         return True
     if looks_like_image(suffix, start()):
         raise HovitError(
-            f"{where}: looks like an image, but its suffix is not one that is read "
+            f"{where}: looks like an image, but its suffix is not supported "
             f"({' '.join(sorted(SUFFIXES))}); convert or rename it, or remove it"
         )
     return False
@@ -134,7 +134,7 @@ def open_zip(path: Path) -> zipfile.ZipFile:
     for info in archive.infolist():
         member, where = PurePosixPath(member_name(info)), printable(f"{path}: {info.filename}")
         if member.is_absolute() or ".." in member.parts:
-            raise HovitError(f"{where}: a member that leaves the archive's folder")
+            raise HovitError(f"{where}: a member outside the archive's folder")
         if info.file_size > MAX_BYTES:
             raise HovitError(f"{where}: {info.file_size:,} bytes unpacked, too large")
         if stat.S_ISLNK(info.external_attr >> 16) and not is_hidden(str(member)):

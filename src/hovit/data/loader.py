@@ -145,7 +145,7 @@ def epoch_batches(
     if len(indices) < batch_size:
         raise HovitError(f"{len(indices)} training images: fewer than one batch of {batch_size}")
     if batch_size % world:
-        raise HovitError(f"{world} processes do not divide a batch of {batch_size} evenly")
+        raise HovitError(f"a batch of {batch_size} is not divisible by {world} processes")
     order = np.random.default_rng([seed, epoch]).permutation(indices)
     order = np.repeat(order, repeats)[: len(order)]
     whole = len(order) // batch_size

@@ -281,7 +281,7 @@ def open_pack(pack: Pack, folder: Path | None = None) -> Packed:
     meta = read_json(folder / "pack.json")
     if meta.get("spec_hash") != pack.spec_hash:
         raise HovitError(
-            f"{folder}: made by another config/datasets/{pack.dataset.id}.yaml; delete it"
+            f"{folder}: made from another config/datasets/{pack.dataset.id}.yaml; delete it"
         )
     try:
         if meta != _describe(pack, folder) | {"fingerprint": fingerprint(folder)}:

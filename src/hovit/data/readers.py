@@ -105,7 +105,7 @@ def _download(
         if dataset.files:
             raise HovitError(f"{dataset.id}: {data_root}: {one_line(error)}") from None
         raise HovitError(
-            f"{dataset.id}: torchvision could not get it into {data_root} ({one_line(error)}); "
+            f"{dataset.id}: torchvision could not download it to {data_root} ({one_line(error)}); "
             f"without a network, put {what} there by hand"
         ) from None
     finally:
@@ -215,8 +215,8 @@ def _stanford_cars(dataset: Dataset, data_root: Path) -> list[Item]:
     base = data_root / "stanford_cars"
     if missing := [name for name in CARS if not (base / name).exists()]:
         raise HovitError(
-            f"{dataset.id}: {base / missing[0]}: not found, and its authors' download is gone; "
-            f"get the images and labels elsewhere and put into {base}: {', '.join(CARS)}"
+            f"{dataset.id}: {base / missing[0]}: not found, and the original download is gone; get "
+            f"the images and labels elsewhere and put these into {base}: {', '.join(CARS)}"
         )
     items = []
     for split in ("train", "test"):
@@ -290,7 +290,7 @@ def find(dataset: Dataset, data_root: Path, name: str) -> Path:
     path = data_root / name
     if not path.exists():
         raise HovitError(
-            f"{path}: not found, and dataset {dataset.id} is made of it; put it there, or name the "
+            f"{path}: not found, but dataset {dataset.id} needs it; put it there, or name the "
             "folder that has it (--data-root, or DATA= with make)"
         )
     return path

@@ -79,7 +79,7 @@ def read_annotations(path: Path, images: Path, num_classes: int) -> Annotations:
         if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
             raise HovitError(f"{path}: {key}: must be a list of objects, as in COCO's instances")
     if not content["images"]:
-        raise HovitError(f"{path}: images: there are none")
+        raise HovitError(f"{path}: images: the list is empty")
     categories = sorted(_ids(path, "category", content["categories"]))
     if len(categories) != num_classes:
         raise HovitError(f"{path}: {len(categories)} categories, but num_classes is {num_classes}")
@@ -100,7 +100,7 @@ def _ids(path: Path, what: str, entries: list[dict[str, Any]]) -> list[int]:
     for entry in entries:
         number = entry.get("id")
         if type(number) is not int:
-            raise HovitError(f"{path}: {what}: each one's id must be a whole number")
+            raise HovitError(f"{path}: {what}: every id must be an integer")
         if number in seen:
             raise HovitError(f"{path}: {what} {number} is listed twice")
         seen.add(number)

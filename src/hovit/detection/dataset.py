@@ -81,7 +81,7 @@ def read_parts(dataset: Dataset, root: Path) -> Iterator[tuple[str, Annotations]
         for path in (root / annotations, root / images):
             if not path.exists():
                 raise HovitError(
-                    f"{path}: not found, and dataset {dataset.id} is made of it; put it there, or "
+                    f"{path}: not found, but dataset {dataset.id} needs it; put it there, or "
                     "name the folder that has it (--data-root, or DATA= with make)"
                 )
         yield split, read_annotations(root / annotations, root / images, dataset.num_classes)
@@ -139,11 +139,11 @@ def open_coco(pack: Pack, folder: Path | None = None) -> CocoDataset:
     meta = read_json(folder / "pack.json")
     if meta.get("spec_hash") != pack.spec_hash:
         raise HovitError(
-            f"{folder}: made by another config/datasets/{pack.dataset.id}.yaml; {command}"
+            f"{folder}: made from another config/datasets/{pack.dataset.id}.yaml; run {command}"
         )
     root = Path(str(meta.get("root")))
     if meta != _describe(pack, folder, root):
-        raise HovitError(f"{folder}: annotations under {root} or a file here changed; {command}")
+        raise HovitError(f"{folder}: it or annotations under {root} changed; run {command}")
     sums = _read_manifest(folder).set_index(["split", "image_id"])["sha256"].to_dict()
     parts = {
         split: replace(part, images=[

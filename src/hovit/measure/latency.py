@@ -250,8 +250,8 @@ def _one_line_if_full(name: str, batch: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise HovitError(
-            f"{name} at batch {batch}: the card's memory is too small; measure on a larger "
-            "one, or give the study smaller batches"
+            f"{name} at batch {batch}: the GPU memory is too small; measure on a larger GPU, or "
+            "give the study smaller batches"
         ) from None
 
 

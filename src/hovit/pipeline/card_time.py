@@ -1,8 +1,8 @@
 """Estimate how long studies train on one GPU, from the time of one optimizer step.
 
-The model: a step takes as long as one of LeViT at batch 32, or in proportion to its multiply-adds
-if it has more. Small models are bound by the launches of their kernels, large ones by arithmetic.
-A validation image costs a third of a training image. Start-up is left out.
+A step is assumed to take as long as a LeViT step at batch 32, or longer in proportion to its
+multiply-adds if it has more: kernel launches limit small models, and arithmetic limits large ones.
+A validation image costs a third of a training image. Start-up time is not included.
 """
 
 import json
@@ -19,10 +19,10 @@ from .schedule import split_sizes
 ARTIFACT = Path("ARTIFACT.md")
 BEGIN, END = "<!-- estimate: made by `hovit estimate` -->\n", "<!-- end of estimate -->\n"
 REFERENCE = ("levit_deck", 37, 224, 32)  # model, classes, pixels, batch
-# Milliseconds of the reference step. Measured on an NVIDIA H200 by the two committed runs of HoViT
-# (317 s for 8,000 steps with validation, ten processes sharing the card), and the goal.
+# Milliseconds of the reference step: measured on an NVIDIA H200 by the two committed runs of HoViT
+# (317 s for 8,000 steps with validation, while ten processes shared the GPU), and the goal.
 MEASURED, GOAL = 4.2, 1.5
-# What one would train in one sitting, from scratch or with the runs that it starts from.
+# Studies to train in one session, from scratch or including the runs that they start from.
 SCRATCH = "`hovit`, the five ideas and `levit_attention`, from scratch"
 SCRATCH_STUDIES = (
     "hovit", "conv_stage", "checkerboard", "depth", "conv_shrink", "dropout", "levit_attention",
@@ -50,7 +50,7 @@ def macs_of(run: Run) -> int:
 
 
 def run_seconds(run: Run, step_ms: float) -> float:
-    """Seconds of one run on the card.
+    """Seconds of one run on the GPU.
 
     Args:
         run: a classifier's run.
@@ -72,7 +72,7 @@ def run_seconds(run: Run, step_ms: float) -> float:
 
 
 def estimate_table(plan: Plan) -> str:
-    """Runs, epochs and minutes of the studies that a rented card trains first, as Markdown."""
+    """Markdown table of the runs, epochs and minutes of the studies to train first."""
     scratch = [plan.study(name) for name in SCRATCH_STUDIES]
     runs = [run for run in plan.needed(scratch) if run.weights is None and run.role == "pets"]
     rows = [_row(SCRATCH, [run for run in runs if run.model != "resnet50"])]
@@ -90,10 +90,10 @@ def _row(name: str, runs: list[Run]) -> str:
 
 
 def write_artifact(plan: Plan, root: Path = Path()) -> None:
-    """Write the part of ARTIFACT.md between its two marks.
+    """Write the table between its two markers in ARTIFACT.md.
 
     Raises:
-        HovitError: if a mark is missing.
+        HovitError: if a marker is missing.
     """
     path = root / ARTIFACT
     text = path.read_text(encoding="utf-8")

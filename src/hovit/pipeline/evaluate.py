@@ -128,11 +128,11 @@ def find_images(folder: Path) -> ImageNetImages:
     names = sorted(name for name, _ in list_images(root)) if root.is_dir() else []
     classes = sorted({name.split("/")[0] for name in names if "/" in name})
     if not classes:
-        raise HovitError(f"{folder}: no ImageNet in it (val/n01440764/*.JPEG)")
+        raise HovitError(f"{folder}: contains no ImageNet (val/n01440764/*.JPEG)")
     number = {name: i for i, name in enumerate(ImageNetInfo().label_names())}
     if unknown := [name for name in classes if name not in number]:
         raise HovitError(
-            f"{root}: {unknown[0]} is no class of ImageNet-1k; its folders are n01440764 and so on"
+            f"{root}: {unknown[0]} is not a class of ImageNet-1k; its folders are n01440764 etc."
         )
     samples = [(name, number[name.split("/")[0]]) for name in names if "/" in name]
     return ImageNetImages(root, classes, samples)

@@ -1,7 +1,7 @@
-"""One file with what a sweep has made: records, and on request what unfinished runs need to go on.
+"""Export a sweep to one file: records and, on request, the checkpoints of unfinished runs.
 
-Paths in the archive start at the top folder of the artifact, so `tar -xzf FILE` there puts
-everything in place. `hovit evidence add FILE` takes the records.
+Paths in the archive start at the top folder of the artifact, so `tar -xzf FILE` in that folder
+restores all files. `hovit evidence add FILE` adds the records to the evidence.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from ..utils.files import atomic
 
 RECORD_FILES = ("history.csv", PREDICTIONS, DETECTIONS, "record.json")
 STATE = "state.safetensors"
-EVERY, SHARE = 20.0, 0.05  # seconds between exports at least; share of the time that they may take
+EVERY, SHARE = 20.0, 0.05  # least seconds between exports; largest share of time spent on them
 
 
 def parse_size(text: str) -> int:
@@ -42,16 +42,16 @@ def parse_size(text: str) -> int:
 
 @dataclass
 class Export:
-    """Writes the export of a sweep, again and again while the sweep runs.
+    """Writes the export of a sweep repeatedly while the sweep runs.
 
     Args:
         path: the file.
-        tasks: what may be in it.
+        tasks: tasks to export.
         root: top folder of the artifact.
         states: include checkpoints of unfinished runs, measurements in progress, and weights that
             other runs start from.
-        max_size: bytes that the file may have. Records come first; a state that would exceed the
-            limit is left out.
+        max_size: largest size in bytes. Records come first; a state that would exceed the limit is
+            left out.
         upstreams: ids of the runs that other runs start from.
     """
 
@@ -65,7 +65,7 @@ class Export:
     _took: float = 0.0  # seconds it took
 
     def refresh(self) -> None:
-        """Write the file, unless that was done a moment ago or takes over 5 % of the time."""
+        """Write the file, unless it was just written or would take over 5 % of the time."""
         if time.monotonic() - self._last > max(EVERY, self._took / SHARE):
             self.write()
 
@@ -97,7 +97,7 @@ class Export:
         return left_out
 
     def _states(self) -> Iterable[tuple[str, list[Path]]]:
-        """What each unfinished task needs to go on, and weights of upstream runs."""
+        """Yield the files that unfinished tasks resume from, and weights of upstream runs."""
         for task in self.tasks:
             done = (self.root / task.path).exists()
             if not isinstance(task, TrainTask):
@@ -129,7 +129,7 @@ def _state_files(root: Path, task: TrainTask) -> list[Path]:
 
 
 def _open_all(stack: contextlib.ExitStack, root: Path, paths: list[Path]) -> dict[Path, BinaryIO]:
-    """Open all files of a state; nothing if one is gone, because its run has saved a new one."""
+    """Open all files of a state; {} if its run has replaced one of them meanwhile."""
     try:
         return {path: stack.enter_context(open(root / path, "rb")) for path in paths}
     except FileNotFoundError:
@@ -141,7 +141,7 @@ def _size(file: BinaryIO) -> int:
 
 
 def _written(tar: tarfile.TarFile) -> int:
-    """Compressed bytes so far, up to a buffer."""
+    """Compressed bytes written so far, without those still in a buffer."""
     fileobj = getattr(tar.fileobj, "fileobj", None) or tar.fileobj
     assert fileobj is not None
     return int(fileobj.tell())
@@ -160,10 +160,10 @@ def _add_open(tar: tarfile.TarFile, path: Path, file: BinaryIO) -> None:
 
 
 def unpack_records(path: Path, target: Path) -> None:
-    """Unpack records and predictions of an export into a folder; checkpoints stay out.
+    """Unpack records and predictions of an export into a folder, without checkpoints.
 
     Raises:
-        HovitError: if the file is not an export, or is cut off.
+        HovitError: if the file is not an export or is truncated.
     """
     try:
         with tarfile.open(path, "r:gz") as tar:
@@ -172,7 +172,7 @@ def unpack_records(path: Path, target: Path) -> None:
                 if not (member.isfile() and _is_record_file(place)):
                     continue
                 if place.is_absolute() or ".." in place.parts:
-                    raise HovitError(f"{path}: {member.name!r} is not a path of an export")
+                    raise HovitError(f"{path}: {member.name!r} is not a path inside an export")
                 content = tar.extractfile(member)
                 assert content is not None
                 (target / place).parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""A folder with all that a rented GPU without network needs: `make gpu-kit`.
+"""Build a folder that runs studies on a rented GPU machine without network: `make gpu-kit`.
 
 kit/hovit/     shallow clone of this repository at its commit, so that records name the commit;
-               parameters and multiply-adds are counted already
+               it contains the counts of parameters and multiply-adds
 kit/data/      archives, reduced to the images of the packs
 kit/packed/    packs that are not made from archives
 kit/wheels/    packages that the other machine lacks
@@ -33,7 +33,7 @@ from .schedule import order_tasks
 
 MAX_BYTES = 60_000_000
 LOCK, RUN = Path("envs/requirements.lock"), Path("envs/gpu-kit/run.sh")
-# Builds of these platforms run on any x86-64 Linux of the last years.
+# Wheels for these platforms run on every recent x86-64 Linux.
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 Members = dict[str, set[str]]  # archive -> names in it
 
@@ -55,23 +55,23 @@ def make_kit(
     Args:
         target: the folder; an earlier kit in it is replaced.
         plan: config at the scale to run.
-        studies: what to run, the most important first.
+        studies: studies to run, the most important first.
         data_root: folder with the archives.
         python: version of the other machine's Python, for wheels, such as `3.12`.
-        packages: names in the lock that the other machine lacks.
+        packages: names of packages in the lock file that the other machine lacks.
         max_bytes: limit of the whole folder. Images that would exceed it are left out.
         root: top folder of the artifact.
         log: called with each line of progress.
 
     Raises:
-        HovitError: for changes that are not committed, a folder that is not a kit, missing
-            archives or wheels, or a kit that is too large even without images.
+        HovitError: for uncommitted changes, a folder that is not a kit, missing archives or wheels,
+            or a kit that is too large even without images.
     """
     commit, dirty = git_state(root)
     if dirty:
         raise HovitError(
-            f"{root.resolve()}: has changes that are not committed, which a kit would not hold; "
-            "commit them, so that its records name their sources"
+            f"{root.resolve()}: has uncommitted changes, which the kit would not contain; commit "
+            "them, so that records name their sources"
         )
     if target.exists() and not (target / "kit.env").exists():
         raise HovitError(f"{target}: exists and is not a kit; name another folder, or remove it")
@@ -91,7 +91,7 @@ def make_kit(
     if wanted and python:
         _download_wheels(wanted, python, root / LOCK, target / "wheels")
     elif wanted:
-        log(f"no wheels without PYTHON=3.X: the other machine must have {', '.join(wanted)}")
+        log(f"no wheels without PYTHON=3.X; the other machine needs {', '.join(wanted)}")
     room = max_bytes - _bytes(target)
     if room < 0:
         raise HovitError(f"{target}: {_bytes(target) / 1e6:.0f} MB without any images; the limit "
@@ -101,7 +101,7 @@ def make_kit(
 
 
 def _clone(root: Path, target: Path) -> None:
-    """Clone the current commit alone, without a trace of where it came from."""
+    """Clone only the current commit, and remove the path of the original."""
     git(root, "clone", "--quiet", "--depth=1", "--no-tags", f"file://{root}", str(target.resolve()))
     git(target, "remote", "remove", "origin")
     shutil.rmtree(target / ".git/logs", ignore_errors=True)
@@ -118,7 +118,7 @@ def _packs(plan: Plan, studies: list[Study]) -> list[Pack]:
 
 
 def _weight_packages(plan: Plan, studies: list[Study]) -> list[str]:
-    """Python packages with the weights that runs start from."""
+    """Python packages that contain the weights that runs start from."""
     sources = [run.weights for run in plan.needed(studies) if run.weights]
     return sorted({str(source.package) for source in sources if source.package})
 
@@ -143,8 +143,8 @@ def _add_images(
         wider = _union(members, _members(pack.dataset, data_root))
         cost = _archive_bytes(wider, data_root) - _archive_bytes(members, data_root)
         if cost > room:
-            log(f"left out {pack.id}: its images need {cost / 1e6:.0f} MB, {room / 1e6:.0f} are "
-                "left; carry the archives, and give run.sh --data")  # fmt: skip
+            log(f"left out {pack.id}: its images need {cost / 1e6:.0f} MB, but {room / 1e6:.0f} MB "
+                "are left; copy the archives yourself and pass --data to run.sh")  # fmt: skip
             continue
         members, room = wider, room - cost
         log(f"images of {pack.id}: {cost / 1e6:.1f} MB more")
@@ -155,7 +155,7 @@ def _add_images(
 def _add_packed(
     pack: Pack, data_root: Path, folder: Path, room: int, log: Callable[[str], None]
 ) -> int:
-    """Add a pack as it is, compressed; return the bytes left."""
+    """Add a compressed pack if it fits; return the bytes left."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{pack.id}.tar.gz"
     with tempfile.TemporaryDirectory() as made:
@@ -165,26 +165,26 @@ def _add_packed(
     size = path.stat().st_size
     if size > room:
         path.unlink()
-        log(f"left out {pack.id}: {size / 1e6:.0f} MB, {room / 1e6:.0f} are left")
+        log(f"left out {pack.id}: needs {size / 1e6:.0f} MB, but {room / 1e6:.0f} MB are left")
         return room
     log(f"images of {pack.id}: {size / 1e6:.1f} MB")
     return room - size
 
 
 def _members(dataset: Dataset, data_root: Path) -> Members:
-    """What a data set needs of its archives.
+    """Members of the archives that a data set needs.
 
-    An ImageFolder zip is reduced to all images of the chosen classes, because their number decides
-    which are drawn, and one image of each other class, because their names decide the classes. The
-    pack is then the same, byte for byte. Other archives are kept whole.
+    An ImageFolder zip is reduced to all images of the chosen classes, because their number
+    determines the draw, and to one image of each other class, because classes are chosen by their
+    position among all names. The pack stays the same, byte for byte. Other archives are kept whole.
     """
     names = [*dataset.files, *dataset.test_files]
     paths = {name: data_root / name for name in names}
     for path in paths.values():
         if not path.is_file():
             raise HovitError(
-                f"{path}: not found as a file, and dataset {dataset.id} is made of it; name the "
-                "folder that has it (--data-root, or DATA= with make)"
+                f"{path}: no such file, but dataset {dataset.id} needs it; name the folder that "
+                "contains it (--data-root, or DATA= with make)"
             )
     whole = {name: set(zipfile.ZipFile(path).namelist()) for name, path in paths.items()}
     if dataset.reader != "image_folder":
@@ -206,7 +206,7 @@ def _union(one: Members, other: Members) -> Members:
 
 
 def _archive_bytes(members: Members, data_root: Path) -> int:
-    """Size of the reduced archives: contents, and two headers of each file."""
+    """Size of the reduced archives: contents and two headers per file."""
     total = 0
     for name, wanted in members.items():
         with zipfile.ZipFile(data_root / name) as archive:
@@ -227,12 +227,12 @@ def _copy_archive(source: Path, target: Path, wanted: set[str]) -> None:
 
 
 def locked(names: Iterable[str], python: str, lock: Path) -> str:
-    """The lines of a requirements lock for these packages and this Python, hashes included.
+    """The lines of a requirements lock for these packages and this Python, with hashes.
 
-    Markers are left out, because pip would evaluate them for the Python that runs it.
+    Markers are omitted, because pip would evaluate them for the Python that runs pip.
 
     Raises:
-        HovitError: for a package that the lock does not have.
+        HovitError: for a package that the lock does not contain.
     """
     by_name = {}
     for block in re.split(r"\n(?=[A-Za-z0-9])", lock.read_text(encoding="utf-8")):
@@ -248,7 +248,7 @@ def locked(names: Iterable[str], python: str, lock: Path) -> str:
 
 
 def _is_for(line: str, python: str) -> bool:
-    """Whether the Python version in the marker of a line, if any, includes this one."""
+    """Whether the marker of a line, if any, allows this Python version."""
     version = int(python.removeprefix("3."))
     bounds = re.findall(r"python_full_version (<|>=) '3\.(\d+)'", line)
     return all(
@@ -262,7 +262,7 @@ def _normal(name: str) -> str:
 
 
 def _download_wheels(names: list[str], python: str, lock: Path, folder: Path) -> None:
-    """Download the locked versions for another Python on x86-64 Linux, hashes checked."""
+    """Download the locked versions for another Python on x86-64 Linux, and check their hashes."""
     if not re.fullmatch(r"3\.\d+", python):
         raise HovitError(f"--python {python}: write the version of the other machine, such as 3.12")
     with tempfile.TemporaryDirectory() as temporary:
@@ -277,4 +277,4 @@ def _download_wheels(names: list[str], python: str, lock: Path, folder: Path) ->
         except subprocess.CalledProcessError as error:
             lines = [line for line in error.stderr.splitlines() if line.startswith("ERROR")]
             reason = lines[-1] if lines else one_line(error)
-            raise HovitError(f"wheels for Python {python} cannot be had: {reason}") from None
+            raise HovitError(f"cannot download wheels for Python {python}: {reason}") from None

@@ -1,4 +1,4 @@
-"""List the models that studies may name, with their arguments. `hovit.config.models` reads it."""
+"""List the models that studies may name, with their arguments, for `hovit.config.models`."""
 
 import inspect
 import json
@@ -34,7 +34,7 @@ ATTENTION = [
     for each in vars(modules).values()
     if inspect.isclass(each) and each.__module__ == modules.__name__
 ]
-# Where classes of this project pass their remaining keyword arguments.
+# Classes to which classes of this project pass their remaining keyword arguments.
 KEYWORDS: dict[Any, list[type]] = {
     AttentionLayer: ATTENTION, EfficientViT: [Switches], LevitDeck: ATTENTION, Swin: ATTENTION,
 }  # fmt: skip
@@ -43,11 +43,11 @@ BATCHNORM = {"bn_tf": False, "bn_momentum": 0.1, "bn_eps": 1e-5}  # of timm's Ef
 
 
 class _Built(Exception):
-    """Raised in place of building a model; carries what would be built, and its arguments."""
+    """Raised instead of building a model; carries the class and the arguments."""
 
 
 def write_models() -> None:
-    """Write `MODELS_FILE`, one entry a line."""
+    """Write `MODELS_FILE`, with one entry per line."""
     blocks = []
     for name, entries in list_models().items():
         lines = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in entries.items())
@@ -60,8 +60,8 @@ def list_models() -> dict[str, dict[str, Any]]:
 
     Returns:
         `arguments`: class -> argument -> alternative types; `models`: name -> class, or [class,
-        argument that names the model to which the other arguments go]; `tags`: name -> tags of
-        the pretrained weights, separated by spaces.
+        name of the argument that selects the model for all other arguments]; `tags`: name -> tags
+        of the pretrained weights, separated by spaces.
     """
     arguments: dict[str, Arguments] = {}
     models: dict[str, str | list[str]] = {}
@@ -88,7 +88,7 @@ def list_models() -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def _nothing_is_built() -> Iterator[None]:
-    """Make entry points raise `_Built` in place of building the model."""
+    """Make entry points raise `_Built` instead of building the model."""
 
     def build(model_cls: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         raise _Built(model_cls, kwargs)
@@ -123,7 +123,7 @@ def _of_class(name: str) -> tuple[str, Arguments]:
 
 
 def _arguments(target: Any) -> Arguments:
-    """Argument -> alternative types, of a class, a function, or a partial of one."""
+    """Argument -> alternative types of a class, of a function, or of a partial."""
     found, is_open = _of_signature(target)
     if not is_open:
         return found
@@ -156,7 +156,7 @@ def _of_overlay(target: Any) -> Arguments:
 
 
 def _of_signature(target: Any) -> tuple[Arguments, bool]:
-    """Arguments in the signature, and whether it takes any other keyword."""
+    """Arguments in the signature, and whether it takes other keyword arguments."""
     found: Arguments = {}
     is_open = False
     for parameter in inspect.signature(target, eval_str=True).parameters.values():

@@ -118,8 +118,8 @@ def _set_up(task: MeasureTask) -> None:
     study = task.study
     if not study.keep_memory and device_module.freed_memory_kept:
         raise HovitError(
-            f"{study.id}: wants freed memory returned, but this process already keeps it: run the "
-            f"same command again, or `hovit measure {study.id}`"
+            f"{study.id}: freed memory must be returned, but this process already keeps it; run "
+            f"the same command again, or `hovit measure {study.id}`"
         )
     torch.manual_seed(0)
     # With TF32, convolutions would run in lower precision than the linear layers they replace.
@@ -192,7 +192,7 @@ def time_models(
 
     Args:
         spec: spec of the measurement.
-        begun: what the samples belong to: spec hash, code and device.
+        begun: identifies the measurement of the samples: spec hash, code and device.
         device: device to time on.
         partial: where samples are kept after each round.
         deadline: `time.monotonic()` after which to stop.
@@ -256,8 +256,8 @@ def _resume(partial: Path, begun: dict[str, Any]) -> Samples | None:
         there, here = Device(**saved["device"]), Device(**begun["device"])
         driver = f", driver {there.driver} there and {here.driver} here" * (there.name == here.name)
         raise HovitError(
-            f"{partial}: begun on {there}, but this is {here}{driver}; one table's latencies come "
-            "from one device: go on there, or delete the file"
+            f"{partial}: begun on {there}, but this is {here}{driver}; a table needs all latencies "
+            "from one device: continue there, or delete the file"
         )
     samples: Samples = saved["samples"]
     return samples

@@ -1,7 +1,7 @@
 """Worker processes of a sweep, which share one device.
 
-Each worker imports torch once and does one task after another. A worker that dies fails its task
-only; another one takes its place.
+Each worker imports torch once and runs one task after another. If a worker dies, only its task
+fails, and a new worker replaces it.
 """
 
 import gc
@@ -26,13 +26,13 @@ REPORT_EVERY, STATUS_EVERY = 0.5, 30.0  # seconds
 
 @dataclass(frozen=True)
 class Settings:
-    """What a worker needs besides its tasks.
+    """Settings that all workers of a sweep share.
 
     Args:
         data_root: folder with downloads and archives.
         root: top folder of the artifact.
         accelerator: auto, cpu or cuda.
-        precision: of training, as in the scale.
+        precision: precision of training, as in the scale.
         threads: CPU threads of a training.
         deadline: `time.monotonic()` at which tasks save and stop.
         weights_file: value of `--weights`.
@@ -48,7 +48,7 @@ class Settings:
 
 
 class Worker:
-    """A process that does the tasks it is sent."""
+    """A process that runs the tasks sent to it."""
 
     def __init__(self, settings: Settings) -> None:
         self.connection, theirs = context.Pipe()
@@ -63,7 +63,7 @@ class Worker:
         self.connection.send(task)
 
     def kill(self) -> None:
-        """End the process at once. Files are written atomically, so none is damaged."""
+        """End the process at once. Files are written atomically, so no file is damaged."""
         self.process.kill()
         self.process.join()
         self.connection.close()
@@ -78,14 +78,14 @@ def run_in_processes(
     after_task: Callable[[], object] = lambda: None,
     log: Callable[[str], None] = print,
 ) -> None:
-    """Do the tasks of a schedule in `jobs` processes at a time.
+    """Run the tasks of a schedule in `jobs` processes.
 
     Args:
         schedule: the tasks.
         settings: what workers need.
         jobs: number of processes.
         stop: `time.monotonic()` at which workers that have not stopped by themselves are killed.
-        after_task: called about every second, and so after each task.
+        after_task: called about once per second, and after each task.
         log: called with each line of progress.
     """
     jobs = max(1, min(jobs, len(schedule.waiting)))
@@ -110,7 +110,7 @@ def run_in_processes(
 
 
 def _send(worker: Worker, task: Task, settings: Settings) -> Worker:
-    """Start a task in this worker, or in a new one if it has died while it waited."""
+    """Start a task in this worker, or in a new worker if this one has died."""
     try:
         worker.send(task)
     except OSError:
@@ -123,7 +123,7 @@ def _send(worker: Worker, task: Task, settings: Settings) -> Worker:
 def _receive(
     workers: list[Worker], schedule: Schedule, settings: Settings, log: Callable[[str], None]
 ) -> None:
-    """Note the messages of all busy workers; wait a second for one."""
+    """Handle the messages of busy workers, after waiting for at most a second."""
     busy = {worker.connection: worker for worker in workers if worker.task}
     for ready in wait(list(busy), timeout=1.0):
         worker = busy[ready]  # type: ignore[index]
@@ -157,7 +157,7 @@ def _status(schedule: Schedule, now: float) -> str:
 
 
 def _work(connection: Connection, settings: Settings) -> None:
-    """Body of a worker process: do tasks until the sweep closes the connection."""
+    """Body of a worker process: run tasks until the sweep closes the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the sweep, which kills its workers
     import hovit.models  # noqa: F401 (registers)
 
@@ -170,7 +170,7 @@ def _work(connection: Connection, settings: Settings) -> None:
 
 
 def _do_safely(task: Task, connection: Connection, settings: Settings) -> tuple[str, str, str]:
-    """Do a task: (end or crash; done, stopped or failed; one line)."""
+    """Run a task and return (end or crash; done, stopped or failed; one line)."""
     try:
         return "end", "done", do_task(task, settings, connection.send)
     except OutOfTime:
@@ -192,17 +192,17 @@ def do_task(
     send: Callable[[tuple[Any, ...]], object],
     on_epoch: Callable[[dict[str, float]], None] = lambda _: None,
 ) -> str:
-    """Train or measure.
+    """Run one task: train or measure.
 
     Args:
-        task: what to do.
-        settings: how.
+        task: the task.
+        settings: settings of the sweep.
         send: called with ("begin",) once the images of a training are ready, and about twice a
             second with ("step", steps done, steps of the run).
         on_epoch: called with the history entry of each finished epoch.
 
     Returns:
-        the main metrics of a training in words; nothing for a measurement.
+        the main metrics of a training as text; empty for a measurement.
 
     Raises:
         HovitError, OutOfTime: as `train_run` and `measure_study`.

@@ -1,6 +1,6 @@
-"""Order of a sweep's tasks, and which of them still fits into the time left.
+"""Order the tasks of a sweep, and select tasks that fit into the remaining time.
 
-No torch is needed here.
+Does not import torch.
 """
 
 import json
@@ -19,9 +19,9 @@ from ..utils.files import read_json
 
 
 def split_sizes(run: Run, root: Path = Path()) -> tuple[int, int, int] | None:
-    """Images of a run for training and validation, and of its whole pack.
+    """Number of images of a run for training, for validation, and in its whole pack.
 
-    None if neither the pack nor config has the numbers.
+    None if neither the pack nor config states the numbers.
 
     Raises:
         HovitError: if pack.json is damaged.
@@ -36,7 +36,7 @@ def split_sizes(run: Run, root: Path = Path()) -> tuple[int, int, int] | None:
                 sum(images.values()),
             )
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise HovitError(f"{path}: not a pack's; delete it") from None
+            raise HovitError(f"{path}: does not describe a pack; delete it") from None
     elif found := dataset.images or dataset.listed:
         train, val, test = dataset.split.sizes(found, has_test=bool(dataset.test_files))
         total = train + val + test
@@ -46,7 +46,7 @@ def split_sizes(run: Run, root: Path = Path()) -> tuple[int, int, int] | None:
 
 
 def training_images(run: Run, root: Path = Path()) -> int | None:
-    """Training images of a run, if its data are packed or config states the number.
+    """Number of training images of a run; None if it is not known yet.
 
     Raises:
         HovitError: if pack.json is damaged.
@@ -82,15 +82,15 @@ def order_tasks(
     only: str | None = None,
     done: bool = False,
 ) -> list[Task]:
-    """The open tasks of these studies: trainings, upstream runs first, then measurements.
+    """List the open tasks of these studies: trainings (upstream runs first), then measurements.
 
     Args:
         plan: config at a scale.
         studies: the studies.
         root: top folder of the artifact.
-        priority: train study by study in the given order, the first seed of every row before the
-            second of any; measure in the given order.
-        only: `train` or `measure`: leave out the other tasks.
+        priority: train study by study in the given order, with the first random seed of every row
+            before the second of any; measure in the given order.
+        only: `train` or `measure`, to leave out the other tasks.
         done: include tasks that are done.
     """
     studies = list(studies)
@@ -101,7 +101,7 @@ def order_tasks(
         trained += [plan.train_task(run) for run in by_seed]
     else:
         trained += [plan.train_task(run) for run in plan.needed(studies)]
-    # A process that keeps freed memory cannot return it later, so studies that want it returned
+    # A process that keeps freed memory cannot return it later, so studies that need returned memory
     # come first.
     measured: list[Task] = [
         task
@@ -114,11 +114,11 @@ def order_tasks(
 
 @dataclass
 class Progress:
-    """Progress of one training in this sweep; times are those of `time.monotonic`.
+    """Progress of one training in this sweep; times are from `time.monotonic`.
 
     Args:
         run: the run.
-        started: when it started, its images ready.
+        started: when it started, with its images ready.
         first: time and step of the first report.
         last: time and step of the latest report.
         steps: steps of the whole run.
@@ -134,7 +134,7 @@ class Progress:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Seconds of a step, with validation; None before the second report."""
+        """Seconds per step, including validation; None before the second report."""
         if self.first is None or self.last is None or self.last[1] <= self.first[1]:
             return None
         return (self.last[0] - self.first[0]) / (self.last[1] - self.first[1])
@@ -150,12 +150,12 @@ class Schedule:
     """Hands out tasks, and holds back trainings that cannot finish before the deadline.
 
     Args:
-        plan: config at a scale; it knows which run starts from which.
+        plan: config at a scale; it states which run starts from which.
         waiting: tasks that have not started, in order.
         deadline: time at which all work stops.
         root: top folder of the artifact.
-        must_finish: hold back trainings that would not finish; otherwise they start, and stop with
-            a checkpoint.
+        must_finish: hold back trainings that would not finish. Otherwise they start, and stop with
+            a checkpoint at the deadline.
     """
 
     plan: Plan
@@ -172,8 +172,8 @@ class Schedule:
     def next(self, now: float) -> Task | None:
         """Start and return the next task; None if none can start now.
 
-        A measurement needs the machine to itself: it starts when nothing else runs, and nothing
-        starts beside it.
+        A measurement needs the machine to itself: it starts when nothing runs, and no task starts
+        until it ends.
         """
         if now >= self.deadline or any(isinstance(task, MeasureTask) for task in self.running):
             return None
@@ -189,18 +189,18 @@ class Schedule:
         return None
 
     def begin(self, task: Task, now: float) -> None:
-        """Note that a training has its images and starts."""
+        """Record that a training has its images and starts."""
         if isinstance(task, TrainTask):
             self.progress[str(task)] = Progress(task.run, now)
 
     def report(self, task: Task, step: int, steps: int, now: float) -> None:
-        """Note that `step` of `steps` steps are done."""
+        """Record that `step` of `steps` steps are done."""
         progress = self.progress[str(task)]
         progress.first = progress.first or (now, step)
         progress.last, progress.steps = (now, step), steps
 
     def end(self, task: Task, outcome: str, now: float) -> None:
-        """Note that a task has ended: `done`, `stopped` by the deadline, or `failed`."""
+        """Record that a task has ended: `done`, `stopped` by the deadline, or `failed`."""
         self.running.remove(task)
         if outcome == "done":
             self.done += 1
@@ -211,15 +211,15 @@ class Schedule:
             (self.stopped if outcome == "stopped" else self.failed).append(task)
 
     def open_tasks(self) -> list[str]:
-        """Names of all tasks that are not done; the failed ones say so."""
+        """Names of all tasks that are not done; failed tasks are marked."""
         failed = [f"{task} (failed)" for task in self.failed]
         return failed + [str(task) for task in (*self.running, *self.stopped, *self.waiting)]
 
     def predict(self, run: Run) -> float | None:
-        """Seconds that a run will take by what was measured so far; None if nothing was.
+        """Predict the seconds of a run from measured steps; None if there are none.
 
-        The slowest run of the most similar kind counts: another seed of the same run, else the
-        same recipe from weights of the same kind, else any run.
+        The slowest of the most similar runs counts: other seeds of the same run, otherwise the same
+        recipe from weights of the same kind, otherwise any run.
         """
         known = [p for p in self.progress.values() if p.seconds_per_step is not None]
         steps = total_steps(run, self.root)
@@ -235,7 +235,7 @@ class Schedule:
         return seconds is None or now + seconds <= self.deadline
 
     def _is_ready(self, run: Run) -> bool:
-        """Whether the run that it starts from, if any, is not waiting or running."""
+        """Whether its upstream run, if any, is not waiting, running or stopped."""
         upstream = self.plan.upstream(run)
         if upstream is None:
             return True
@@ -248,7 +248,7 @@ class Schedule:
 
 
 def _by_similarity(run: Run, known: list[Progress]) -> Iterator[list[Progress]]:
-    """Measured runs that are the same but for the seed, of the same kind, and all."""
+    """Yield the same run with other seeds, then runs of the same kind, then all runs."""
     yield [p for p in known if p.run.id == run.id]
     yield [p for p in known if _kind(p.run) == _kind(run)]
     yield known

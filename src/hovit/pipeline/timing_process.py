@@ -1,8 +1,8 @@
 """Time models on a CPU in several fresh processes, one after another.
 
-Where the memory of a process lies decides how fast each of its models is, so ratios between models
-move by up to 15 % from process to process, more than from round to round. The processes share the
-rounds. Each has its own file of samples, and resumes as a single process does.
+The speed of each model depends on the memory layout of its process, so ratios between models vary
+by up to 15 % between processes, which is more than between rounds. The processes divide the rounds
+among them. Each has its own file of samples, and resumes like a single process.
 
     python -m hovit.pipeline.timing_process < job.json
 """
@@ -27,12 +27,12 @@ PACKAGE_ROOT = Path(__file__).parents[2]
 def time_in_processes(
     spec: dict[str, Any], begun: dict[str, Any], partial: Path, deadline: float
 ) -> list[Samples]:
-    """Samples of each process, in order.
+    """Run the processes and return the samples of each, in order.
 
     Args:
-        spec: spec of the measurement; its latency says how many rounds and processes.
-        begun: what the samples belong to.
-        partial: file of samples of a measurement in one process.
+        spec: spec of the measurement; its `latency` has the numbers of rounds and processes.
+        begun: identifies the measurement in each file of samples.
+        partial: file of samples of a measurement in one process; names the files of all processes.
         deadline: `time.monotonic()` after which to stop.
 
     Raises:
@@ -76,13 +76,13 @@ def partial_files(spec: dict[str, Any], partial: Path) -> list[Path]:
 
 
 def _shares(latency: dict[str, Any]) -> list[int]:
-    """Rounds of each process: as equal as possible, one at least."""
+    """Rounds of each process: as equal as possible, and at least one."""
     rounds, processes = latency["rounds"], min(latency.get("processes", 1), latency["rounds"])
     return [rounds // processes + (i < rounds % processes) for i in range(processes)]
 
 
 def main() -> int:
-    """One process: read its job from stdin, and leave its samples in the job's file."""
+    """Run one process: read the job from stdin and write the samples to its file."""
     import torch
 
     import hovit.models  # noqa: F401 (registers)

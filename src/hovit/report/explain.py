@@ -34,7 +34,7 @@ def explain(plan: Plan, name: str, row_id: str = "", column: str = "") -> str:
         return "\n".join(_analysis(sources, plan.analysis(name), row_id, column))
     study = plan.study(name)
     if not (row_id and column):
-        raise HovitError(f"a cell has a row and a column: `hovit explain {name} ROW COLUMN`")
+        raise HovitError(f"name both a row and a column: `hovit explain {name} ROW COLUMN`")
     return "\n".join(_cell(sources, study, study.row(row_id), column))
 
 

@@ -66,7 +66,7 @@ def unknown_name(plan: Plan, name: str) -> HovitError:
     near = [f"{kind} {', '.join(nearest(name, names))}" for kind, names in every if names]
     scale = plan.scale.id
     return HovitError(
-        f"no study, analysis or run {name!r} at scale {scale}; nearest are {'; '.join(near)}"
+        f"no study, analysis or run {name!r} at scale {scale}; nearest: {'; '.join(near)}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Noise of a number: random seeds, test images, rounds of a timing."""
+"""Noise of a result from random seeds, test images and timing rounds."""
 
 import math
 import statistics
@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 
 # Student's t at 95 % (two-sided) by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
-NORMAL = 1.96  # as `student` for infinitely many
+NORMAL = 1.96  # limit of `student` for infinitely many degrees of freedom
 
 
 def student(freedom: int) -> float:
-    """Student's t at 95 % (two-sided); above 4 degrees of freedom by an expansion, to 0.004."""
+    """Student's t at 95 % (two-sided); above 4 degrees of freedom, a series accurate to 0.004."""
     if freedom in STUDENT:
         return STUDENT[freedom]
     z = NORMAL
@@ -21,13 +21,13 @@ def student(freedom: int) -> float:
 
 
 def binomial_variance(percent: float, images: int) -> float:
-    """Variance of an accuracy over so many images, in points squared."""
+    """Variance of an accuracy over `images` images, in points squared."""
     share = percent / 100
     return 1e4 * share * (1 - share) / images
 
 
 def binomial_noise(percent: float, images: int) -> float:
-    """Half the width of the 95 % interval of an accuracy over so many images, in points."""
+    """Half the width of the 95 % interval of an accuracy over `images` images, in points."""
     return NORMAL * math.sqrt(binomial_variance(percent, images))
 
 
@@ -45,8 +45,8 @@ def seed_noise(variance: float, freedom: int, n: int) -> float:
 
     Args:
         variance: pooled variance over random seeds.
-        freedom: its degrees of freedom; 0 if it is unknown, which gives 0.
-        n: random seeds of the mean.
+        freedom: its degrees of freedom; 0 if the variance is unknown, which gives 0.
+        n: number of random seeds in the mean.
     """
     return student(freedom) * math.sqrt(variance / n) if freedom else 0.0
 

@@ -1,10 +1,10 @@
-"""Numbers as text, for people."""
+"""Format numbers for readers."""
 
 import math
 
 
 def significant(number: float, digits: int = 3) -> str:
-    """A measured number with so many significant digits: `0.0184`, `20.4`, `131,000`."""
+    """Format a number with `digits` significant digits: `0.0184`, `20.4`, `131,000`."""
     if not number or not math.isfinite(number):
         return f"{number:g}"
     places = digits - 1 - math.floor(math.log10(abs(number)))

@@ -1,4 +1,4 @@
-"""The order of papers and studies in lists: by paper, and within a paper as its text goes."""
+"""Order of papers and studies in lists: by paper, then by place in the paper's text."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,7 @@ PAPERS = {
     "efficientvit": "EfficientViT (paper)",
     "ours": "Added here",
 }
-# Where a study is not named here, it follows those of its paper.
+# A study that is not named here follows the other studies of its paper.
 STORY = {
     "hovit": (
         "hovit", "launcher", "launcher_imagenet", "pretraining", "scratch", "conv_stage",
@@ -29,13 +29,13 @@ STORY = {
 
 
 def paper_of(study: Study) -> str:
-    """The paper that a study belongs to; studies added here belong to the paper they extend."""
+    """The paper to which a study belongs; a study added here belongs to the paper it extends."""
     named = [paper for paper, studies in STORY.items() if study.id in studies]
     return named[0] if named else study.source.seed
 
 
 def in_order(studies: Iterable[Study]) -> list[Study]:
-    """Studies by paper, and within a paper in the order of its story."""
+    """Sort studies by paper, then by their order in `STORY`."""
 
     def place(study: Study) -> tuple[int, int]:
         paper = paper_of(study)

@@ -16,7 +16,7 @@ from ..records.predictions import KEY
 
 @dataclass(frozen=True)
 class Pairs:
-    """Outcomes of two classifiers, one line per test image and random seed.
+    """Outcomes of two classifiers, with one row per test image and random seed.
 
     Args:
         table: columns `seed`, `index` (of the image) and `difference`: 1 if only the first
@@ -44,9 +44,9 @@ class Pairs:
     def image_noise(self) -> float:
         """Half the width of the 95 % interval over test images, in points.
 
-        As Bonett and Price do, adds one pair in favour of each classifier, so that few or no
-        discordant pairs do not give an interval of width 0. An image that several seeds test
-        counts as one cluster.
+        Like Bonett and Price, this adds one pair in favour of each classifier, so that the width is
+        not 0 for few or no discordant pairs. An image that several seeds test counts as one
+        cluster.
         """
         values = np.append(self.table["difference"].to_numpy(float), [1.0, -1.0])
         images = np.append(self.table["index"].to_numpy(), [-1, -2])  # indices of real images: >= 0
@@ -61,7 +61,7 @@ def pair(tables: Sequence[tuple[int, pd.DataFrame, pd.DataFrame]]) -> Pairs | No
         tables: for each seed, (seed, predictions of the first, predictions of the second).
 
     Returns:
-        None if there is no seed, or if any two tables are about different images or labels.
+        None if there is no seed, or if two tables have different images or labels.
     """
     found = []
     for seed, first, second in tables:
@@ -76,7 +76,7 @@ def pair(tables: Sequence[tuple[int, pd.DataFrame, pd.DataFrame]]) -> Pairs | No
 
 
 def mcnemar(better: int, worse: int) -> float:
-    """Two-sided p of the exact McNemar test: a binomial test of the discordant pairs."""
+    """Two-sided p value of the exact McNemar test, a binomial test on the discordant pairs."""
     pairs = better + worse
     tail = sum(math.comb(pairs, k) for k in range(min(better, worse) + 1))
     return min(1.0, 2 * tail / 2**pairs)

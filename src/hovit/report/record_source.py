@@ -93,7 +93,7 @@ class RecordSource:
             if not (task.accepted(record) if self.is_evidence else same):
                 raise HovitError(f"{place}: its spec does not match config")
             if not self.is_evidence and record.provenance.code != task.code:
-                raise HovitError(f"{place}: other code than the present made it")
+                raise HovitError(f"{place}: made by other code than the current code")
         except HovitError as error:
             self.problems[place] = f"{error}; not used"
             return None
@@ -231,7 +231,7 @@ class RecordSource:
                 where = self.place(task.path) if task else study.id
                 raise HovitError(
                     f"{where}: latency of {first[0]} is from {first[1]} and of "
-                    f"{name} from {device}: one table's latencies come from one device"
+                    f"{name} from {device}: a table needs all latencies from one device"
                 )
             first = first or (name, device)
         return first[1] if first else None

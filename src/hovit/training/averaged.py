@@ -1,4 +1,4 @@
-"""Averaged weights (EMA) and adaptive gradient clipping (AGC), both by timm."""
+"""Averaged weights (EMA) and adaptive gradient clipping (AGC), both from timm."""
 
 import torch
 import torch.distributed
@@ -11,17 +11,17 @@ from torch import nn
 class AveragedWeights(ModelEmaV3):
     """Exponential moving average of parameters and buffers, with the same decay in every step.
 
-    A checkpoint holds all of its state: the averaged model.
+    Its whole state is the averaged model, which a checkpoint holds.
 
     Args:
         model: the trained model, on its device.
-        decay: share of the average that each step keeps.
+        decay: weight of the previous average in each step.
     """
 
     def synchronise(self) -> None:
-        """Give all processes the average of the first one.
+        """Copy the averaged buffers of the first process to all processes.
 
-        Parameters are equal in all of them. BatchNorm statistics are not, where each process
+        Parameters are equal in all processes. BatchNorm statistics differ if each process
         normalises its own images (training on CPUs).
         """
         if torch.distributed.is_initialized():
@@ -30,7 +30,7 @@ class AveragedWeights(ModelEmaV3):
 
 
 def average_weights(model: nn.Module, decay: float | None) -> AveragedWeights | None:
-    """The average that a recipe asks for, starting from the present weights."""
+    """Average that starts from the current weights; None if the recipe has no decay."""
     return AveragedWeights(model, decay) if decay else None
 
 
@@ -40,7 +40,7 @@ def clip_adaptively(model: nn.Module, factor: float) -> None:
     Brock et al., arXiv 2102.06171. As in timm's training, the last layer is not clipped.
 
     Args:
-        model: the trained model, with gradients that are not scaled.
+        model: the trained model, with unscaled gradients.
         factor: 0.02 in EfficientViT.
     """
     adaptive_clip_grad(list(model_parameters(model, exclude_head=True)), factor)

@@ -43,10 +43,10 @@ def share_learning_rate(optimizer: Optimizer, device: torch.device) -> Tensor:
 
 
 def model_settings(model: nn.Module) -> set[Setting]:
-    """Everything of a model that a graph fixes at its capture.
+    """Settings of a model that are fixed when a graph is captured.
 
     These are the plain attributes of all modules (training mode, dropout rates, SkipViT's
-    `dropping`), which parameters are trained, and the addresses of all parameters and buffers.
+    `dropping`), the set of trained parameters, and the addresses of all parameters and buffers.
     """
     plain = (bool, int, float, str)
     settings: set[Setting] = {
@@ -61,7 +61,7 @@ def model_settings(model: nn.Module) -> set[Setting]:
 
 
 class CapturedStep:
-    """A function of tensors that runs as a CUDA graph, and is captured again after changes.
+    """A function of tensors that runs as a CUDA graph and is captured again after changes.
 
     Args:
         fn: the function; returns one tensor.
@@ -79,10 +79,10 @@ class CapturedStep:
         self.settings: set[Setting] = set()
 
     def clear_caches(self) -> None:
-        """Clear what the model keeps until its mode is set.
+        """Clear the caches of the model by setting its mode again.
 
         timm's LeViT caches attention biases in evaluation mode. A graph must compute them, or it
-        would keep those of the epoch in which it was captured.
+        would keep the biases of the epoch in which it was captured.
         """
         self.model.train(self.model.training)
 
@@ -101,8 +101,8 @@ class CapturedStep:
 class RunAhead:
     """Keeps the host at most `AHEAD` steps ahead of the device.
 
-    Otherwise the host would submit hundreds of steps, and the deadline of a run would be noticed
-    late. The wait is for a step in the past, so that the device never runs dry.
+    Otherwise the host would submit hundreds of steps, and a run would notice its deadline late. The
+    host waits for an earlier step, so that the device never idles.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -110,7 +110,7 @@ class RunAhead:
         self.events: deque[torch.cuda.Event] = deque()
 
     def wait(self) -> None:
-        """Called after each step."""
+        """Wait if the host is too far ahead; call this after each step."""
         if self.device.type != "cuda":
             return
         event = torch.cuda.Event(blocking=True)  # sleeps: other processes need the core

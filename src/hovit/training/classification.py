@@ -282,7 +282,7 @@ def freeze_front(model: Any, run: Run) -> None:
         HovitError: if the model has no front.
     """
     if not hasattr(model, "front_features"):
-        raise HovitError(f"run {run.id}: {run.model} has no front that `frozen_front` could freeze")
+        raise HovitError(f"run {run.id}: {run.model} has no front for `frozen_front` to freeze")
     model.front_module.requires_grad_(False)
     heads = model.get_classifier()
     for head in heads if isinstance(heads, tuple) else (heads,):

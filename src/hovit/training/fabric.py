@@ -1,4 +1,4 @@
-"""Launch Fabric: device, precision, and one process or several on one machine."""
+"""Launch Fabric on one machine: device, precision and number of processes."""
 
 import os
 
@@ -19,7 +19,7 @@ from ..utils.errors import HovitError, one_line
 
 
 def check_batch_norm(model: nn.Module, batch_size: int, world: int) -> None:
-    """Refuse batches that give BatchNorm a single image per process.
+    """Check that BatchNorm gets more than one image per process.
 
     Raises:
         HovitError: if the model has BatchNorm and `world` processes get one image each.
@@ -27,8 +27,8 @@ def check_batch_norm(model: nn.Module, batch_size: int, world: int) -> None:
     has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     if has_batch_norm and batch_size // world < 2:
         raise HovitError(
-            f"{world} processes get one image each of a batch of {batch_size}, but BatchNorm needs "
-            "two; use fewer processes or a larger batch"
+            f"a batch of {batch_size} gives each of {world} processes one image, but BatchNorm "
+            "needs two; use fewer processes or a larger batch"
         )
 
 
@@ -51,7 +51,7 @@ def make_fabric(precision: str, accelerator: str = "auto") -> Fabric:
             accelerator=accelerator,
             devices=processes,
             strategy="ddp_find_unused_parameters_true" if processes > 1 else "auto",
-            # Named, because Fabric takes one process for many in a Slurm allocation without srun.
+            # Explicit: in a Slurm allocation without srun, Fabric would assume several processes.
             plugins=TorchElasticEnvironment() if processes > 1 else LightningEnvironment(),
             precision=precision,  # type: ignore[arg-type]
         )
@@ -66,7 +66,7 @@ def make_fabric(precision: str, accelerator: str = "auto") -> Fabric:
 def _launched_processes() -> int:
     """Number of processes that torchrun or srun started; 1 for any other launch.
 
-    Variables of an allocation (SLURM_NTASKS) and strays (WORLD_SIZE, LOCAL_RANK) do not count.
+    Variables of an allocation (SLURM_NTASKS) and stray WORLD_SIZE or LOCAL_RANK are ignored.
 
     Raises:
         HovitError: if the processes are on more than one machine.

@@ -125,7 +125,7 @@ def _find_by_digest(given: Path, sha256: str) -> Path:
     for path in sorted(given.glob("*.safetensors")):
         if file_digest(path) == sha256:
             return path
-    raise HovitError(f"{given}: no .safetensors in it with sha256 {sha256[:12]} any more")
+    raise HovitError(f"{given}: no longer contains a .safetensors file with sha256 {sha256[:12]}")
 
 
 def convert_package(name: str, folder: Path) -> Path:
@@ -156,7 +156,7 @@ def convert_package(name: str, folder: Path) -> Path:
     expected = model.state_dict()
     shapes = [tensor.shape for tensor in tensors.values()]
     if shapes != [tensor.shape for tensor in expected.values()]:
-        raise HovitError(f"{file}: its tensors are not those of timm's {source.model}")
+        raise HovitError(f"{file}: its tensors do not match timm's {source.model}")
     model.load_state_dict(dict(zip(expected, tensors.values(), strict=True)))
     save_weights(path, model, package=name, source_sha256=source.sha256)
     return path
@@ -183,6 +183,6 @@ def download_timm(name: str) -> Path:
         reason = one_line(error)
         raise HovitError(
             f"pretrained weights {name}: not cached, and the download failed ({reason[:120]}); "
-            f"put them as {name.split('.')[0]}.safetensors into a folder and give that with "
+            f"save them as {name.split('.')[0]}.safetensors in a folder and pass it with "
             "--weights FOLDER (snakemake: --config weights=FOLDER)"
         ) from None

@@ -22,11 +22,11 @@ def create_model(name: str, num_classes: int, image_size: int | None, **args: An
         HovitError: for an unknown name, or arguments that the model does not accept.
     """
     if "." in name:
-        raise HovitError(f"model {name!r}: a tag names weights; say `pretrained` instead")
+        raise HovitError(f"model {name!r}: a tag names weights; use `pretrained` instead")
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
         raise HovitError(
-            f"model {name!r} is not registered with timm" + f"; near it: {near}" * bool(near)
+            f"model {name!r} is not registered with timm" + f"; nearest: {near}" * bool(near)
         )
     if timm.get_pretrained_cfg_value(name, "fixed_input_size"):
         args["img_size"] = image_size

@@ -55,7 +55,7 @@ def pick_device(accelerator: str = "auto") -> torch.device:
         accelerator = "cuda" if there else "cpu"
     if accelerator not in ("cpu", "cuda") or (accelerator == "cuda" and not there):
         raise HovitError(
-            f"--accelerator {accelerator}: {'cpu or cuda' if there else 'only cpu'} here"
+            f"--accelerator {accelerator}: {'use cpu or cuda' if there else 'there is only cpu'}"
         )
     return torch.device(accelerator)
 

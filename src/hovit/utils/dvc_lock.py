@@ -57,7 +57,7 @@ def _outs(lock: Path) -> Iterator[tuple[str, str]]:
     for path, md5 in outs:
         if not (isinstance(path, str) and isinstance(md5, str) and MD5.fullmatch(md5)):
             raise HovitError(
-                f"{lock}: {path}: md5: {md5!r} is no md5 of 32 digits in hex; `dvc repro` writes "
+                f"{lock}: {path}: md5: {md5!r} is not an md5 of 32 hex digits; `dvc repro` writes "
                 "it again"
             )
         yield path, md5
@@ -75,4 +75,4 @@ def _problem(path: Path, expected: str) -> str:
         return "missing"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    return "" if same else "not the bytes that dvc.lock promises"
+    return "" if same else "differs from dvc.lock"

@@ -116,7 +116,7 @@ def _lock(handle: int, folder: Path, wait: bool) -> bool:
     except (BlockingIOError, PermissionError):
         if not wait:
             raise HovitError(
-                f"{folder}: another process is at work in it; wait for it, or end it"
+                f"{folder}: in use by another process; wait for it, or end it"
             ) from None
         print(f"{folder}: waiting for another process", file=sys.stderr)
         fcntl.flock(handle, fcntl.LOCK_EX)

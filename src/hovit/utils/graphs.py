@@ -1,9 +1,9 @@
 """Replay a call as a CUDA graph: one launch in place of one launch per kernel.
 
 A small model at a small batch is bound by the time that Python and the driver need to launch its
-kernels. A CUDA graph records the launches once and replays them together. The same addresses are
-read and written by each replay, so inputs are copied into static tensors, and outputs are static
-tensors that the next replay overwrites.
+kernels. A CUDA graph records the launches once and replays them together. Each replay reads and
+writes the same addresses, so inputs are copied into static tensors, and outputs are static tensors
+that the next replay overwrites.
 
     step = GraphedCallable(train_step)      # train_step(images, labels) -> loss
     for images, labels in loader:
@@ -11,7 +11,7 @@ tensors that the next replay overwrites.
         losses.append(loss.clone())
 
 On a CPU there are no graphs. The same class then calls the function, with the same static inputs
-and outputs and the same `events`, so that code around it can be tested without a card. It also
+and outputs and the same `events`, so that code around it can be tested without a GPU. It also
 refuses to capture a function that reads a value from the device (`.item()`, `nonzero`, a boolean
 index), as CUDA does.
 """
@@ -30,8 +30,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import one_line
 
-# Operators that make the host wait for the device: their result, or its shape, is a value. In
-# inference mode a dispatch mode sees `item`, otherwise the `_local_scalar_dense` that it calls.
+# Operators that make the host wait, because their result or its shape depends on values on the
+# device. In inference mode a dispatch mode sees `item`, otherwise its `_local_scalar_dense`.
 SYNCHRONISING = frozenset(
     {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "bincount"}
     | {"unique_consecutive", "equal", "repeat_interleave.Tensor", "item", "is_nonzero"}
@@ -42,8 +42,8 @@ Signature = tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
 class SyncLog(TorchDispatchMode):
     """Counts operators that make the host wait for the device (`SYNCHRONISING`).
 
-    It also sees the operators of the backward pass. On a CPU it shows what a function would do on
-    a card, except for copies to the host (`.cpu()`, `.tolist()`), which a CPU does not need.
+    It also sees the operators of the backward pass. On a CPU it shows where a function would wait
+    on a GPU, except for copies to the host (`.cpu()`, `.tolist()`), which a CPU does not need.
 
         with SyncLog() as log:
             model(x).sum().backward()
@@ -66,7 +66,7 @@ class SyncLog(TorchDispatchMode):
 
 
 def _has_boolean(indices: Sequence[Tensor | None], values: Tensor | None = None) -> bool:
-    """Whether the number of indexed elements depends on a mask; one value only fills."""
+    """Whether the number of indexed elements depends on a mask. A single value only fills."""
     fills = values is not None and values.numel() == 1
     return not fills and any(i is not None and i.dtype is torch.bool for i in indices)
 
@@ -93,17 +93,17 @@ class GraphedCallable:
     """A function of tensors that is captured as a CUDA graph after a few eager calls.
 
     Each call runs the function exactly once: `warmup` calls run eagerly on a side stream, the next
-    one captures (which runs nothing) and replays, all later ones replay. Nothing has to be undone,
-    so the warm-up calls of a training step are steps like all others.
+    call captures (without running anything) and replays, and all later calls replay. Warm-up calls
+    of a training step are therefore ordinary steps, and nothing has to be undone.
 
-    Inputs of another shape, dtype or device get a graph of their own, after their own warm-up. All
+    Inputs of another shape, dtype or device get their own graph, after their own warm-up. All
     graphs share a memory pool. A function that cannot be captured stays eager; `reason` then says
     why, and `on_fallback` is called with it once.
 
-    What a captured function may do: it runs in Python only while it is captured, so it must not
-    branch on values of tensors, count in Python, or read changing Python numbers (a learning rate
-    belongs in a tensor). An `autocast` block lies inside it as a whole. A training step starts with
-    `zero_grad(set_to_none=True)`, so that gradients lie in the memory of the graph. Random numbers
+    A captured function runs in Python only during the capture, so it must not branch on values of
+    tensors, count in Python, or read changing Python numbers (keep a learning rate in a tensor).
+    It must contain `autocast` blocks as a whole. A training step starts with
+    `zero_grad(set_to_none=True)`, so that gradients are in the memory of the graph. Random numbers
     come from the default generator of the device, or from `generators`; they differ in each replay,
     and `torch.manual_seed` before a replay has its usual effect.
 
@@ -137,7 +137,7 @@ class GraphedCallable:
         self._stream: Any = None
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """Run the function once. The outputs are overwritten by the next call; detached."""
+        """Run the function once. Its outputs are detached, and the next call overwrites them."""
         if self.reason:
             self.note("eager")
             return _detached(self.fn(*inputs))
@@ -186,7 +186,7 @@ class GraphedCallable:
 
     def _run_eager(self, held: _Captured) -> Any:
         held.calls += 1
-        held.syncs.clear()  # only those of the last call: the first ones may fill caches
+        held.syncs.clear()  # the last call counts, because earlier ones may fill caches
         self.note("eager")
         if not _on_cuda(held.inputs):
             with SyncLog() as log:
@@ -202,7 +202,7 @@ class GraphedCallable:
         return outputs
 
     def _capture(self, held: _Captured) -> bool:
-        """Capture, or note why not."""
+        """Capture the function. If that fails, store the reason and return False."""
         self.on_capture()
         try:
             if held.syncs:  # not tried: a capture that fails may break later random numbers
@@ -233,7 +233,7 @@ class GraphedCallable:
                 held.outputs = _detached(self.fn(*held.inputs))
         except RuntimeError:
             held.outputs = None
-            # The default generator believes that the capture goes on, until another one ends well.
+            # The default generator stays in capture mode until another capture succeeds.
             with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
                 torch.zeros(1, device="cuda")
             raise
@@ -259,7 +259,7 @@ def capture(fn: Callable[..., Any], *inputs: Tensor, warmup: int = 3) -> Graphed
 
     Args:
         fn: the function.
-        inputs: example inputs; later calls copy theirs into copies of them.
+        inputs: example inputs; the graph keeps copies of them, into which later calls copy theirs.
         warmup: eager calls before the capture.
     """
     graphed = GraphedCallable(fn, warmup)
@@ -269,7 +269,7 @@ def capture(fn: Callable[..., Any], *inputs: Tensor, warmup: int = 3) -> Graphed
 
 @contextmanager
 def _sync_warnings(syncs: Counter[str]) -> Iterator[None]:
-    """Count where PyTorch waits for a GPU; other warnings pass."""
+    """Count the places where PyTorch waits for a GPU, and pass on other warnings."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("warn")
     try:

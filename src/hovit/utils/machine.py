@@ -1,7 +1,7 @@
 """Processors, memory and cache folders that this process may use.
 
 Affinity masks (`taskset`, Slurm) and control groups (containers, systemd) limit them.
-`os.cpu_count` and `snakemake --cores all` know nothing of control groups.
+`os.cpu_count` and `snakemake --cores all` ignore control groups.
 """
 
 import errno
@@ -32,7 +32,7 @@ def usable_cpus(system: Path = Path("/")) -> int:
 
 
 def usable_memory_mb(system: Path = Path("/")) -> int | None:
-    """Memory in MB that the machine has and the control groups allow; None if it is not known.
+    """Memory of the machine in MB, or the lower limit of its control groups; None if unknown.
 
     Args:
         system: root of the file system.
@@ -53,10 +53,10 @@ def usable_memory_mb(system: Path = Path("/")) -> int | None:
 
 
 def check_writable(*folders: str) -> None:
-    """Make folders here, to see whether they can be written.
+    """Create folders and check that they are writable.
 
     Raises:
-        HovitError: naming the first that cannot.
+        HovitError: naming the first folder that is not.
     """
     for folder in map(Path, folders):
         try:
@@ -71,11 +71,11 @@ def check_writable(*folders: str) -> None:
 
 
 def use_writable_caches(folder: Path = Path(".snakemake/cache")) -> None:
-    """Keep caches of libraries in `folder` if the cache folder of the home cannot be written.
+    """Keep the caches of libraries in `folder` if the cache folder of the user is not writable.
 
-    The home can be read-only or unset, as in a container with another user. Snakemake then stops
-    with a traceback, and Matplotlib writes its font cache to the temporary folder at each start.
-    Variables that are set already are kept.
+    The home folder can be read-only or unset, as in a container with another user. Snakemake then
+    stops with a traceback, and Matplotlib writes its font cache to the temporary folder at each
+    start. An existing MPLCONFIGDIR is kept.
     """
     usual = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     try:
@@ -92,9 +92,9 @@ def use_writable_caches(folder: Path = Path(".snakemake/cache")) -> None:
 
 
 def _groups(controller: str, system: Path) -> Iterator[Path]:
-    """Folders of the control groups of this process that may limit a controller, and above them.
+    """Folders of the control groups that may limit a controller of this process, with parents.
 
-    In a container, the path may be that of the host; then only the top folder exists.
+    In a container, the path may be that of the host. Then only the top folder exists.
     """
     mount = system / "sys/fs/cgroup"
     paths = {mount, mount / controller}

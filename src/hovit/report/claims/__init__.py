@@ -1,1 +1,1 @@
-"""Claims of the papers, checked by records."""
+"""Check the claims of the papers against records."""

@@ -1,7 +1,7 @@
-"""Check the claims of the papers by records. A verdict is computed, never typed.
+"""Check the claims of the papers against records. Verdicts are computed, never typed by hand.
 
-`results/verdicts.json` holds the verdicts that somebody last read and accepted, and every number
-that config says the papers report. `hovit claims --check` names whatever differs.
+`results/verdicts.json` holds the last accepted verdicts, and every number that config states as
+reported by a paper. `hovit claims --check` lists all differences.
 """
 
 from dataclasses import dataclass
@@ -35,15 +35,15 @@ class Verdict:
 
     Args:
         seed: the paper.
-        group: whether the paper says it, or it is a check of our own or of the paper's arithmetic.
+        group: a claim of the paper, a check added here, or a check of the paper's arithmetic.
         verdict: one of VERDICTS; for errata one of ERRATA.
-        detail: a larger or smaller effect, or the verdict that one random seed points to.
+        detail: a larger or smaller effect, or the verdict that one random seed suggests.
         unit: unit of `measured` and `reported`.
         measured: the number that is compared with the paper's, or None.
         shown: the measured number, or both numbers of a comparison, with the unit.
         why: the reason.
-        source: where the numbers come from: counted now, this run, or committed results.
-        records: the records behind it.
+        source: origin of the numbers: counted now, this run, or committed results.
+        records: paths of the records that the verdict is based on.
     """
 
     id: str
@@ -64,14 +64,14 @@ class Verdict:
 
     @property
     def label(self) -> str:
-        """The verdict for people: `direction only (larger)`, `provisional (one seed): ...`."""
+        """The verdict for readers: `direction only (larger)`, `provisional (one seed): ...`."""
         if self.verdict == "provisional":
             return f"provisional (one seed): {self.detail}"
         return f"{self.verdict} ({self.detail})" if self.detail else self.verdict
 
 
 def check_claim(sources: Sources, claim: Claim, paper: str) -> Verdict:
-    """Check one claim by this run, or else by the first committed results that can tell.
+    """Check one claim against this run, or else the first committed results that have its numbers.
 
     All numbers of a verdict come from one source, so devices and data sets are never mixed.
     """
@@ -91,7 +91,7 @@ def check_claim(sources: Sources, claim: Claim, paper: str) -> Verdict:
 
 
 def _decided(results: Results, claim: Claim, paper: str, values: list[Value]) -> Verdict:
-    """The verdict by a source that has all numbers."""
+    """The verdict from a source that has all numbers."""
     outcome = compare(results, claim, values)
     notes = [outcome.why, claim.note, *_stand_ins(results, claim)]
     return _verdict(
@@ -139,7 +139,7 @@ def _verdict(
 
 
 def _source(results: Results, claim: Claim, values: list[Value]) -> str:
-    """Where a verdict comes from: `counted now`, `this run (...)`, `committed results (...)`."""
+    """Origin of a verdict: `counted now`, `this run (...)` or `committed results (...)`."""
     if not any(value.paths for value in values):
         return "computed from printed numbers" if _all_printed(claim) else "counted now"
     scale = f"scale {results.plan.scale.id}"
@@ -170,7 +170,7 @@ def _images(results: Results, claim: Claim) -> list[str]:
 
 
 def _stand_ins(results: Results, claim: Claim) -> list[str]:
-    """The models that the scale trains and times in place of the claim's."""
+    """Notes on the models that the scale trains or times in place of the models of the claim."""
     models, named = results.plan.scale.models, set()
     for ref in filter(None, (claim.of, claim.to)):
         analysis_id, study_id, row_id, metric = split_ref(ref)
@@ -215,7 +215,7 @@ def tally_of(verdicts: list[Verdict], group: ClaimGroup) -> str:
 
 
 def reported_numbers(config: Config) -> dict[str, str]:
-    """Every number that config says a paper reports, by its place."""
+    """Every number that config states as reported by a paper, by its reference."""
     rows = {
         f"{study.id}/{row.id}/{metric}": number
         for study in config.studies.values()
@@ -232,13 +232,13 @@ def reported_numbers(config: Config) -> dict[str, str]:
 
 
 def accept(plan: Plan, root: Path = Path()) -> None:
-    """Write `results/verdicts.json`: somebody has read these verdicts, and expects them."""
+    """Accept the current verdicts: write `results/verdicts.json`."""
     verdicts = {v.id: v.label for v in check_all(load_sources(plan, root))}
     write_json(root / ACCEPTED, {"reported": reported_numbers(plan.config), "verdicts": verdicts})
 
 
 def check_accepted(plan: Plan, root: Path = Path()) -> list[str]:
-    """A line for every verdict and every reported number that differs from the accepted one.
+    """List every verdict and every reported number that differs from the accepted one.
 
     Raises:
         HovitError: if `results/verdicts.json` is missing or not readable.
@@ -251,7 +251,7 @@ def check_accepted(plan: Plan, root: Path = Path()) -> list[str]:
     if any(not isinstance(accepted.get(part), dict) for part in found):
         raise HovitError(f"{root / ACCEPTED}: not a file that `hovit claims --accept` writes")
     return [
-        f"{name}: {now.get(name, 'gone')}, but accepted was {accepted[part].get(name, 'nothing')}"
+        f"{name}: {now.get(name, 'missing')}; accepted: {accepted[part].get(name, 'nothing')}"
         for part, now in found.items()
         for name in sorted(now | accepted[part])
         if now.get(name) != accepted[part].get(name)

@@ -1,4 +1,4 @@
-"""Compare the numbers of a claim with the paper, by one source of records."""
+"""Compare the numbers of a claim, from one source of records, with the paper."""
 
 import math
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ COMPARISONS = ("less", "greater", "keeps")
 
 @dataclass(frozen=True)
 class Missing:
-    """Why a source has no number for a claim.
+    """The reason why a source has no number for a claim.
 
     Args:
         why: the reason.
-        verdict: `not measured`; `not comparable` if there is a number, but of other images than
-            the paper's.
-        is_general: whether the source lacks all numbers of this kind, so that a reason of another
-            source says more.
+        verdict: `not measured`, or `not comparable` if there is a number but its images are not
+            those of the paper.
+        is_general: whether the source lacks all numbers of this kind, so that the reason of another
+            source is more specific.
     """
 
     why: str
@@ -46,7 +46,7 @@ class Outcome:
         measured: the number that is compared with the paper's.
         why: the reason, with the numbers.
         shown: the measured number, or both numbers of a comparison, with the unit.
-        detail: `larger` or `smaller` effect, or the verdict that one random seed points to.
+        detail: `larger` or `smaller` effect, or the verdict that one random seed suggests.
     """
 
     verdict: str
@@ -57,13 +57,13 @@ class Outcome:
 
 
 def referenced(results: Results, ref: str, absolute: bool) -> Value | Missing:
-    """The number that a reference names, if the scale of the source can check it.
+    """The number that a reference names, if the scale of the source checks such numbers.
 
     Args:
         results: the source.
         ref: STUDY/ROW/METRIC, or ANALYSIS:STUDY/ROW/NAME.
-        absolute: whether the number itself is compared with the paper's. An absolute accuracy
-            needs the paper's own images.
+        absolute: whether the number itself is compared with that of the paper. An absolute accuracy
+            requires the images of the paper.
     """
     analysis_id, study_id, row_id, metric = split_ref(ref)
     study, scale = results.plan.study(study_id), results.plan.scale
@@ -75,7 +75,7 @@ def referenced(results: Results, ref: str, absolute: bool) -> Value | Missing:
             return Missing(f"scale {scale.id} does not check analyses", is_general=True)
         found = results.analysed_value(analysis_id, f"{study_id}/{row_id}", metric)
         if found and not _measures_time(results, analysis_id):
-            return _other_images(results, study, row, "the analysed model learned from") or found
+            return _other_images(results, study, row, "the analysed model was trained on") or found
         return found or none
     number = quantity(metric)
     if number is None:
@@ -90,7 +90,7 @@ def referenced(results: Results, ref: str, absolute: bool) -> Value | Missing:
 
 
 def _other_images(results: Results, study: Study, row: Row, how: str) -> Missing | None:
-    """The reason if the images of a row stand in for the paper's; None if they are the paper's."""
+    """The reason if a row uses stand-in images; None if it uses the images of the paper."""
     runs = results.plan.runs_of(study, row)
     if not runs or not runs[0].dataset.stands_for:
         return None
@@ -110,7 +110,7 @@ def _measures_time(results: Results, analysis_id: str) -> bool:
 
 
 def claim_values(results: Results, claim: Claim) -> list[Value] | Missing:
-    """The numbers that a claim compares, or why one of them is missing."""
+    """The numbers that a claim compares, or the reason why one of them is missing."""
     values, absolute = [], claim.kind in ("value", "difference")
     for ref in filter(None, (claim.of, claim.to)):
         value = referenced(results, ref, absolute)
@@ -125,7 +125,7 @@ def claim_values(results: Results, claim: Claim) -> list[Value] | Missing:
 
 
 def _other_device(results: Results, claim: Claim) -> str:
-    """The device of the times, if it is not of the kind that the claim names."""
+    """The reason if the times are from another kind of device than the claim names; else empty."""
     device = results.latency_device(results.plan.study(split_ref(claim.of)[1]))
     if device and device.kind == claim.device:
         return ""
@@ -133,13 +133,13 @@ def _other_device(results: Results, claim: Claim) -> str:
 
 
 def is_exact(claim: Claim) -> bool:
-    """Whether all numbers of a claim are printed, or the same on every device."""
+    """Whether all numbers of a claim are printed, or are the same on every device."""
     numbers = [quantity(split_ref(ref)[3]) for ref in (claim.of, claim.to) if ref]
     return not any(number is None or _is_measured(number) for number in numbers)
 
 
 def compare(results: Results, claim: Claim, values: list[Value]) -> Outcome:
-    """Compare a claim's numbers with the paper: the verdict, and the reason."""
+    """Compare the numbers of a claim with the paper; return the verdict and the reason."""
     paired = _paired(results, claim)
     number, noise = (paired.mean, paired.noise) if paired else measured_number(claim, values)
     if claim.reported is None:
@@ -155,7 +155,7 @@ def compare(results: Results, claim: Claim, values: list[Value]) -> Outcome:
 
 
 def measured_number(claim: Claim, values: list[Value]) -> tuple[float, float]:
-    """(the number that is compared with the paper's, its noise), without pairs of images."""
+    """(number to compare with the paper, its noise), without pairing test images."""
     if claim.to is None:
         named = quantity(split_ref(claim.of)[3])
         unit = named.metric.unit if named else 1.0  # as tables and papers print it
@@ -164,7 +164,7 @@ def measured_number(claim: Claim, values: list[Value]) -> tuple[float, float]:
 
 
 def _paired(results: Results, claim: Claim) -> PairedValue | None:
-    """The difference of two accuracies over the same test images; None if it cannot be paired."""
+    """The difference of two accuracies over the same test images; None without such pairs."""
     if claim.to is None or claim.kind not in (*COMPARISONS, "difference"):
         return None
     refs = split_ref(claim.of), split_ref(claim.to)
@@ -176,15 +176,15 @@ def _paired(results: Results, claim: Claim) -> PairedValue | None:
 
 
 def _pairs(paired: PairedValue) -> str:
-    """How many test images two rows classify differently, and the p of the test."""
+    """The number of test images that two rows classify differently, and the p value."""
     return (
-        f"of the same test images, {paired.better:,} are right only with the first and "
-        f"{paired.worse:,} only with the second ({format_p(paired.p)}, exact McNemar test)"
+        f"on the same test images, only the first is right for {paired.better:,} and only the "
+        f"second for {paired.worse:,} ({format_p(paired.p)}, exact McNemar test)"
     )
 
 
 def against(kind: str, a: Value, b: Value) -> tuple[float, float]:
-    """Compare two values as a claim of this kind does: (number, its noise)."""
+    """Compare two values in the way of this kind of claim: (number, its noise)."""
     if kind in (*COMPARISONS, "difference"):
         if _same_rounds(a, b):
             return a.mean - b.mean, ratio_noise(a, b) * b.mean
@@ -194,7 +194,7 @@ def against(kind: str, a: Value, b: Value) -> tuple[float, float]:
 
 
 def _same_rounds(a: Value, b: Value) -> bool:
-    """Whether both were timed in the same rounds, so that drift cancels."""
+    """Whether both were timed in the same rounds, so that drift of the machine cancels."""
     return bool(a.samples) and len(a.samples) == len(b.samples)
 
 
@@ -258,13 +258,13 @@ def _compare_reported(claim: Claim, number: float, noise: float) -> tuple[str, s
 def _has_one_seed(
     results: Results, claim: Claim, values: list[Value], paired: PairedValue | None
 ) -> bool:
-    """Whether a trained side of a claim, or its pairs, have one random seed only."""
+    """Whether the pairs or a trained side of a claim have only one random seed."""
     if paired is not None and paired.n == 1:
         return True
     refs = filter(None, (claim.of, claim.to))
     for ref, value in zip(refs, values, strict=True):
         analysis_id, study_id, _, metric = split_ref(ref)
-        if analysis_id:  # an analysis looks at the model of one seed
+        if analysis_id:  # an analysis uses the model of one seed
             trained = not _measures_time(results, analysis_id)
         else:
             number = quantity(metric)
@@ -276,13 +276,13 @@ def _has_one_seed(
 
 
 def _factor(claim: Claim) -> float:
-    """From the unit of a record to the unit of the heading."""
+    """Factor from the unit of a record to the unit of the heading."""
     number = quantity(split_ref(claim.of)[3])
     return number.metric.unit if number else 1.0
 
 
 def units(claim: Claim) -> tuple[str, str]:
-    """(unit of each number, unit of their difference); the second is also that of `value`."""
+    """(unit of each number, unit of their difference); kind `value` uses the second."""
     analysis_id, _, _, metric = split_ref(claim.of)
     number = quantity(metric)
     symbol = number.metric.symbol if number and not analysis_id else "%"

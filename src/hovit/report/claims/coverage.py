@@ -1,8 +1,8 @@
-"""How much of the papers is covered: reported cells, and statements that cannot be checked.
+"""Coverage of the papers: reported cells, and statements that cannot be checked.
 
 A *reported cell* is a number of a paper that a table shows. Reported counts (parameters,
 multiply-adds, images) are compared with the counts here; claims compare accuracies and times. The
-claims' files list every statement that cannot be checked, with the reason.
+files in config/claims list every statement that cannot be checked, with the reason.
 """
 
 from typing import Any
@@ -18,18 +18,18 @@ REASONS = {
     "data": "needs images or training that no scale has",
     "hardware": "about a device that is not available here",
     "unsaid": "the paper does not say what was done or meant",
-    "undone": "could be checked, but no study does",
-    "setting": "says how something is built or trained; configuration and tests cover it",
+    "undone": "could be checked, but no study checks it",
+    "setting": "describes how something is built or trained; configuration and tests cover it",
     "others": "about the work of others",
-    "opinion": "a judgement, an explanation or a wish",
+    "opinion": "an opinion, an explanation or a proposal",
 }
 ABOUT = (
     "A *reported cell* is a number of a paper that a table shows. Statements that are *not "
     "checkable* are listed below, with the reason."
 )
 COUNTS = (
-    "Parameters, multiply-adds and images are counted; these differ from the paper's number by "
-    "more than one unit of its last digit. Errata are listed above:"
+    "Parameters, multiply-adds and images are counted. The following counts differ from the paper "
+    "by more than one unit of the last printed digit; errata are listed above:"
 )
 
 
@@ -48,11 +48,10 @@ def coverage(sources: Sources) -> dict[str, Any]:
 def cells(sources: Sources) -> list[dict[str, Any]]:
     """Every number that a table shows as reported.
 
-    `counted` is the count here, in the unit of the heading, and `same` says whether both agree to
-    one unit of the last printed digit (whole counts exactly). `erratum` marks cells that a claim
-    lists among the errata. Both are None for numbers that are
-    trained or timed, and for studies that no claim refers to: their records may not be there when
-    claims are checked.
+    `counted` is the count here, in the unit of the heading, and `same` states whether both agree to
+    one unit of the last printed digit (exactly for whole counts). Both are None for numbers that
+    are trained or timed, and for studies that no claim refers to, because their records may not
+    exist when claims are checked. `erratum` marks cells that a claim lists as errata.
     """
     found: list[dict[str, Any]] = []
     claimed = {study.id for study in sources.plan.claimed}
@@ -74,7 +73,7 @@ def cells(sources: Sources) -> list[dict[str, Any]]:
 
 
 def _counted(sources: Sources, study: Study, row: Row, metric: str) -> float | None:
-    """A count in the unit of the heading, by the first source that has it; None if inexact."""
+    """A count in the unit of the heading, from the first source that has it; None if inexact."""
     number = quantity(metric)
     if number is None or number.is_inexact:
         return None
@@ -103,7 +102,7 @@ def coverage_tally(rest: dict[str, Any]) -> str:
 
 
 def by_reason(rest: dict[str, Any]) -> str:
-    """Each reason that occurs, with its count."""
+    """List each reason with the number of its statements."""
     given = [entry["reason"] for entry in rest["not_checkable"]]
     return ", ".join(f"{given.count(name)} {name}" for name in REASONS if name in given)
 

@@ -15,16 +15,16 @@ ABOUT = """\
 - **reproduced**: within the tolerance of the reported number, or in the reported direction by more
   than the noise.
 - **direction only**: in the reported direction, but the effect is larger or smaller.
-- **provisional**: one random seed only. The word after it is the verdict that this seed points to.
+- **provisional**: only one random seed. The verdict that this seed suggests follows.
 - **within noise**: the difference is too small to tell.
-- **contradicted**: in the opposite direction, or another number where the claim is an exact number.
+- **contradicted**: in the opposite direction, or a different number where it must be exact.
 - **not comparable**: measured on images that stand in for those of the paper.
-- **not measured**: no record; the reason is stated.
+- **not measured**: there is no record; the reason is stated.
 
 Noise is a 95 % interval over random seeds and test images (accuracy and loss), or half the
-inter-quartile range of the rounds' ratios (times). The variance over seeds is pooled over the rows
-of a study; models that were tested on the same images are compared image by image. Times are
-compared by ratio and rank only, because the device differs from the paper's."""
+inter-quartile range of the ratios over rounds (times). The variance over seeds is pooled over the
+rows of a study. Models that were tested on the same images are compared image by image. Times are
+compared only by ratio and rank, because the device differs from that of the paper."""
 
 
 def write_claims(plan: Plan, root: Path = Path()) -> str:
@@ -37,7 +37,7 @@ def write_claims(plan: Plan, root: Path = Path()) -> str:
     content = {"scale": scale, "tally": tally(verdicts), "claims": claims, **rest}
     write_json(root / "results/claims.json", content)
     lines = [
-        "# Claims of the papers, checked by records",
+        "# Claims of the papers, checked against records",
         "",
         f"This run: scale `{plan.scale.id}` ({plan.scale.title}).",
         "",
@@ -83,7 +83,7 @@ def _sections(plan: Plan, verdicts: list[Verdict], heading: str, by_study: bool)
 
 
 def verdict_lines(verdict: Verdict) -> list[str]:
-    """One verdict as an item of a list: the sentence, the numbers, and where they come from."""
+    """One verdict as a list item: the sentence, the numbers and their origin."""
     numbers = []
     if verdict.reported:
         numbers.append(f"reported {format_printed(verdict.reported)} {verdict.unit}".strip())

@@ -1,4 +1,4 @@
-"""Figure of the images that the Launcher generates, beside the photographs."""
+"""Figure of test photographs and of the images that the Launcher generates from them."""
 
 from base64 import b64decode
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from .attention_figures import photograph, photographs, say_unmeasured, state
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
-SHOWN = (1, 99)  # percentiles that become black and white
+SHOWN = (1, 99)  # percentiles of the values that are drawn black and white
 
 
 def generated_images(results: Results) -> "Canvas":
@@ -81,6 +81,6 @@ def upsample(row: dict[str, Any]) -> np.ndarray:
 
 
 def stretch(images: np.ndarray) -> np.ndarray:
-    """Map values to 0..1 for display, over all images alike."""
+    """Map values to 0..1 for display, in the same way for all images."""
     low, high = np.percentile(images, SHOWN)
     return np.clip((images - low) / max(high - low, 1e-12), 0, 1)

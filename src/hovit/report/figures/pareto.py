@@ -1,4 +1,4 @@
-"""Speed of every system against its size and accuracy, for each device, with Pareto fronts."""
+"""Speed of every system against its size and accuracy, with Pareto fronts, for each device."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-# Family -> the cited studies of its rows; rows with the Launcher are a family of their own.
+# Family -> the cited studies of its rows; rows with the Launcher form another family.
 FAMILIES = {
     "LeViT and HoViT": ("hovit", "conv_stage", "checkerboard", "depth", "conv_shrink"),
     "Launcher": ("launcher",),
@@ -34,7 +34,7 @@ class Point:
 
     Args:
         x, y: size or accuracy, and speed.
-        label: of its row.
+        label: label of its row.
         family: key of FAMILIES.
         data: data set of the accuracy; empty for a size.
         reported: whether the accuracy is the paper's.
@@ -129,7 +129,7 @@ def _family_labels(points: list[Point]) -> Labels:
 
 
 def size_points(results: Results, study: Study, size: str, speed: str) -> list[Point]:
-    """The rows that have both, in the unit of the axis."""
+    """The rows that have both numbers, in the units of the axes."""
     points = []
     for row in study.rows:
         x, y = (results.value(study, row, number) for number in (size, speed))
@@ -173,7 +173,7 @@ def family_of(row: Row) -> str:
 
 
 def pareto_front(points: Iterable[Point], larger_is_faster: bool) -> list[Point]:
-    """The points that no other one beats in both accuracy and speed, by rising accuracy."""
+    """The points that no other point beats in both accuracy and speed, by rising accuracy."""
     front: list[Point] = []
     sign = -1 if larger_is_faster else 1
     for point in sorted(points, key=lambda p: (-p.x, sign * p.y)):

@@ -1,7 +1,7 @@
 """The Markdown view of a table: reported numbers, the best results, ratios to the baseline.
 
-It shows one number for each metric and device, in tables of at most 100 characters a line. The CSV
-has all columns. Results of this run appear only where its scale can check such numbers: the
+It shows one number for each metric and device, in tables of at most 100 characters per line. The
+CSV has all columns. Results of this run appear only if its scale checks such numbers, because the
 accuracy of a smoke run next to a reported one would look like a reproduction.
 """
 
@@ -27,9 +27,9 @@ class Part:
     """One part of the view: counts, accuracy, or the times of one device.
 
     Args:
-        title: what it shows and where the numbers come from, in one line.
+        title: one line that states the contents and the origin of the numbers.
         blocks: columns that stay together, left to right.
-        labels: label of each row.
+        labels: labels of the rows.
         footnotes: sources of marked cells.
     """
 
@@ -68,7 +68,7 @@ def _table(labels: list[str], columns: list[Shown]) -> list[str]:
 
 
 def view(sources: Sources, study: Study) -> list[str]:
-    """The Markdown tables of a study, each with a line that says where its numbers come from."""
+    """The Markdown tables of a study, each with a line that states the origin of its numbers."""
     numbers = [number for name in study.columns if (number := quantity(name))]
     exact = [n for n in numbers if not n.is_inexact and n.metric.is_measured]
     parts = [_counts(sources, study, exact)]
@@ -99,12 +99,13 @@ def _hides(sources: Sources, study: Study, numbers: list[Quantity]) -> bool:
 def _labels(
     study: Study, source: Callable[[int], Results | None] = lambda i: None, trained: bool = True
 ) -> list[str]:
-    """Label of each row: † for a row added here, and the model that stands in for its own.
+    """Label of each row, with † if it is added here, and with the model that stands in for it.
 
     Args:
         study: the study.
         source: the source of a row's numbers; None for no source.
-        trained: whether the numbers are of trained models; others may be of the paper's model.
+        trained: whether the numbers belong to trained models. Otherwise they may belong to the
+            paper's model.
     """
     labels = []
     for i, row in enumerate(study.rows):
@@ -149,7 +150,7 @@ def _count(value: Value | None, metric: Metric) -> str:
 
 
 def _trained(sources: Sources, study: Study, numbers: list[Quantity]) -> Part:
-    """Reported accuracy and loss, and the best results with spread and n."""
+    """Reported accuracy and loss, and the best results with their spread and n."""
     shown = [(number, _best(sources, study, number)) for number in numbers]
     used = list(dict.fromkeys(cell[0] for _, cells in shown for cell in cells if cell))
     marks = dict(zip(used[1:], MARKS, strict=False))
@@ -172,11 +173,11 @@ def _trained(sources: Sources, study: Study, numbers: list[Quantity]) -> Part:
 
 
 def _best(sources: Sources, study: Study, number: Quantity) -> list[tuple[Results, Value] | None]:
-    """For each row, its source and value: as many rows as possible from one source.
+    """Source and value of each row, with as many rows as possible from one source.
 
-    Rows can be compared within one source only. That source is the one that has most rows, of two
-    the one of the larger scale. Committed results come before this run, which counts only if its
-    scale checks the metric.
+    Only rows of one source can be compared. The source with the most rows is preferred, and among
+    equals the one of the larger scale. Committed results come before this run, which counts only if
+    its scale checks the metric.
     """
     every = list(sources.evidence)
     if number.metric.recorded in sources.plan.scale.judges:
