@@ -33,9 +33,12 @@ ALLOWED = (
     "ViT-S/16", "ResNet50", "CIFAR-100", "CIFAR-10", "LeViT-256", "EfficientViT-M4",
     "MobileNetV3-Large", "MobileNetV2", "EfficientNet-B0", "EfficientNet-Lite0",
     "1 × 1", "2,048 numbers", "49 tokens", "196 tokens", "batch 1", "batch 32", "7 : 1.5 : 1.5",
-    "6(55%)+11",
+    "6(55%)+11", "95 % interval",
 )  # fmt: skip
-CALLS = "v|at|more|claim|reported|study|plot|see|present|measured|verdict-table|label|bibliography"
+CALLS = (
+    "v|at|more|known|difference|claim|reported|study|plot|see|present|measured|verdict-table|"
+    "label|bibliography"
+)
 CALL = re.compile(rf'#?\b(?:{CALLS})\((?:[^()"]|"[^"]*")*\)')
 CHOICE = re.compile(r'#by-verdict\("[\w-]+"')  # not what it chooses from: that is text
 NAMES = re.compile(r"@[\w-]+|<[\w-]+>")
@@ -54,6 +57,7 @@ def typed(text: str) -> list[str]:
     text = re.sub(r"^\s*(?://|#set|#show|#import|#include|#counter).*$", "", text, flags=re.M)
     for pattern in (CHOICE, CALL, NAMES, LENGTHS):
         text = pattern.sub("", text)
+    text = re.sub(r'"[a-z0-9]+(?:-[a-z0-9]+)+"', "", text)  # ids of claims
     for name in ALLOWED:
         text = re.sub(rf"(?<!\d){re.escape(name)}(?!\w)".replace(r"\ ", r"\s"), "", text)
     return [line for line in text.splitlines() if re.search(r"\d", line) or WORDS.search(line)]

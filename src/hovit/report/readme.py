@@ -90,16 +90,25 @@ class _Number:
         return v.shown or "(not measured)"
 
 
-def findings_section(sources: Sources) -> str:
-    """The findings as a numbered list, with the sources of the numbers of each."""
+def findings(sources: Sources) -> list[tuple[str, tuple[str, ...], str]]:
+    """(Markdown text, its claims, sources of its numbers) of each finding."""
     claims = _claims(sources.plan)
-    lines = []
-    for number, text in enumerate(FINDINGS, start=1):
+    found = []
+    for text in FINDINGS:
         names = dict.fromkeys(name for _, name, _, _ in Formatter().parse(text) if name)
         verdicts = {name: check_claim(sources, *claims[name]) for name in names}
         filled = text.format_map({name: _Number(v) for name, v in verdicts.items()})
         where = "; ".join(dict.fromkeys(v.source for v in verdicts.values() if v.source))
-        lines.append(f"{number}. {filled} <sub>{where}</sub>")
+        found.append((filled, tuple(names), where))
+    return found
+
+
+def findings_section(sources: Sources) -> str:
+    """The findings as a numbered list, with the sources of the numbers of each."""
+    lines = [
+        f"{number}. {text} <sub>{where}</sub>"
+        for number, (text, _, where) in enumerate(findings(sources), start=1)
+    ]
     return "\n".join(["", *lines, ""])
 
 

@@ -15,7 +15,7 @@ from ..claims.check import ERRATA, GROUPS, VERDICTS, Verdict, check_all, counts,
 from ..claims.coverage import REASONS, coverage, coverage_tally
 from ..explain import rerun_command
 from ..order import PAPERS, in_order, paper_of
-from ..readme import HEADLINES, SYSTEMS
+from ..readme import findings
 from ..results import Results, Value
 from ..sources import Sources
 from ..tables.columns import NOTHING, Column, Table, format_printed, make_table
@@ -85,8 +85,7 @@ class _Collector:
             "not_checkable": rest["not_checkable"],
             "reasons": REASONS,
             "rest": coverage_tally(rest),
-            "findings": [by_id[claim] for claim in HEADLINES if claim in by_id],
-            "systems": SYSTEMS,
+            "findings": self.findings(),
             "story": [
                 {"id": paper, "title": title, "studies": own}
                 for paper, title in PAPERS.items()
@@ -104,6 +103,13 @@ class _Collector:
             "nothing": NOTHING,
             "data": data,
         }
+
+    def findings(self) -> list[tuple[str, tuple[str, ...], str]]:
+        """README's findings, from the committed records alone; none without such records."""
+        if not self.sources.evidence:
+            return []
+        nothing = Results(self.sources.plan, self.sources.run.root, Path("results/no-run"))
+        return findings(Sources(nothing, self.sources.evidence))
 
     # Claims
 

@@ -64,10 +64,11 @@ def render(content: dict[str, Any]) -> str:
 
 
 def _code(text: str) -> str:
-    """Escaped, with what stands in backticks as `<code>`."""
+    """Escaped, with text in backticks as `<code>`, and in double asterisks as `<b>`."""
     from markupsafe import Markup, escape
 
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+    bold = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", str(escape(text)))
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", bold))
 
 
 def _embedded(data: dict[str, Any]) -> str:
