@@ -83,7 +83,7 @@ def test_features_are_those_of_each_image(plan: Plan, packed: Path, weights_file
     features = trainer.images
     assert isinstance(features, FrontFeatures)
     pixels = classification.PackedImages(
-        classification.open_pack(run.pack, packed / run.pack.folder), fabric.device
+        classification.open_images(run.pack, packed / run.pack.folder), fabric.device
     )
     assert len(features) == len(pixels)
     batch, labels = features.__getitems__([5, 1])
