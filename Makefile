@@ -14,7 +14,7 @@ T =
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup tables page paper claims test test-all lint format lock dag gpu-kit clean
+.PHONY: help setup tables table quick page paper claims test test-all lint format lock dag gpu-kit clean
 
 MIN_PYTHON = $(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
 IN_VENV = PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -43,6 +43,10 @@ tables: setup ## Run the whole DAG; SCALE=mini and DATA=../shared/data are optio
 table: setup ## Run one study and write its table: make table T=hovit
 	@test -n "$(T)" || { echo 'make table: name a study, as in make table T=hovit (hovit list shows all)' >&2; exit 1; }
 	$(IN_VENV) snakemake --cores all "results/tables/$(T).md"$(CONFIG)
+
+quick: setup ## Verify the committed records and write all reports from them, without training
+	$(IN_VENV) hovit evidence verify
+	$(IN_VENV) hovit report$(if $(SCALE), --scale $(SCALE))
 
 page: setup ## Write results/index.html: all claims, tables, figures and records on one page
 	$(IN_VENV) snakemake --cores all page$(CONFIG)

@@ -142,8 +142,8 @@ def write_all(plan: Plan, root: Path, base: str = "results/runs") -> None:
                 predictions = made_up_predictions(20.0 + i + seed)
                 write_predictions(folder / "predictions.csv.gz", predictions)
     for study in plan.config.studies.values():
-        if plan.rows_run(study):
-            path = top / plan.measure_task(study).path.relative_to("results/runs")
+        if task := plan.measure_task(study):
+            path = top / task.path.relative_to("results/runs")
             write_record(path, measure_record(plan, study.id))
     for name, analysis in plan.config.analyses.items():
         if task := plan.analyse_task(analysis):

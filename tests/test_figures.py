@@ -57,15 +57,48 @@ def test_a_figure_says_all_of_what_was_run(evidence: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["attention_maps", "kept_patches"])
-def test_a_picture_without_its_image_says_so(plan: Plan, root: Path, name: str) -> None:
-    said = words(drawn(plan, root, name))
-    assert "image 0 of\nOxford-IIIT Pet (sample):\nnot packed here" in said
+def test_photographs_that_are_not_packed_are_left_out(plan: Plan, root: Path, name: str) -> None:
+    pictures = sum(len(ax.images) for ax in drawn(plan, root, name).axes)
     folder = root / "data/packed/oxford-iiit-pet-sample-224px"
     folder.mkdir(parents=True)
     np.save(folder / "images.npy", np.zeros((1, 224, 224, 3), np.uint8))
     for other in ("96px", "64px"):
         shutil.copytree(folder, folder.with_name(folder.name.replace("224px", other)))
-    assert "not packed here" not in words(drawn(plan, root, name))
+    canvas = drawn(plan, root, name)
+    images = [np.asarray(image.get_array()) for ax in canvas.axes for image in ax.images]
+    photographs = [image for image in images if not image.any()]
+    assert photographs
+    assert len(images) == pictures + len(photographs)
+
+
+def test_attention_maps_share_one_colour_bar(plan: Plan, root: Path) -> None:
+    canvas = drawn(plan, root, "attention_maps")
+    (bar,) = [ax for ax in canvas.axes if ax.get_ylabel() == "× uniform attention"]
+    norms = {id(image.norm) for ax in canvas.axes if ax is not bar for image in ax.images}
+    assert len(norms) == 1
+
+
+def test_attention_latency_has_dots_on_one_scale(evidence: Path) -> None:
+    canvas = drawn(load_plan("smoke", ROOT / "config"), evidence, "attention_latency")
+    assert not any(ax.patches for ax in canvas.axes)
+    assert len({ax.get_xlim() for ax in canvas.axes}) == 1
+    for ax in canvas.axes:
+        points = [p for c in ax.containers for p in c[0].get_xydata() if np.isfinite(p).all()]
+        assert {y for _, y in points} == {*range(len(ax.get_yticks()))}  # no empty row
+
+
+def test_every_point_of_accuracy_latency_has_its_label(evidence: Path) -> None:
+    canvas = drawn(load_plan("smoke", ROOT / "config"), evidence, "accuracy_latency")
+    assert not canvas.legends
+    for ax in canvas.axes:
+        assert len([text for text in ax.texts if text.get_text()]) == len(ax.containers)
+
+
+def test_operators_differ_without_colour(evidence: Path) -> None:
+    (ax,) = drawn(load_plan("smoke", ROOT / "config"), evidence, "runtime_breakdown").axes
+    looks = [(c[0].get_facecolor(), c[0].get_hatch()) for c in ax.containers]
+    assert len(looks) == len(set(looks)) > 4
+    assert all(red == green == blue for (red, green, blue, _), _ in looks)
 
 
 @pytest.mark.parametrize("name", ["attention_maps", "kept_patches", "runtime_breakdown"])

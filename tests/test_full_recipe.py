@@ -22,6 +22,7 @@ from hovit.config.schema import Recipe
 from hovit.data.augmented import (
     AugmentedImages,
     PackedSource,
+    _rand_augment,
     load_images,
     mix_batch,
     random_crop,
@@ -241,3 +242,13 @@ def test_a_detector_has_no_such_settings(setting: str) -> None:
         Recipe(**detector, **{setting: 0.5})
     with pytest.raises(ValidationError, match="either `clip_norm` or `agc`"):
         Recipe(id="x", title="x", epochs=1, batch_size=2, optimizer="sgd", lr=1, agc=1, clip_norm=1)
+
+
+def test_every_operation_takes_the_largest_magnitude():
+    """At magnitude 10, timm's posterize keeps 0 bits."""
+    image = Image.fromarray(
+        np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)
+    )
+    for operation in _rand_augment(32).ops:
+        operation.magnitude, operation.magnitude_std, operation.prob = 10, 0, 1.0
+        assert operation(image).size == image.size

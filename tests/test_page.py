@@ -15,7 +15,9 @@ from synthetic import GPU, measure_record, train_record, write_all
 from hovit.config.plan import Plan, load_plan
 from hovit.records.record import read_record, write_record
 from hovit.report.claims.check import GROUPS, check_all
+from hovit.report.order import in_order
 from hovit.report.page.write import PAGE, WEB, write_page
+from hovit.report.readme import HEADLINES, PICTURE
 from hovit.report.results import Results
 from hovit.report.sources import Sources, load_sources
 from hovit.report.tables.columns import NOTHING, make_table
@@ -51,6 +53,11 @@ def data_of(root: Path) -> dict:
 
 def test_every_claim_table_and_number_is_there(plan: Plan, root: Path) -> None:
     text, data = (root / PAGE).read_text(), data_of(root)
+    titles = re.findall(r'<section class="study" id="t-(\w+)">', text)
+    assert titles == [study.id for study in in_order(plan.config.studies.values())]
+    findings = text[text.index('id="findings"') : text.index('id="claims"')]
+    assert all(f'"#c/{claim}"' in findings for claim in HEADLINES)
+    assert all(f'href="{link}"' in text for link in ("../README.md", "../paper/paper.pdf"))
     assert list(data["claims"]) == [v.id for v in check_all(load_sources(plan, root))]
     for name, file in plan.config.claims.items():
         assert all(data["claims"][claim.id]["file"] == name for claim in file.claims)
@@ -173,9 +180,13 @@ def tab(browser: Browser, root: Path) -> Iterator[Browser]:
     browser.requests.clear()
     browser.open(root / PAGE)
     browser.js("localStorage.clear()")
+    browser.js(OPEN_GROUPS)
     yield browser
     assert set(browser.requests) <= {(root / PAGE).as_uri()}
     assert browser.errors == []
+
+
+OPEN_GROUPS = "document.querySelectorAll('details.group').forEach(d => { d.open = true })"
 
 
 def shown_claims(tab: Browser) -> list[str]:
@@ -197,6 +208,63 @@ def test_claims_are_filtered(tab: Browser, plan: Plan, root: Path) -> None:
     assert 0 < len(found) < len(verdicts)
     assert all("launcher" in text.lower() for text in found)
     assert tab.js("document.querySelector('#shown').textContent").startswith(f"{len(found)} of")
+
+
+@needs_chromium
+def test_groups_are_collapsed_until_they_are_needed(browser: Browser, root: Path) -> None:
+    open_groups = "[...document.querySelectorAll('details.group[open]')].length"
+    browser.open(root / PAGE)
+    assert browser.js("document.querySelectorAll('details.group').length") >= 6
+    assert browser.js(open_groups) == 0
+    browser.click('.toc a[href="#t-skipvit"]')
+    browser.wait("document.querySelector('#tables-skipvit').open")
+    assert browser.js(open_groups) == 1
+    browser.wait("Math.abs(document.querySelector('#t-skipvit').getBoundingClientRect().y) < 200")
+    browser.click('#filters input[value="reproduced"]')
+    browser.wait(f"{open_groups} === 1 + document.querySelectorAll('#claims .group').length")
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [400, 1280])
+def test_the_contents_list_does_not_overlap(browser: Browser, root: Path, width: int) -> None:
+    browser.open(root / PAGE, width, 800)
+    boxes = browser.js(
+        "[...document.querySelectorAll('.toc li, .toc h3')].map(e => {"
+        "const range = document.createRange(); range.selectNodeContents(e);"
+        "const b = range.getBoundingClientRect(); return [b.left, b.top, b.right, b.bottom]; })"
+    )
+    assert len(boxes) > 30
+    for i, (left, top, right, bottom) in enumerate(boxes):
+        for x0, y0, x1, y1 in boxes[i + 1 :]:
+            assert x1 <= left or right <= x0 or y1 <= top + 1 or bottom <= y0 + 1
+
+
+@needs_chromium
+def test_the_page_of_the_committed_evidence_opens(browser: Browser, tmp_path: Path) -> None:
+    """Real records hold shapes that made-up ones lack; the picture of README stands on top."""
+    shutil.copytree(ROOT / "results/evidence", tmp_path / "results/evidence")
+    (tmp_path / "paper").mkdir()
+    shutil.copy(ROOT / PICTURE, tmp_path / PICTURE)
+    write_page(load_plan("smoke", ROOT / "config"), tmp_path)
+    browser.errors.clear()
+    browser.open(tmp_path / PAGE)
+    assert browser.errors == []
+    assert browser.js("document.querySelector('.front img').naturalWidth") > 500
+    assert browser.js("document.querySelectorAll('.analysis .maps figure').length") > 10
+    # The plot: choose images, find a model, read its points and the table of points.
+    choose_images(browser, "Tiny-ImageNet-37 (stands in for Oxford-IIIT Pet)")
+    every = browser.js("document.querySelectorAll('#scatter a').length")
+    browser.click('#axes [name="text"]')
+    browser.write("HoViT")
+    browser.wait(f"document.querySelectorAll('#scatter a').length < {every}")
+    points = browser.js(
+        "[...document.querySelectorAll('#scatter a')].map(a => a.getAttribute('aria-label'))"
+    )
+    assert points
+    assert all("hovit" in point.lower() for point in points)
+    browser.click("#plot details summary")
+    rows = browser.js("[...document.querySelectorAll('#points tbody tr')].map(r => r.innerText)")
+    assert len(rows) == len(points)
 
 
 COLUMN = "[...document.querySelectorAll('#t-hovit tbody tr')].map(r => r.cells[{}].textContent)"
@@ -375,6 +443,7 @@ def test_it_prints(tab: Browser, tmp_path: Path) -> None:
 @needs_chromium
 def test_a_hostile_record_breaks_nothing(browser: Browser, hostile: Path) -> None:
     browser.open(hostile / PAGE)
+    browser.js(OPEN_GROUPS)
     browser.click('#t-hovit a[href$="hovit/hovit/top1/run"]')
     browser.wait("document.querySelector('#detail').open")
     assert HOSTILE in browser.js("document.querySelector('#detail').textContent")

@@ -33,7 +33,7 @@ ALLOWED = (
     "ViT-S/16", "ResNet50", "CIFAR-100", "CIFAR-10", "LeViT-256", "EfficientViT-M4",
     "MobileNetV3-Large", "MobileNetV2", "EfficientNet-B0", "EfficientNet-Lite0",
     "1 × 1", "2,048 numbers", "49 tokens", "196 tokens", "batch 1", "batch 32", "7 : 1.5 : 1.5",
-    "6 (55 %) + 11",
+    "6(55%)+11",
 )  # fmt: skip
 CALLS = "v|at|more|claim|reported|study|plot|see|present|measured|verdict-table|label|bibliography"
 CALL = re.compile(rf'#?\b(?:{CALLS})\((?:[^()"]|"[^"]*")*\)')

@@ -10,25 +10,36 @@ from conftest import ROOT
 
 from hovit.config.plan import load_plan
 from hovit.report.readme import (
-    BEGIN,
+    ARTIFACT,
     DRAWN,
-    END,
+    FINDINGS,
     HEADLINES,
+    PARTS,
     PICTURE,
     README,
+    findings_section,
+    marks,
     picture,
-    results_section,
 )
 from hovit.report.readme import write_readme as write
 from hovit.report.sources import load_sources
 from hovit.utils.errors import HovitError
 
 
-def test_readme_is_what_the_evidence_says() -> None:
+@pytest.mark.parametrize("part", PARTS)
+def test_readme_is_what_the_evidence_says(part: str) -> None:
     """If this fails, `hovit readme` writes it again."""
-    text = (ROOT / README).read_text()
-    part = text.split(BEGIN)[1].split(END)[0]
-    assert part == results_section(load_sources(load_plan("smoke", ROOT / "config"), ROOT))
+    begin, end = marks(part)
+    file, section = PARTS[part]
+    text = (ROOT / file).read_text().split(begin)[1].split(end)[0]
+    assert text == section(load_sources(load_plan("smoke", ROOT / "config"), ROOT))
+
+
+def test_every_finding_has_its_numbers() -> None:
+    text = findings_section(load_sources(load_plan("smoke", ROOT / "config"), ROOT))
+    assert text.count("<sub>") == len(FINDINGS)
+    assert "not measured" not in text
+    assert "{" not in text
 
 
 def test_its_picture_too() -> None:
@@ -49,13 +60,16 @@ def test_every_headline_is_a_claim_and_what_is_drawn_is_a_ratio() -> None:
 
 
 def test_a_readme_without_the_marks_is_refused(tmp_path: Path) -> None:
-    (tmp_path / README).write_text("# Ours\n")
-    with pytest.raises(HovitError, match="needs the lines <!-- results"):
+    for file in (README, ARTIFACT):
+        (tmp_path / file).write_text("# Another title\n")
+    with pytest.raises(HovitError, match="needs the lines <!-- findings"):
         write(load_plan("smoke", ROOT / "config"), tmp_path)
-    assert (tmp_path / README).read_text() == "# Ours\n"
+    assert (tmp_path / README).read_text() == "# Another title\n"
 
 
 def test_without_evidence_it_says_so(tmp_path: Path) -> None:
-    (tmp_path / README).write_text(BEGIN + END)
+    for file in (README, ARTIFACT):
+        own = [part for part, (place, _) in PARTS.items() if place == file]
+        (tmp_path / file).write_text("".join(line for part in own for line in marks(part)))
     with pytest.raises(HovitError, match="no evidence for README's table of results"):
         write(load_plan("smoke", ROOT / "config"), tmp_path)

@@ -473,6 +473,14 @@ def paper(scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
 
 
 @app.command()
+def report(scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
+    """Write all tables, figures, claims, the page and the paper from the records at hand."""
+    from .report.everything import write_everything
+
+    write_everything(load_plan(scale, weights_file=weights), log=print)
+
+
+@app.command()
 def metrics(scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
     """Write the files for `dvc metrics` and `dvc plots` under results/metrics."""
     from .report.metrics import write_metrics

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, Mixup
-from timm.data.auto_augment import rand_augment_transform
+from timm.data.auto_augment import posterize, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
@@ -140,8 +140,16 @@ def _rand_augment(size: int) -> Callable[[Image.Image], Image.Image]:
         "img_mean": fill,
         "interpolation": Image.Resampling.BICUBIC,
     }
-    transform: Callable[[Image.Image], Image.Image] = rand_augment_transform(RAND_AUGMENT, settings)
+    transform = rand_augment_transform(RAND_AUGMENT, settings)
+    for operation in transform.ops:
+        if operation.aug_fn is posterize:
+            operation.aug_fn = _posterize
     return transform
+
+
+def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
+    """timm's posterize. At magnitude 10 it keeps 0 bits, which newer Pillow refuses: black."""
+    return posterize(image, bits, **kwargs) if bits else image.point(lambda _: 0)
 
 
 def with_positions(

@@ -1,10 +1,13 @@
-"""README's table and figure of results, from the committed evidence alone."""
+"""README's findings and results, and ARTIFACT's checklist, from the committed records alone."""
 
+import re
 from io import BytesIO
 from pathlib import Path
+from string import Formatter
 
 from ..config.plan import Plan
 from ..config.schema import Claim
+from ..records.record import read_record
 from ..utils.errors import HovitError
 from ..utils.files import atomic, write_text
 from .claims.check import Verdict, check_claim
@@ -12,8 +15,7 @@ from .claims.compare import Missing, against, claim_values
 from .results import Results, Value
 from .sources import Sources, load_sources
 
-README, PICTURE = Path("README.md"), Path("paper/front.png")
-BEGIN, END = "<!-- results: made by `hovit readme` -->\n", "<!-- end of results -->\n"
+README, ARTIFACT, PICTURE = Path("README.md"), Path("ARTIFACT.md"), Path("paper/front.png")
 SYSTEMS = {"hovit": "HoViT", "skipvit": "SkipViT", "efficientvit": "EfficientViT"}
 # Claims of general interest. results/claims.md has all of them.
 HEADLINES = (
@@ -32,35 +34,73 @@ HEADLINES = (
     "efficientvit-m5-efficientnet-b0-cpu",
     "efficientvit-ablation-mhsa",
 )
+# `{CLAIM}` is the measured number of a claim, `{CLAIM:printed}` that of the paper.
+FINDINGS = (
+    "**HoViT's size and speed reproduce, but its baseline has unused weights.** HoViT has "
+    "{hovit-fewer-parameters} fewer parameters than the LeViT of the slides (printed: "
+    "{hovit-fewer-parameters:printed}). It takes {hovit-faster-size-b32} less time at batch 32 and "
+    "{hovit-faster-size-b1} at batch 1 (printed: {hovit-faster-size-b32:printed}). A fifth of the "
+    "weights of that LeViT are never used: of the parameters that an output depends on, HoViT "
+    "saves {hovit-fewer-live-parameters}.",
+    "**The five-fold slowdown of Jaccard attention belongs to an implementation.** LeViT with "
+    "Jaccard attention takes {levit-jaccard-slower-b32} as long as LeViT at batch 32 (printed: "
+    "{levit-jaccard-slower-b32:printed}). Euclidean attention is as slow as printed: "
+    "{levit-euclidean-slower-b32} (printed: {levit-euclidean-slower-b32:printed}).",
+    "**SkipViT saves more than it reports.** The schedule `6(55%)+11` trains "
+    "{skipvit-gain-d6-55-r11} as fast as the baseline (printed: "
+    "{skipvit-gain-d6-55-r11:printed}).",
+    "**The speed of EfficientViT-M5 depends on the device.** Its throughput over that of "
+    "MobileNetV3-Large is {efficientvit-m5-mobilenetv3-large-cpu} on a CPU (printed: "
+    "{efficientvit-m5-mobilenetv3-large-cpu:printed}) and "
+    "{efficientvit-m5-mobilenetv3-large-gpu} on a GPU (printed: "
+    "{efficientvit-m5-mobilenetv3-large-gpu:printed}).",
+    "**The Launcher keeps the class information of a good front, and loses it behind a poor one.** "
+    "On pet photographs, L_HoViT behind a frozen EfficientNet-Lite0 with ImageNet weights has "
+    "a top-1 of {imagenet-l-hovit-frozen-keeps-frozen} for a linear head on the same features "
+    "({imagenet-l-hovit-frozen-keeps-frozen:verdict}). L_LeViT behind a ResNet50 that was trained "
+    "on few images has {launcher-keeps-class-information} for that ResNet50.",
+)
 # Of the picture: claims whose number is a ratio or a reduction in per cent.
 DRAWN = {
     "hovit-faster-size-b32": "HoViT over LeViT, time",
     "levit-jaccard-slower-b32": "LeViT + Jaccard over LeViT, time",
     "levit-euclidean-slower-b32": "LeViT + Euclidean over LeViT, time",
     "swin-jaccard-as-fast-b32": "Swin + Jaccard over Swin, time",
-    "skipvit-gain-fused": "SkipViT 6 (45 %) + fused over ViT, throughput",
-    "skipvit-gain-d6-45-r11": "SkipViT 6 (45 %) + 11 over ViT, throughput",
-    "skipvit-gain-d6-55-r11": "SkipViT 6 (55 %) + 11 over ViT, throughput",
+    "skipvit-gain-fused": "SkipViT 6(45%)+fused token over ViT, throughput",
+    "skipvit-gain-d6-45-r11": "SkipViT 6(45%)+11 over ViT, throughput",
+    "skipvit-gain-d6-55-r11": "SkipViT 6(55%)+11 over ViT, throughput",
     "efficientvit-m5-mobilenetv3-large-cpu": "EfficientViT-M5 over MobileNetV3-L, throughput",
     "efficientvit-m2-mobilevit-xxs-cpu": "EfficientViT-M2 over MobileViT-XXS, throughput",
     "efficientvit-m5-efficientnet-b0-cpu": "EfficientViT-M5 over EfficientNet-B0, throughput",
 }
 
 
-def write_readme(plan: Plan, root: Path = Path()) -> None:
-    """Write README's part between its two marks, and the picture that it shows.
+class _Number:
+    """A claim's number in a finding: as measured, or with `printed` as the paper has it."""
 
-    Raises:
-        HovitError: if README has no such part, or there is no evidence.
-    """
-    text = (root / README).read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise HovitError(f"{root / README}: needs the lines {BEGIN.strip()} and {END.strip()} once")
-    sources = _evidence_alone(plan, root)
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    with atomic(root / PICTURE) as path:
-        path.write_bytes(picture(sources))
-    write_text(root / README, before + BEGIN + results_section(sources) + END + after)
+    def __init__(self, verdict: Verdict) -> None:
+        self.verdict = verdict
+
+    def __format__(self, spec: str) -> str:
+        v = self.verdict
+        if spec == "verdict":
+            return v.label
+        if spec == "printed":
+            return f"{v.reported} {v.unit}".strip()
+        return v.shown or "(not measured)"
+
+
+def findings_section(sources: Sources) -> str:
+    """The findings as a numbered list, with the sources of the numbers of each."""
+    claims = _claims(sources.plan)
+    lines = []
+    for number, text in enumerate(FINDINGS, start=1):
+        names = dict.fromkeys(name for _, name, _, _ in Formatter().parse(text) if name)
+        verdicts = {name: check_claim(sources, *claims[name]) for name in names}
+        filled = text.format_map({name: _Number(v) for name, v in verdicts.items()})
+        where = "; ".join(dict.fromkeys(v.source for v in verdicts.values() if v.source))
+        lines.append(f"{number}. {filled} <sub>{where}</sub>")
+    return "\n".join(["", *lines, ""])
 
 
 def results_section(sources: Sources) -> str:
@@ -94,6 +134,73 @@ def _line(v: Verdict) -> str:
         f"| {SYSTEMS[v.seed]} | {says} | {v.reported or ''} | {v.shown or '—'} | {v.label} "
         f"| {v.source or v.why} |"
     )
+
+
+def checklist_section(sources: Sources) -> str:
+    """The headlines as a table for reviewers: expected value, tolerance, command and minutes."""
+    claims = _claims(sources.plan)
+    lines = [
+        "| claim | table | printed | expected | what counts as equal | command | minutes |",
+        "| :-- | :-- | --: | --: | :-- | :-- | --: |",
+    ]
+    for name in HEADLINES:
+        v = check_claim(sources, *claims[name])
+        records = [read_record(sources.run.root / path) for path in v.records]
+        minutes = sum(record.provenance.seconds for record in records) / 60
+        counted = v.source.startswith("counted")
+        scale = records[0].scale
+        if counted:
+            command = f"make table T={v.study}"
+        elif records[0].kind == "measure":
+            command = f"hovit measure {v.study} --scale {scale}"
+        else:
+            command = f"make table T={v.study} SCALE={scale} DATA=…"
+        device = records[0].provenance.device.name
+        differs = [text for text in re.split(r"[;.] ", v.why) if "differ" in text]
+        equal = "exact" if counted else next(iter(differs), "—")
+        rounded = f"{minutes:.0f}" if minutes >= 0.5 else "< 1"
+        taken = "1" if counted else f"{rounded} ({device})"
+        lines.append(
+            f"| {v.says} (`{v.id}`) | `{v.study}` | {v.reported or ''} | {v.shown} | {equal} "
+            f"| `{command}` | {taken} |"
+        )
+    return "\n".join(["", *lines, ""])
+
+
+PARTS = {
+    "findings": (README, findings_section),
+    "results": (README, results_section),
+    "checklist": (ARTIFACT, checklist_section),
+}
+
+
+def marks(part: str) -> tuple[str, str]:
+    """The lines of a file before and after a part."""
+    return f"<!-- {part}: made by `hovit readme` -->\n", f"<!-- end of {part} -->\n"
+
+
+def write_readme(plan: Plan, root: Path = Path()) -> None:
+    """Write the parts of README and ARTIFACT between their marks, and README's picture.
+
+    Raises:
+        HovitError: if a part is missing, or there are no committed records.
+    """
+    texts = {file: (root / file).read_text(encoding="utf-8") for file, _ in PARTS.values()}
+    for part, (file, _) in PARTS.items():
+        begin, end = marks(part)
+        if texts[file].count(begin) != 1 or texts[file].count(end) != 1:
+            raise HovitError(
+                f"{root / file}: needs the lines {begin.strip()} and {end.strip()} once"
+            )
+    sources = _evidence_alone(plan, root)
+    for part, (file, section) in PARTS.items():
+        begin, end = marks(part)
+        before, after = texts[file].split(begin)[0], texts[file].split(end)[1]
+        texts[file] = before + begin + section(sources) + end + after
+    with atomic(root / PICTURE) as path:
+        path.write_bytes(picture(sources))
+    for file, text in texts.items():
+        write_text(root / file, text)
 
 
 def picture(sources: Sources) -> bytes:

@@ -45,6 +45,9 @@ class RecordSource:
     base: Path = RUNS
     problems: dict[Path, str] = field(default_factory=dict, compare=False)
     _read: dict[Path, Record | None] = field(default_factory=dict, compare=False, repr=False)
+    _measured: dict[str, dict[str, dict[str, Any]]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
     _predictions: dict[Path, pd.DataFrame | None] = field(
         default_factory=dict, compare=False, repr=False
     )
@@ -142,6 +145,11 @@ class RecordSource:
 
         A row that has none takes those of the row that it cites, where the protocol is the same.
         """
+        if study.id not in self._measured:
+            self._measured[study.id] = self._find_measured_rows(study)
+        return self._measured[study.id]
+
+    def _find_measured_rows(self, study: Study) -> dict[str, dict[str, Any]]:
         rows = self.rows(self.plan.measure_task(study))
         for row in study.rows:
             if (

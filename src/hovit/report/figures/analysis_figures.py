@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
 FAMILIES = {"swin": "Swin", "deit": "DeiT"}
 SHARES = (0, 20, 40, 50, 60, 80, 100)
+# Operator classes: grey fills are bound by compute, hatches by memory.
+COMPUTE_FILLS = ("0.35", "0.6", "0.8")
+MEMORY_HATCHES = ("////", "....", "xxxx", "----", "||||", "++++")
 PARTS = {"qk_ratio": "Q and K", "v_ratio": "V", "ffn_ratio": "FFN"}
 
 
@@ -109,15 +112,17 @@ def runtime_breakdown(results: Results) -> "Canvas":
     left = [0.0] * len(found)
     groups = [(r["class"], r["memory_bound"]) for r in next(iter(found.values()))["classes"]] \
         if found else []  # fmt: skip
-    for i, (group, bound) in enumerate(groups):
+    fills, hatches = iter(COMPUTE_FILLS), iter(MEMORY_HATCHES)
+    for group, bound in groups:
         shares = [_share(row, group) for row in found.values()]
-        ax.barh(range(len(found)), shares, left=left, label=group, height=0.7,
-                color=style.COLOURS[i], hatch="//" if bound else "", edgecolor="white")  # fmt: skip
+        fill, hatch = ("white", next(hatches)) if bound else (next(fills), "")
+        ax.barh(range(len(found)), shares, left=left, label=group, height=0.7, color=fill,
+                hatch=hatch, edgecolor="black", linewidth=0.5)  # fmt: skip
         left = [a + b for a, b in zip(left, shares, strict=True)]
     for i, ref in enumerate(found):
         for share in published.get(ref, ()):
-            ax.plot([100 - share] * 2, [i - 0.45, i + 0.45], color="black", linewidth=2,
-                    label=f"paper, V100: {share} % bound by memory")  # fmt: skip
+            ax.plot([100 - share] * 2, [i - 0.45, i + 0.45], color=style.REPORTED, linewidth=2.5,
+                    marker="", label=f"paper, V100: {share} % bound by memory")  # fmt: skip
     names = [study.row(ref.split("/")[1]).label for ref in found]
     ax.set_yticks(range(len(found)), names)
     ax.invert_yaxis()

@@ -66,7 +66,8 @@ def _rows(results: Results, study: Study) -> list[Row]:
 def attention_latency(results: Results) -> "Canvas":
     """Latency of each attention relative to dot-product attention, in models and alone.
 
-    Error bars: half the inter-quartile range of the rounds' ratios.
+    All panels have the same logarithmic axis. Error bars: half the interquartile range of the
+    ratios over rounds.
     """
     import matplotlib.pyplot as plt
 
@@ -76,58 +77,69 @@ def attention_latency(results: Results) -> "Canvas":
         results.plan.study(name)
         for name in ("levit_attention", "swin_similarity", "attention_speed")
     ]
-    canvas, axes = plt.subplots(
-        1, 3, figsize=(style.WIDTH, 3.6), gridspec_kw={"width_ratios": [1, 1, 1.2]}
-    )
+    canvas, axes = plt.subplots(1, 3, figsize=(style.WIDTH, 3.6), sharex=True)
     titles = ("In LeViT", "In Swin (CIFAR-10)", "Attention alone")
+    keys: dict[str, Any] = {}
     for ax, study, title in zip(axes, studies, titles, strict=True):
-        _bars(ax, results, study, [row for row in _rows(results, study) if row.baseline])
+        metrics = ("reported_latency", *map(str, results.batches(study)))
+        rows = [
+            row
+            for row in _rows(results, study)
+            if row.baseline and any(baseline_ratio(results, study, row, m) for m in metrics)
+        ]
+        dots = latency_dots(ax, results, study, [(study, row) for row in rows])
+        keys |= dots
+        ax.set_yticks(range(len(rows))[::-1], [_short(row.label) for row in rows], fontsize=5.5)
         ax.set_title(title)
-        ax.set_xlabel("Latency, relative to dot product")
-    handles, labels = axes[0].get_legend_handles_labels()
-    canvas.legend(handles, labels, loc="outside upper center", ncols=3)
+    _ratio_axis(axes[0])
+    axes[1].set_xlabel("Latency relative to dot-product attention (logarithmic)")
+    canvas.legend(keys.values(), keys.keys(), loc="outside upper center", ncols=len(keys))
     state(canvas, results, studies)
     return canvas
 
 
-def _bars(ax: "Axes", results: Results, study: Study, rows: list[Row]) -> None:
-    from matplotlib.ticker import LogLocator, NullLocator
+def latency_dots(
+    ax: "Axes", results: Results, study: Study, rows: list[tuple[Study, Row]]
+) -> dict[str, Any]:
+    """Plot the ratio of each row's latency to its baseline: reported, then at each batch size.
 
+    Args:
+        ax: the panel; the first row is at the top.
+        results: the source of the measured ratios.
+        study: decides the batch sizes.
+        rows: rows with their studies.
+
+    Returns:
+        label -> handle, for the legend.
+    """
     from . import style
 
-    metrics = ["reported_latency", *map(str, results.batches(study))]
-    looks: dict[str, dict[str, Any]] = {
-        "reported_latency": {
-            "color": style.REPORTED,
-            "label": "deck (batch not stated)",
-            "hatch": "//",
-        },
-    }
-    shades = (style.OURS, "#56B4E9", "#009E73")
-    height, most = 0.8 / len(metrics), 1.0
-    for i, metric in enumerate(metrics):
-        look = looks.get(metric) or {
-            "color": shades[(i - 1) % 3],
-            "label": f"{results.name}, batch {metric.removeprefix('latency_')}",
-        }
-        ratios = [baseline_ratio(results, study, row, metric) or 0.0 for row in rows]
-        errors = [ratio_error(results, study, row, metric) for row in rows]
-        most = max(most, *ratios)
-        at = [n + (i - (len(metrics) - 1) / 2) * height for n in range(len(rows))]
-        ax.barh(at, ratios, height, xerr=errors, error_kw={"elinewidth": 0.7}, **look)
-    ax.axvline(1, color="black", linewidth=0.8)
-    ax.set_yticks(range(len(rows)), [_short(row.label) for row in rows], fontsize=5.5)
-    ax.invert_yaxis()
-    ax.grid(axis="y", visible=False)
-    if most > 2:
-        ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_major_formatter("{x:g}")
-        ax.xaxis.set_minor_locator(NullLocator())
+    series = [("reported_latency", "slides (batch not stated)", style.REPORTED_LOOK)]
+    for number, look in zip(results.batches(study), style.BATCH_LOOKS, strict=False):
+        series.append((str(number), f"{results.name}, batch {number.batch}", look))
+    y = np.arange(len(rows))[::-1]
+    handles = {}
+    for metric, label, look in series:
+        ratios = [baseline_ratio(results, of, row, metric) or np.nan for of, row in rows]
+        errors = [ratio_error(results, of, row, metric) for of, row in rows]
+        handles[label] = ax.errorbar(ratios, y, xerr=errors, linestyle="", elinewidth=0.8,
+                                     label=label, **look)  # fmt: skip
+    ax.axvline(1, color="black", linewidth=0.8, marker="")
+    return handles
+
+
+def _ratio_axis(ax: "Axes") -> None:
+    """A logarithmic axis of ratios with plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_locator(NullLocator())
 
 
 def ratio_error(results: Results, study: Study, row: Row, metric: str) -> float:
-    """Half the inter-quartile range of the ratios to the baseline over rounds; 0 without rounds."""
+    """Half the interquartile range of the ratios to the baseline over rounds; 0 without rounds."""
     own = results.value(study, row, metric)
     base = results.value(study, study.row(row.baseline), metric) if row.baseline else None
     return ratio_noise(own, base) if own and base and own.samples else 0.0
@@ -167,48 +179,59 @@ def attention_length(results: Results) -> "Canvas":
 
 
 def attention_maps(results: Results) -> "Canvas":
-    """One test image, and the attention of its middle token in each trained variant."""
+    """Attention of the middle token (cross) of one test image in each trained variant.
+
+    The colours show the attention relative to uniform attention, on one scale for all maps.
+    """
     import matplotlib.pyplot as plt
+    from matplotlib.colors import LogNorm
 
     from . import style
 
     study, analysis = results.plan.study("levit_attention"), results.plan.analysis("attention_maps")
     found = results.analysed_rows("attention_maps")
-    canvas, axes = plt.subplots(1, len(found) + 1, figsize=(style.WIDTH, 1.6), squeeze=False)
-    for ax in axes[0]:
-        ax.set_axis_off()
-    for ax, (ref, row) in zip(axes[0][1:], found.items(), strict=True):
-        ax.imshow(row["map"], cmap="magma", vmin=0)
-        height, width = len(row["map"]), len(row["map"][0])
-        ax.plot(width // 2, height // 2, marker="+", color="white", markersize=5, linestyle="")
-        label = study.row(ref.split("/")[1]).label.replace("LeViT + ", "")
-        ax.set_title(f"{label}\nentropy {row['entropy']:.2f}", fontsize=5.5)
+    image, tokens = None, 0
     if found:
         ref, row = next(iter(found.items()))
         task = results.plan.analyse_task(analysis)
         assert task is not None  # a record of it was found
-        pack, index = task.packs[ref], row["images"][0]
-        if show_photograph(axes[0][0], results, pack, index) is not None:
-            axes[0][0].set_title("test image", fontsize=5.5)
+        image = photograph(results, task.packs[ref], row["images"][0])
         tokens = len(row["map"]) * len(row["map"][0])
-        canvas.suptitle(
-            f"entropy in nats; flat over {tokens} tokens it is {np.log(tokens):.2f}", fontsize=6
-        )
+    count = max(1, len(found) + (image is not None))
+    canvas, axes = plt.subplots(1, count, figsize=(style.WIDTH, 1.6), squeeze=False)
+    for ax in axes[0]:
+        ax.set_axis_off()
+    if image is not None:
+        axes[0][0].imshow(image)
+        axes[0][0].set_title("test image", fontsize=5.5)
+    if found:
+        maps = {ref: tokens * np.array(row["map"]) for ref, row in found.items()}
+        norm = LogNorm(1 / 8, 8, clip=True)
+        for ax, (ref, relative) in zip(axes[0][-len(found) :], maps.items(), strict=True):
+            shown = ax.imshow(relative, cmap="magma", norm=norm)
+            height, width = relative.shape
+            ax.plot(width // 2, height // 2, marker="+", color="white", markersize=5)
+            label = _short(study.row(ref.split("/")[1]).label)
+            ax.set_title(f"{label}\nentropy {found[ref]['entropy']:.2f}", fontsize=5.5)
+        bar = canvas.colorbar(shown, ax=axes, pad=0.01, aspect=12, shrink=0.8, extend="both",
+                              ticks=[1 / 8, 1 / 2, 1, 2, 8], format="{x:g}")  # fmt: skip
+        bar.ax.minorticks_off()
+        bar.set_label("× uniform attention", fontsize=5.5)
+        bar.ax.tick_params(labelsize=5.5)
+        title = f"entropy in nats; of uniform attention over {tokens} tokens: {np.log(tokens):.2f}"
+        canvas.suptitle(title, fontsize=6)
     else:
         say_unmeasured(axes[0][0])
     state(canvas, results, [study], photographs(results, "attention_maps"))
     return canvas
 
 
-def show_photograph(ax: "Axes", results: Results, pack: Pack, index: int) -> "np.ndarray | None":
-    """Show and return the image of an analysis; write a note if it is not packed here."""
+def photograph(results: Results, pack: Pack, index: int) -> "np.ndarray | None":
+    """An image of a pack, uint8 [H, W, 3]; None if the images are not here, as with evidence."""
     path = results.root / pack.folder / "images.npy"
-    if not path.exists():  # evidence comes without its images
-        words = f"image {index} of\n{pack.dataset.title}:\nnot packed here"
-        ax.text(0.5, 0.5, words, ha="center", va="center", fontsize=5.5, transform=ax.transAxes)
+    if not path.exists():
         return None
     image: np.ndarray = np.load(path, mmap_mode="r")[index]
-    ax.imshow(image)
     return image
 
 

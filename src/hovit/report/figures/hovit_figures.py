@@ -8,7 +8,8 @@ from ...config.schema import Row, Study
 from ..record_source import plural
 from ..results import Results, Value
 from ..tables.columns import baseline_ratio
-from .attention_figures import ratio_error, seeds
+from .attention_figures import latency_dots, seeds
+from .labels import Labels, label_points
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,7 +106,7 @@ def five_ideas(results: Results) -> "Canvas":
     """Latency of each idea relative to its baseline, and accuracy: the deck's, then measured.
 
     The two accuracies have axes of their own, because they come from different images. Error bars:
-    half the inter-quartile range of the rounds' ratios; standard deviation over random seeds.
+    half the interquartile range of the rounds' ratios; standard deviation over random seeds.
     """
     import matplotlib.pyplot as plt
 
@@ -116,7 +117,8 @@ def five_ideas(results: Results) -> "Canvas":
     canvas, axes = plt.subplots(
         1, 3, figsize=size, sharey=True, gridspec_kw={"width_ratios": [1.6, 1, 1]}
     )
-    _idea_latencies(axes[0], results, rows)
+    latency_dots(axes[0], results, results.plan.study("hovit"), rows)
+    axes[0].set_xlabel("Latency, × its baseline (left is faster)")
     for ax, number in zip(axes[1:], ("reported_top1", "top1"), strict=True):
         _idea_accuracies(ax, results, rows, number)
     axes[0].set_yticks(range(len(rows))[::-1], [row.label for _, row in rows])
@@ -125,29 +127,6 @@ def five_ideas(results: Results) -> "Canvas":
     axes[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), handletextpad=0.1)
     _state(canvas, results, results.plan.study("hovit"))
     return canvas
-
-
-def _idea_latencies(ax: "Axes", results: Results, rows: list[tuple[Study, Row]]) -> None:
-    """Latency relative to the baseline: reported, then at each batch size."""
-    import numpy as np
-
-    from . import style
-
-    looks: list[dict[str, Any]] = [
-        {"color": style.OURS, "marker": "o"},
-        {"color": "#56B4E9", "marker": "s"},
-        {"color": "#009E73", "marker": "^"},
-    ]
-    series = [("reported_latency", "deck (batch not stated)", _reported_look())]
-    for i, number in enumerate(results.batches(results.plan.study("hovit"))):
-        series.append((str(number), f"{results.name}, batch {number.batch}", looks[min(i, 2)]))
-    y = np.arange(len(rows))[::-1]
-    for metric, label, look in series:
-        ratios = [baseline_ratio(results, study, row, metric) or np.nan for study, row in rows]
-        errors = [ratio_error(results, study, row, metric) for study, row in rows]
-        ax.errorbar(ratios, y, xerr=errors, linestyle="", elinewidth=0.8, label=label, **look)
-    ax.axvline(1, color="black", linewidth=0.8)
-    ax.set_xlabel("Latency, × its baseline (left is faster)")
 
 
 def _idea_accuracies(
@@ -159,7 +138,7 @@ def _idea_accuracies(
     from . import style
 
     is_reported = number == "reported_top1"
-    look = _reported_look() if is_reported else {"color": style.OURS, "marker": "o"}
+    look = style.REPORTED_LOOK if is_reported else {"color": style.OURS, "marker": "o"}
     found = [results.value(study, row, number) for study, row in rows]
     means = [v.mean if v else np.nan for v in found]
     spreads = [_spread(v) if v else 0 for v in found]
@@ -180,12 +159,6 @@ def _images(results: Results, is_reported: bool) -> str:
     return f"{whose}\n{title}"
 
 
-def _reported_look() -> dict[str, Any]:
-    from . import style
-
-    return {"color": style.REPORTED, "marker": "D", "mfc": "white"}
-
-
 def _idea_rows(plan: Plan) -> list[tuple[Study, Row]]:
     """Baselines, then each idea, without and with the Launcher; every model once."""
     seen: set[str] = set()
@@ -201,7 +174,7 @@ def _idea_rows(plan: Plan) -> list[tuple[Study, Row]]:
 
 
 def accuracy_latency(results: Results) -> "Canvas":
-    """Accuracy against latency relative to LeViT: the deck's numbers, and the measured ones.
+    """Accuracy against latency relative to LeViT: reported (left) and measured (right).
 
     Each has axes of its own, because the accuracies come from different images. Error bars:
     standard deviation over random seeds.
@@ -212,7 +185,7 @@ def accuracy_latency(results: Results) -> "Canvas":
 
     canvas, axes = plt.subplots(2, 2, figsize=(style.WIDTH, 5.2))
     last = results.batches(results.plan.study("hovit"))[-1]
-    looks: dict[str, dict[str, Any]] = {}
+    labels = []
     for line, launched in zip(axes, (False, True), strict=True):
         rows = [
             (study, row)
@@ -224,31 +197,34 @@ def accuracy_latency(results: Results) -> "Canvas":
         for ax, before, latency in zip(
             line, ("reported_", ""), ("latency", str(last)), strict=True
         ):
-            for study, row in rows:
-                _mark(
-                    ax, row, _point(results, study, row, before + latency, f"{before}top1"), looks
-                )
+            points = _panel(ax, results, rows, before + latency, f"{before}top1")
+            labels.append((ax, points))
             batch = "batch not stated" if before else f"batch {last.batch}"
             ax.set_xlabel(f"Latency, × {base} ({batch})")
             if not launched:
                 ax.set_title(_images(results, bool(before)))
-    keys = [plt.Line2D([], [], label=label, **look) for label, look in looks.items()]
-    canvas.legend(handles=keys, loc="outside right center")
     _state(canvas, results, results.plan.study("hovit"))
+    label_points(canvas, labels, fontsize=6)
     return canvas
 
 
-def _mark(
-    ax: "Axes", row: Row, point: tuple[float, Value] | None, looks: dict[str, dict[str, Any]]
-) -> None:
-    """Plot one model; the same model has the same look in all panels."""
+def _panel(
+    ax: "Axes", results: Results, rows: list[tuple[Study, Row]], latency: str, top1: str
+) -> Labels:
+    """Plot every row with both numbers; return (x, y, label) of each point."""
     from . import style
 
-    if point is None:
-        return
-    look = looks.setdefault(_family(row), style.look(len(looks)) | {"linestyle": ""})
-    x, value = point
-    ax.errorbar(x, value.mean, _spread(value) or None, **look)
+    families = list(dict.fromkeys(_family(row) for _, row in _idea_rows(results.plan)))
+    labels = []
+    for study, row in rows:
+        if point := _point(results, study, row, latency, top1):
+            x, value = point
+            # The same model has the same look in all panels.
+            look = style.look(families.index(_family(row))) | {"linestyle": ""}
+            ax.errorbar(x, value.mean, _spread(value) or None, **look)
+            labels.append((x, value.mean, _family(row)))
+    ax.margins(0.25, 0.15)
+    return labels
 
 
 def _point(

@@ -5,21 +5,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...config.schema import Study
 from ..results import Results
-from .attention_figures import photographs, say_unmeasured, show_photograph, state
+from .attention_figures import photograph, photographs, say_unmeasured, state
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
 SHOWN = (1, 99)  # percentiles of the values that are drawn black and white
 
 
 def generated_images(results: Results) -> "Canvas":
-    """Test photographs, with the images that each trained Launcher generates below them.
+    """Image that each trained Launcher generates from test photographs.
 
     Two rows for each Launcher: the generated image, and its difference from the mean over the
-    photographs, with its own contrast.
+    photographs, with its own contrast. The photographs are shown above where they are packed.
     """
     import matplotlib.pyplot as plt
 
@@ -28,8 +28,13 @@ def generated_images(results: Results) -> "Canvas":
     study = results.plan.study("launcher_imagenet")
     task = results.plan.analyse_task(results.plan.analysis("generated_images"))
     found = results.analysed_rows("generated_images")
-    count = max((len(row["images"]) for row in found.values()), default=8)
-    high = 1 + 2 * len(found)
+    rows = [strip for ref, row in found.items() if task for strip in _strips(study, ref, row)]
+    if rows and task is not None:
+        ref, row = next(iter(found.items()))
+        shown = [photograph(results, task.packs[ref], index) for index in row["images"]]
+        rows = ([("test image", shown)] if all(each is not None for each in shown) else []) + rows
+    count = max((len(images) for _, images in rows), default=8)
+    high = max(1, len(rows))
     size = (style.WIDTH, 0.5 + style.WIDTH / (count + 1) * high)
     canvas, axes = plt.subplots(high, count, figsize=size, squeeze=False)
     for ax in axes.flat:
@@ -37,29 +42,26 @@ def generated_images(results: Results) -> "Canvas":
         ax.set_yticks([])
         ax.grid(False)
         ax.spines[:].set_visible(False)
-    if not found or task is None:
+    if not rows:
         say_unmeasured(axes[0][0])
-    for n, (ref, row) in enumerate(found.items()):
-        assert task is not None  # a record of it was found
-        if n == 0:
-            for ax, index in zip(axes[0], row["images"], strict=False):
-                show_photograph(ax, results, task.packs[ref], index)
-            _label(axes[0][0], "test image")
-        images = upsample(row)
-        label = (
-            study.row(ref.split("/")[1]).label.replace(" (", "\n(").replace(", frozen", ",\nfrozen")
-        )
-        _label(axes[1 + 2 * n][0], label)
-        _label(axes[2 + 2 * n][0], f"minus their mean\n({row['varying']:.1f} % of variance)")
-        for line, shown in ((1, images), (2, images - images.mean(0))):
-            for ax, image in zip(axes[line + 2 * n], stretch(shown), strict=False):
-                ax.imshow(image)
+    for line, (label, images) in zip(axes, rows, strict=False):
+        line[0].set_ylabel(label, fontsize=5.5)
+        for ax, image in zip(line, images, strict=False):
+            ax.imshow(image)
     state(canvas, results, [study], photographs(results, "generated_images"))
     return canvas
 
 
-def _label(ax: "Axes", text: str) -> None:
-    ax.set_ylabel(text, fontsize=5.5)
+def _strips(study: Study, ref: str, row: dict[str, Any]) -> list[tuple[str, Any]]:
+    """(label, images) of a Launcher: the generated images, and their difference from the mean."""
+    images = upsample(row)
+    label = study.row(ref.split("/")[1]).label
+    label = label.replace(" (", "\n(").replace(", frozen", ",\nfrozen")
+    return [
+        (label, stretch(images)),
+        (f"minus their mean\n({row['varying']:.1f} % of variance)",
+         stretch(images - images.mean(0))),
+    ]  # fmt: skip
 
 
 def upsample(row: dict[str, Any]) -> np.ndarray:

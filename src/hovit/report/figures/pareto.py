@@ -8,6 +8,7 @@ from ...config.schema import Row, Study
 from ..results import Results
 from ..sources import Sources
 from .attention_figures import say_unmeasured
+from .labels import Labels, label_points
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +26,6 @@ FAMILIES = {
 SPEEDS = {"latency_1": "Latency at batch 1, ms", "throughput": "Images/s at batch {batch}"}
 SIZES = {"parameters_m": "Parameters, M", "macs": "Multiply-adds, G"}
 FRONT_STYLES = ["-", "--", "-.", ":"]
-LABEL_ROOM = (60, 8)  # width and height of a label, in pixels
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Point:
 def pareto(sources: Sources) -> "Canvas":
     """Latency and throughput against parameters, multiply-adds and accuracy.
 
-    One pair of rows for each device. In the panels of accuracy, a line is the Pareto front of one
-    data set; filled points are measured here, hollow points reported by the papers.
+    One pair of rows for each device. Reported and measured accuracies have panels of their own,
+    because they come from different images. A line is the Pareto front of one data set.
     """
     import matplotlib.pyplot as plt
 
@@ -62,13 +62,15 @@ def pareto(sources: Sources) -> "Canvas":
     shown = sources.timed(study) or [sources.run]
     high = 0.8 + 2.0 * 2 * len(shown)
     canvas, axes = plt.subplots(
-        2 * len(shown), 3, figsize=(style.WIDTH, high), sharex="col", squeeze=False,
-        width_ratios=(1, 1, 1.7),
+        2 * len(shown), 4, figsize=(style.WIDTH, high), sharex="col", sharey="row", squeeze=False,
+        width_ratios=(1, 1, 1.2, 1.2),
     )  # fmt: skip
+    labels = []
     for i, results in enumerate(shown):
         for j, speed in enumerate(SPEEDS):
-            _panels(axes[2 * i + j], results, study, speed)
-    for ax, label in zip(axes[-1], (*SIZES.values(), "Top-1, %"), strict=True):
+            labels += _panels(axes[2 * i + j], results, study, speed)
+    titles = (*SIZES.values(), "Top-1, %, as reported", "Top-1, %, measured")
+    for ax, label in zip(axes[-1], titles, strict=True):
         ax.set_xlabel(label)
     keys = [
         plt.Line2D([], [], label=family, **_look(family), markerfacecolor=style.COLOURS[i])
@@ -76,8 +78,9 @@ def pareto(sources: Sources) -> "Canvas":
     ]
     canvas.legend(handles=keys, loc="outside upper center", ncols=6)
     facts = [_where(results, study) for results in shown]
-    facts.append("filled: measured; hollow: as reported; a line: the front of one data set")
+    facts.append("a line: Pareto front of one data set")
     canvas.supxlabel(" · ".join(facts), fontsize=5.5, color="#555555", wrap=True)
+    label_points(canvas, labels, fontsize=4.5)
     return canvas
 
 
@@ -86,29 +89,43 @@ def _where(results: Results, study: Study) -> str:
     return f"{results.name}: {results.latency_device(study)}, fp32, eager, {size} px"
 
 
-def _panels(axes: Any, results: Results, study: Study, speed: str) -> None:
-    """One row of panels: a speed against each size, and against accuracy."""
+def _panels(axes: Any, results: Results, study: Study, speed: str) -> list[tuple["Axes", Labels]]:
+    """One row of panels: a speed against each size, and against accuracy; return their labels."""
     batch = results.throughput_batch(study)
     label = f"{results.base.name if results.is_evidence else results.name}\n"
     axes[0].set_ylabel(label + SPEEDS[speed].format(batch=batch))
+    axes[0].set_yscale("log")
+    _plain_ticks(axes[0].yaxis)
+    labels = []
     for ax, size in zip(axes, SIZES, strict=False):
-        _scatter(ax, size_points(results, study, size, speed))
+        points = size_points(results, study, size, speed)
+        _scatter(ax, points)
         ax.set_xscale("log")
-        ax.set_yscale("log")
         _plain_ticks(ax.xaxis)
-        _plain_ticks(ax.yaxis)
+        labels.append((ax, _family_labels(points)))
     points = accuracy_points(results, study, speed)
-    _scatter(axes[2], points)
-    axes[2].set_yscale("log")
-    axes[2].set_xlim(-4, 125)  # room for the labels of the most accurate systems
-    axes[2].set_xticks(range(0, 101, 20))
-    _plain_ticks(axes[2].yaxis)
-    labelled: list[tuple[float, float]] = []
-    for i, data in enumerate(sorted({point.data for point in points})):
-        front = pareto_front([p for p in points if p.data == data], speed == "throughput")
-        _draw_front(axes[2], front, data, FRONT_STYLES[i % len(FRONT_STYLES)], labelled)
-    if points:
-        axes[2].legend(loc="best", fontsize=5)
+    for ax, is_reported in zip(axes[2:], (True, False), strict=True):
+        own = [point for point in points if point.reported == is_reported]
+        _scatter(ax, own)
+        ax.set_xlim(0, 100)
+        ax.set_xticks(range(0, 101, 20))
+        fronts: dict[Point, None] = {}
+        for line, data in zip(FRONT_STYLES, sorted({point.data for point in own}), strict=False):
+            fronts |= dict.fromkeys(_draw_front(ax, own, data, line, speed == "throughput"))
+        labels.append((ax, [(p.x, p.y, p.label) for p in fronts]))
+        if own:
+            ax.legend(loc="best", fontsize=5)
+    return labels
+
+
+def _family_labels(points: list[Point]) -> Labels:
+    """Each family's name, at the point next to the middle of the family."""
+    labels = []
+    for family in FAMILIES:
+        own = sorted((p.x, p.y) for p in points if p.family == family)
+        if own:
+            labels.append((*own[len(own) // 2], family))
+    return labels
 
 
 def size_points(results: Results, study: Study, size: str, speed: str) -> list[Point]:
@@ -144,7 +161,7 @@ def accuracy_points(results: Results, study: Study, speed: str) -> list[Point]:
 def _reported_data(cited: Study, row: Row) -> str:
     """Data set of a paper's accuracy."""
     on_imagenet = not cited.trained or (row.dataset or cited.dataset) == "imagenet"
-    return "ImageNet, as reported" if on_imagenet else "Oxford-IIIT Pet, as reported"
+    return "ImageNet" if on_imagenet else "Oxford-IIIT Pet"
 
 
 def family_of(row: Row) -> str:
@@ -170,8 +187,7 @@ def _scatter(ax: "Axes", points: list[Point]) -> None:
         say_unmeasured(ax)
     for point in points:
         look = _look(point.family)
-        fill = "white" if point.reported else look["color"]
-        ax.plot(point.x, point.y, markersize=3.5, **look, markerfacecolor=fill)
+        ax.plot(point.x, point.y, markersize=3.5, **look)
 
 
 def _look(family: str) -> dict[str, Any]:
@@ -181,26 +197,13 @@ def _look(family: str) -> dict[str, Any]:
 
 
 def _draw_front(
-    ax: "Axes", front: list[Point], data: str, line: str, labelled: list[tuple[float, float]]
-) -> None:
-    """Draw a front and, where there is room, the names of its systems.
-
-    Args:
-        ax: the panel.
-        front: its points.
-        data: data set of the accuracies.
-        line: style of the line.
-        labelled: positions of the labels so far, in pixels; the new ones are added.
-    """
+    ax: "Axes", points: list[Point], data: str, line: str, larger_is_faster: bool
+) -> list[Point]:
+    """Draw the front of one data set, and return its points."""
+    front = pareto_front([p for p in points if p.data == data], larger_is_faster)
     ax.plot([p.x for p in front], [p.y for p in front], line, color="#444444", linewidth=0.8,
             marker="", zorder=1, label=data)  # fmt: skip
-    for point in front[::-1]:
-        x, y = ax.transData.transform((point.x, point.y))
-        wide, high = LABEL_ROOM
-        if all(abs(x - left) > wide or abs(y - low) > high for left, low in labelled):
-            labelled.append((x, y))
-            ax.annotate(point.label, (point.x, point.y), (4, 0), fontsize=4.5, va="center",
-                        textcoords="offset points")  # fmt: skip
+    return front
 
 
 def _plain_ticks(axis: Any) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from ...config.schema import Row, Study
 from ..results import Results
 from ..tables.columns import baseline_ratio
-from .attention_figures import TOP1_BARS, photographs, say_unmeasured, show_photograph, state
+from .attention_figures import TOP1_BARS, photograph, photographs, say_unmeasured, state
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,41 +126,59 @@ def _full_epochs(row: Row, epochs: int) -> int:
 
 
 def kept_patches(results: Results) -> "Canvas":
-    """Test images, and under each which of its patches every layer that drops keeps."""
+    """Patches of test images that remain after each layer that drops patches.
+
+    The photographs are shown above where they are packed.
+    """
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
     from . import style
 
-    study, analysis = results.plan.study("skipvit"), results.plan.analysis("kept_patches")
-    found = results.analysed_rows("kept_patches")
-    shown = [(ref, n) for ref, row in found.items() for n in range(len(row["images"]))]
-    high = 1 + max((len(row["layers"]) for row in found.values()), default=0)
+    columns = _kept(results)
+    has_photograph = any(image is not None for _, image, _ in columns)
+    high = has_photograph + max((len(layers) for *_, layers in columns), default=1)
     size = (style.WIDTH, 0.4 + 1.2 * high)
-    canvas, axes = plt.subplots(high, max(1, len(shown)), figsize=size, squeeze=False)
+    canvas, axes = plt.subplots(high, max(1, len(columns)), figsize=size, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
-    if not shown:
+    if not columns:
         say_unmeasured(axes[0][0])
-    colours = {"left out": LEFT_OUT}
-    for (ref, n), column in zip(shown, axes.T, strict=False):
-        row, task = found[ref], results.plan.analyse_task(analysis)
-        assert task is not None  # a record of it was found
-        pack = task.packs[ref]
-        image = show_photograph(column[0], results, pack, row["images"][n])
-        column[0].set_title(study.row(ref.split("/")[1]).label, fontsize=5)
-        for ax, layer, mask in zip(column[1:], row["layers"], row["kept"][n], strict=False):
-            _masked(ax, image, np.array([[int(c) for c in line] for line in mask]))
-            ax.set_title(f"after layer {layer}", fontsize=5)
-        if image is None:
-            colours["kept"] = KEPT
+    for (label, image, layers), column in zip(columns, axes.T, strict=False):
+        if image is not None:
+            column[0].imshow(image)
+            column[0].set_title(label, fontsize=6)
+        for ax, (layer, mask) in zip(column[has_photograph:], layers.items(), strict=False):
+            _masked(ax, image, mask)
+            title = f"after layer {layer}"
+            first = ax is column[0]
+            ax.set_title(f"{label}\n{title}" if first else title, fontsize=6)
+    colours = {"left out": LEFT_OUT} | ({} if has_photograph else {"kept": KEPT})
     keys = [
         Patch(facecolor=colour, edgecolor="black", linewidth=0.5, label=label)
         for label, colour in colours.items()
     ]
     canvas.legend(handles=keys, loc="outside upper center", ncols=len(keys))
+    study = results.plan.study("skipvit")
     state(canvas, results, [study], photographs(results, "kept_patches"))
     return canvas
+
+
+def _kept(results: Results) -> list[tuple[str, "np.ndarray | None", dict[int, np.ndarray]]]:
+    """(schedule, photograph if packed, {layer: mask of kept patches}) of each test image."""
+    study, analysis = results.plan.study("skipvit"), results.plan.analysis("kept_patches")
+    columns = []
+    for ref, row in results.analysed_rows("kept_patches").items():
+        task = results.plan.analyse_task(analysis)
+        assert task is not None  # a record of it was found
+        label = study.row(ref.split("/")[1]).label
+        for index, masks in zip(row["images"], row["kept"], strict=True):
+            layers = {
+                layer: np.array([[int(c) for c in line] for line in mask])
+                for layer, mask in zip(row["layers"], masks, strict=True)
+            }
+            columns.append((label, photograph(results, task.packs[ref], index), layers))
+    return columns
 
 
 def _masked(ax: "Axes", image: "np.ndarray | None", mask: np.ndarray) -> None:

@@ -24,6 +24,12 @@ def look(n: int) -> dict[str, Any]:
 
 
 OURS, REPORTED = "#0072B2", "#D55E00"
+REPORTED_LOOK: dict[str, Any] = {"color": REPORTED, "marker": "D", "mfc": "white"}
+BATCH_LOOKS: tuple[dict[str, Any], ...] = (
+    {"color": OURS, "marker": "o"},
+    {"color": "#56B4E9", "marker": "s"},
+    {"color": "#009E73", "marker": "^"},
+)
 WIDTH = 7.0  # inches: the text width of a page
 SMALL = 7.0  # points
 
@@ -47,6 +53,7 @@ RC: dict[Any, Any] = {
     "lines.markersize": 4,
     "axes.prop_cycle": cycler(color=COLOURS) + cycler(marker=MARKERS) + cycler(linestyle=STYLES),
     "figure.constrained_layout.use": True,
+    "hatch.linewidth": 0.6,
     "pdf.fonttype": 42,
     "savefig.dpi": 200,
 }

@@ -14,6 +14,8 @@ from ...utils.files import digest
 from ..claims.check import ERRATA, GROUPS, VERDICTS, Verdict, check_all, counts, tally
 from ..claims.coverage import REASONS, coverage, coverage_tally
 from ..explain import rerun_command
+from ..order import PAPERS, in_order, paper_of
+from ..readme import HEADLINES, SYSTEMS
 from ..results import Results, Value
 from ..sources import Sources
 from ..tables.columns import NOTHING, Column, Table, format_printed, make_table
@@ -51,9 +53,11 @@ class _Collector:
 
     def collect(self) -> dict[str, Any]:
         plan = self.sources.plan
-        studies = [self.study(study) for study in plan.config.studies.values()]
+        story = in_order(plan.config.studies.values())
+        studies = [self.study(study) for study in story]
         verdicts = check_all(self.sources)
         claims = [self.claim(verdict) for verdict in verdicts]
+        by_id = {claim["id"]: claim for claim in claims}
         analyses = self.analyses()
         rest = coverage(self.sources)
         problems = [p for results in self.sources.all for p in results.problems.values()]
@@ -64,7 +68,7 @@ class _Collector:
             "studies": {s["id"]: {k: s[k] for k in ("title", "rows", "place", "scope", "contexts")}
                         for s in studies},
             "metrics": _metrics(),
-            "claims": {claim["id"]: claim for claim in claims},
+            "claims": by_id,
             "symbols": SYMBOLS,
         }  # fmt: skip
         return {
@@ -81,7 +85,19 @@ class _Collector:
             "not_checkable": rest["not_checkable"],
             "reasons": REASONS,
             "rest": coverage_tally(rest),
-            "studies": studies,
+            "findings": [by_id[claim] for claim in HEADLINES if claim in by_id],
+            "systems": SYSTEMS,
+            "story": [
+                {"id": paper, "title": title, "studies": own}
+                for paper, title in PAPERS.items()
+                if (
+                    own := [
+                        s
+                        for s, study in zip(studies, story, strict=True)
+                        if paper_of(study) == paper
+                    ]
+                )
+            ],
             "analyses": analyses,
             "records": data["records"],
             "problems": problems,

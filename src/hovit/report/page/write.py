@@ -14,6 +14,7 @@ from typing import Any
 from ...config.plan import Plan
 from ...utils.code_hash import code_hash
 from ...utils.files import digest, file_digest, write_text
+from ..readme import PICTURE
 from ..sources import load_sources
 from .content import collect
 
@@ -25,7 +26,8 @@ SCRIPTS = ("tables.js", "detail.js", "charts.js", "curves.js", "analyses.js")
 def page_code() -> str:
     """sha256, in hex, of everything that decides how the page looks."""
     files = [path for path in sorted(WEB.iterdir()) if path.is_file()]
-    return digest([code_hash("page"), *map(file_digest, files)])
+    pictures = [PICTURE] if PICTURE.exists() else []
+    return digest([code_hash("page"), *map(file_digest, files + pictures)])
 
 
 def write_page(plan: Plan, root: Path = Path()) -> None:
@@ -34,7 +36,9 @@ def write_page(plan: Plan, root: Path = Path()) -> None:
     The page names records that cannot be used, and leaves them out; it also says why it refuses a
     table.
     """
-    write_text(root / PAGE, render(collect(load_sources(plan, root))))
+    picture = root / PICTURE
+    front = base64.b64encode(picture.read_bytes()).decode() if picture.exists() else ""
+    write_text(root / PAGE, render(collect(load_sources(plan, root)) | {"front": front}))
 
 
 def render(content: dict[str, Any]) -> str:

@@ -30,8 +30,7 @@ OUT = Path("results/paper")
 TEXT = Path("paper/paper.typ")
 PDF = Path("paper/paper.pdf")
 FILES = ("variables", "tables", "figures", "claims", "coverage", "costs")
-OF_TRAINING = {"Data", "Images", "Trained on", "Recipe", "Seeds", "Pretrained weights from"}
-OF_TIMING = {"Latency", "Throughput"}
+STAND_INS = "Models that stand in"  # a key of `describe`
 
 
 def write_paper(plan: Plan, root: Path = Path()) -> None:
@@ -179,26 +178,25 @@ def _origins(study: Study, column: Column, i: int) -> list[Origin]:
     return found
 
 
-def _about(table: Table, columns: list[Column]) -> list[dict[str, str]]:
-    """Facts under a table about the sources of its columns; a repeated fact appears once."""
-    facts: dict[tuple[str, str], None] = {}
+def _about(table: Table, columns: list[Column]) -> list[str]:
+    """Short facts under a table: scale, images, device and n of each source, and its stand-ins.
+
+    `results/tables/STUDY.md` has the full provenance.
+    """
+    study = table.study
     every = {id(results): results for column in columns for results in _sources(column)}
     marked = any(len(_sources(column)) > 1 for column in columns)
     letters = {id(results): letter for letter, results in table.evidence.items() if marked}
+    facts: list[str] = []
     for key, results in every.items():
-        own = [column for column in columns if results in _sources(column)]
-        timed, trained = any(map(_is_timed, own)), any(c.number.is_trained for c in own)
-        drop = {"Commit"} | (set() if trained else OF_TRAINING) | (set() if timed else OF_TIMING)
-        if not (trained or timed or any(c.number.is_counted for c in own)):
-            drop.add("Scale")
-        told = {k: text.replace("`", "") for k, text in describe(results, table.study).items()}
         mark = f"({letters[key]}) " if key in letters else ""
-        facts |= dict.fromkeys((mark + name, told[name]) for name in told if name not in drop)
-    many = sum(len(results.problems_of(table.study)) for results in every.values())
+        facts.append(mark + "; ".join([results.where(study), *seeds(results, [study])]))
+        if stand_ins := describe(results, study).get(STAND_INS):
+            facts.append(f"{STAND_INS}: {stand_ins}".replace("`", ""))
+    many = sum(len(results.problems_of(study)) for results in every.values())
     if many:
-        where = f"results/tables/{table.study.id}.md"
-        facts[("Not used", f"{plural(many, 'record')}, named in {where}")] = None
-    return [{"name": name, "text": text} for name, text in facts]
+        facts.append(f"{plural(many, 'record')} not used, named in results/tables/{study.id}.md")
+    return list(dict.fromkeys(facts))
 
 
 def _grouped(
@@ -231,20 +229,15 @@ def _grouped(
 
 
 def _figures(sources: Sources, root: Path) -> dict[str, Any]:
-    """Each figure's file and its caption."""
+    """Each figure's file and its caption; provenance is in the figure itself."""
     found = {}
     for name, figure in FIGURES.items():
         if not set(figure.studies) <= set(sources.plan.config.studies):
             continue
-        results = figure.results(sources)
-        studies = [sources.plan.study(study) for study in figure.studies]
-        facts = list(dict.fromkeys(results.where(study) for study in studies))
-        facts += seeds(results, studies)
         path = FOLDER / f"{name}.pdf"
         found[name] = {
             "title": figure.title,
             "about": re.sub(r"\s+", " ", figure.plot.__doc__ or "").strip(),
-            "facts": facts,
             "studies": list(figure.studies),
             "file": f"/{path}" if (root / path).exists() else "",
         }

@@ -40,10 +40,12 @@ function analysisParts(rows) {
   ].filter(Boolean);
 }
 
+const isBits = (line) => typeof line === "string" && /^[01]{2,}$/.test(line);
+
 /** Find all matrices at any depth, as [name, matrix]: rows of numbers, or strings of 0 and 1. */
 function matrices(found, name) {
   if (!Array.isArray(found) || !found.length) return [];
-  const lines = found.map((line) => (/^[01]{2,}$/.test(line) ? [...line].map(Number) : line));
+  const lines = found.map((line) => (isBits(line) ? [...line].map(Number) : line));
   const even = lines.every(
     (line) => Array.isArray(line) && line.length === lines[0].length && line.every(Number.isFinite),
   );
@@ -142,11 +144,11 @@ function setUpCurves() {
   }
 }
 
-/** In print, tables show their data and device. */
+/** In print, groups are open and tables show their data and device. */
 function setUpPrinting() {
   let opened = [];
   addEventListener("beforeprint", () => {
-    opened = $$("details.facts:not([open])");
+    opened = $$("details.facts:not([open]), details.group:not([open])");
     for (const details of opened) details.open = true;
   });
   addEventListener("afterprint", () => {
@@ -157,6 +159,7 @@ function setUpPrinting() {
 setUpTheme();
 setUpSorting();
 setUpClaims();
+setUpGroups();
 setUpKeys();
 setUpAnalyses();
 setUpScatter();

@@ -199,7 +199,28 @@ function filterClaims() {
 
 function setUpClaims() {
   const form = $("#filters");
-  form.addEventListener("input", filterClaims);
+  form.addEventListener("input", () => {
+    filterClaims();
+    for (const group of $$("#claims details.group")) group.open = true;
+  });
   form.addEventListener("submit", (event) => event.preventDefault());
   filterClaims(); // browsers may keep form values over a reload
+}
+
+// ---- Groups: collapsed at first; an address within a group opens it
+
+function openGroup() {
+  const target = /^#[\w-]+$/.test(location.hash) && $(location.hash);
+  if (!target) return;
+  const closed = target.closest("details.group:not([open])");
+  if (!closed) return;
+  closed.open = true;
+  target.scrollIntoView();
+}
+
+/** Tab stops of a table are counted when it is first visible. */
+function setUpGroups() {
+  addEventListener("hashchange", openGroup);
+  for (const group of $$("details.group")) group.addEventListener("toggle", keepTabStops);
+  openGroup();
 }
