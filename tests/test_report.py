@@ -417,7 +417,7 @@ def test_a_dropped_run_and_a_better_one_turn_a_verdict(plan: Plan, root: Path) -
     other = plan.run(l_levit.id, 1)
     write_record(root / other.folder / "record.json", train_record(other, 1.0))
     changed = check_accepted(plan, root)
-    assert any(line.startswith("launcher-accuracy: contradicted, but") for line in changed)
+    assert any(line.startswith("launcher-accuracy: contradicted; accepted:") for line in changed)
     for seed in (0, 1):
         (root / plan.run(l_levit.id, seed).folder / "record.json").unlink()
     assert any("not measured; accepted:" in line for line in check_accepted(plan, root))
