@@ -170,7 +170,9 @@ def test_a_role(copy: Copy) -> None:
     copy.write("config/studies/another.yaml", study("hovit", "[top1]", "dataset: faces\n"))
     assert re.search(r"hovit\.faces\.deck .* digits-64px +another", copy.hovit("list", "--runs"))
     copy.hovit("table", "another")
-    assert ".faces." not in copy.hovit("list", "--runs", "--scale", "mini")  # which has no such images
+    assert ".faces." not in copy.hovit(
+        "list", "--runs", "--scale", "mini"
+    )  # which has no such images
 
 
 def test_a_reader(copy: Copy) -> None:

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -256,7 +255,10 @@ def test_tables_from_evidence_alone_in_seconds_without_torch(config: Config, her
     began = time.monotonic()
     subprocess.run([sys.executable, "-c", code], cwd=here, check=True)
     assert time.monotonic() - began < 60  # about two seconds; a hang guard, not a speed test
-    assert "**Committed results a**: scale: `mini`" in (here / "results/tables/launcher.md").read_text()
+    assert (
+        "**Committed results a**: scale: `mini`"
+        in (here / "results/tables/launcher.md").read_text()
+    )
 
 
 def test_measurements_of_two_devices_stay_apart(config: Config, here: Path) -> None:
