@@ -161,7 +161,7 @@ MISTAKES = {
     "an unknown model": (DEPTH, "model: levit_deck_2blocks", "model: levit_dekc_2blocks", "depth.yaml: rows[3].model: no model 'levit_dekc_2blocks'; nearest: levit_deck_2blocks"),
     "an unknown argument": (DEPTH, "ours: true", "model_args: {drop_rat: 0.1}", "depth.yaml: rows[1].model_args.drop_rat: levit_deck_fixed takes no such argument; nearest: drop_rate"),
     "an argument as text": (DEPTH, "ours: true", "model_args: {drop_rate: 1e-1}", "depth.yaml: rows[1].model_args.drop_rate: must be float, not '1e-1'"),
-    "a drop schedule": (SKIPVIT, "6(55%)+11", "6(55)+11", "skipvit.yaml: rows[8].model_args.schedule: must be '' or text as '6(45%)+11', not '6(55)+11'"),
+    "a drop schedule": (SKIPVIT, 'schedule: "6(55%)+11"', 'schedule: "6(55)+11"', "skipvit.yaml: rows[8].model_args.schedule: must be '' or text as '6(45%)+11', not '6(55)+11'"),
     "an argument of the deployed model": (SPEED, "of: efficientvit_m0, by: timm", "of: efficientvit_m0, by: timm, embed_dims: 1", "model_args.embed_dims: efficientvit_m0 takes no such argument; nearest: embed_dim"),
     "weights of an unknown tag": (SMOKE, "{row: pretraining/resnet50}", "{timm: resnet50.a1}", "smoke.yaml: weights.resnet50.timm: timm's resnet50 has no weights 'a1'; it has a1_in1k"),
     "a stand-in that does not exist": (SMOKE, "{model: skipvit_tiny_patch16_224,", "{model: skipvit_tiny_patch16,", "smoke.yaml: models.skipvit_small_patch16_224.model: no model 'skipvit_tiny_patch16'; nearest: skipvit_tiny_patch16_224"),
@@ -390,7 +390,7 @@ def test_no_model_args_break_the_plan(value, tmp_path_factory):
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        ("show NOSUCH", "no study defines a run 'NOSUCH' at scale smoke"),
+        ("show NOSUCH", "no study, analysis or run 'NOSUCH' at scale smoke"),
         ("train NOSUCH", "no study defines a run 'NOSUCH' at scale smoke"),
         ("train resnet50.pretrain.pretrain --seed 7", "has no seed 7 at scale smoke, only 0"),
         ("measure NOSUCH", "no study 'NOSUCH'"),

@@ -319,7 +319,7 @@ def test_a_study_is_one_file(copy: Copy) -> None:
     assert re.search(r"another +1 rows  Another study", listed)
     assert re.search(r"hovit\.pets\.deck .*\banother\b", listed)
     copy.hovit("table", "another")
-    assert "The only row" in (copy.root / "results/tables/another.md").read_text()
+    assert "The only row" in (copy.root / "results/tables/another.csv").read_text()
 
 
 ANALYSIS = """id: another

@@ -133,7 +133,9 @@ def test_exports_compiles_and_still_runs_eagerly(name, frozen):
         return programs[0].module()(*x)
 
     def in_onnx() -> Tensor:
-        return run_onnx(programs[0] if programs else model, example, x)
+        # SkipViT sorts in another way for ONNX, which has no stable sort.
+        again = programs and not name.startswith("skipvit")
+        return run_onnx(programs[0] if again else model, example, x)
 
     def compiled() -> Tensor:
         torch._dynamo.reset()

@@ -124,7 +124,7 @@ def test_killed_training_ends_the_same_to_the_bit(plan: Plan, packed: Path) -> N
 
     final = ("record.json", "weights.safetensors", "history.csv", "predictions.csv.gz")
     names = (*final, "state.safetensors", *(f"best-{epoch}.safetensors" for epoch in range(1, 6)))
-    killed.kill(killed.training, packed, KILLS, 0.3 * length, after_kill, at_end)
+    killed.kill(killed.training, packed, KILLS, 0.6 * length, after_kill, at_end)
     assert furthest > (0, 0)
 
 

@@ -100,7 +100,8 @@ def test_committed_tables_fit_a_page_and_hide_smoke_accuracies(tmp_path: Path) -
     for each in smoke.config.studies.values():
         write_table_from(sources, each, tmp_path)
         text = (tmp_path / f"results/tables/{each.id}.md").read_text()
-        assert max(map(len, re.findall(r"^\|.*$", text, re.M))) <= 100, each.id
+        lines = re.findall(r"^\|.*$", text, re.M)  # none without committed results
+        assert max(map(len, lines), default=0) <= 100, each.id
     text = (tmp_path / "results/tables/hovit_cifar100.md").read_text()
     assert "| HoViT | 50–60 |\n" in text
     assert "51.5" not in text.split("## Provenance")[0]
@@ -150,7 +151,7 @@ def scaled(factor: float):
 
 def test_cuda_graphs_have_columns_where_they_differ(plan: Plan, root: Path) -> None:
     text = timed_text(plan, root, GPU, "cuda-events-10ms", captured=scaled(0.25))
-    assert "As a CUDA graph, ms<br>this run, batch 1, captured" in text
+    assert "batch 1, CUDA graph, ms" in text
     table = pd.read_csv(root / "results/tables/hovit.csv").set_index("row")
     assert table.loc["levit_deck", "captured_1"] == 2.5
     assert table.loc["levit_deck", "captured_1_n"] == 30
@@ -385,10 +386,10 @@ def test_figures_are_drawn_and_the_same_records_give_the_same_bytes(plan: Plan, 
         files = [root / f"figures/{name}.{ext}" for ext in ("pdf", "png")]
         first = [file.read_bytes() for file in files]
         assert first[0][:5] == b"%PDF-"
-        assert len(first[1]) > 10_000
+        assert len(first[1]) > 5_000  # photographs are not packed here
         draw(plan, name, root)
         assert [file.read_bytes() for file in files] == first
-    with pytest.raises(HovitError, match="there are training_curves"):
+    with pytest.raises(HovitError, match="there are pareto"):
         draw(plan, "nosuch", root)
 
 

@@ -49,7 +49,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         [..., N, e].
     """
     n = k.shape[-2]
-    state = k.transpose(-2, -1) @ (v * n**-1)  # [..., d, e]
+    state = k.transpose(-2, -1) @ (v * (1 / n))  # [..., d, e]
     total = q @ k.mean(-2, keepdim=True).transpose(-2, -1)  # [..., N, 1]
     return (q @ state) / (total + 1e-6)
 

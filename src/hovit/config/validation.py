@@ -143,7 +143,8 @@ def _check_rows(config: Config, root: Path, study: Study, must: Must) -> None:
                 f"{root}/{file}: rows[{i}]: dataset coco and a recipe with `detection` require "
                 "each other"
             )
-        _check_model(config, f"{root}/{file}: rows[{i}]", row)
+        if not row.same_as:  # else its own study names the place
+            _check_model(config, f"{root}/{file}: rows[{i}]", row)
         if row.trained_as:
             _check_row_ref(config, row.trained_as, f"{file}: rows[{i}].trained_as", must)
             if study.trained:

@@ -8,7 +8,7 @@ accuracy of a smoke run next to a reported one would look like a reproduction.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ...config.metrics import METRICS, Metric, Quantity, quantity
+from ...config.metrics import METRICS, PRECISION, Metric, Quantity, quantity
 from ...config.runs import protocol
 from ...config.schema import Row, Study
 from ..number import significant
@@ -179,10 +179,16 @@ def _best(sources: Sources, study: Study, number: Quantity) -> list[tuple[Result
     equals the one of the larger scale. Committed results come before this run, which counts only if
     its scale checks the metric.
     """
-    every = list(sources.evidence)
-    if number.metric.recorded in sources.plan.scale.judges:
-        every.append(sources.run)
+    every, run = list(sources.evidence), sources.run
+    accuracy = "top1" if number.metric.name in PRECISION else number.metric.recorded
+    counts = accuracy in sources.plan.scale.judges
+    evaluated = sources.plan.evaluate_task(study) if run.evaluated(study) else None
+    if counts or evaluated:
+        every.append(run)
     found = {r: [r.value(study, row, number) for row in study.rows] for r in every}
+    if evaluated and not counts:  # given weights on ImageNet count at every scale
+        path = run.place(evaluated.path)
+        found[run] = [value if value and path in value.paths else None for value in found[run]]
     ranked = sorted(every, key=lambda r: sum(map(bool, found[r])), reverse=True)
     return [
         next(((r, value) for r in ranked if (value := found[r][i])), None)
