@@ -54,11 +54,13 @@ FINDINGS = (
     "{efficientvit-m5-mobilenetv3-large-cpu:printed}) and "
     "{efficientvit-m5-mobilenetv3-large-gpu} on a GPU (printed: "
     "{efficientvit-m5-mobilenetv3-large-gpu:printed}).",
-    "**The Launcher keeps the class information of a good front, and loses it behind a poor one.** "
-    "On pet photographs, L_HoViT behind a frozen EfficientNet-Lite0 with ImageNet weights has "
-    "a top-1 of {imagenet-l-hovit-frozen-keeps-frozen} for a linear head on the same features "
-    "({imagenet-l-hovit-frozen-keeps-frozen:verdict}). L_LeViT behind a ResNet50 that was trained "
-    "on few images has {launcher-keeps-class-information} for that ResNet50.",
+    "**Whether the Launcher keeps class information depends on the backbone and on the front.** On "
+    "pet photographs, behind a frozen EfficientNet-Lite0 with ImageNet weights, L_HoViT has a "
+    "top-1 of {imagenet-l-hovit-frozen-keeps-frozen} for a linear head on the same features "
+    "({imagenet-l-hovit-frozen-keeps-frozen:verdict}), and L_LeViT (fixed) has "
+    "{imagenet-l-levit-deck-fixed-frozen-keeps-frozen} "
+    "({imagenet-l-levit-deck-fixed-frozen-keeps-frozen:verdict}). Behind a ResNet50 that was "
+    "trained on few images, L_LeViT has {launcher-keeps-class-information} for that ResNet50.",
 )
 # Of the picture: claims whose number is a ratio or a reduction in per cent.
 DRAWN = {
