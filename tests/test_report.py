@@ -389,7 +389,7 @@ def test_figures_are_drawn_and_the_same_records_give_the_same_bytes(plan: Plan, 
         assert len(first[1]) > 5_000  # photographs are not packed here
         draw(plan, name, root)
         assert [file.read_bytes() for file in files] == first
-    with pytest.raises(HovitError, match="there are pareto"):
+    with pytest.raises(HovitError, match="there are training_curves"):
         draw(plan, "nosuch", root)
 
 

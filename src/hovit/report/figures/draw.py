@@ -84,9 +84,6 @@ def draw_from(sources: Sources, name: str, root: Path = Path()) -> None:
 
 TIMES_AND_TOP1 = ("latency_1", "top1")
 FIGURES = {
-    "pareto": Figure(
-        "Every system under one protocol", ("pareto",), pareto, TIMES_AND_TOP1, all_sources=True
-    ),
     "training_curves": Figure(
         "Training curves of LeViT and HoViT", ("hovit",), training_curves, ("top1",)
     ),
@@ -157,5 +154,8 @@ FIGURES = {
     ),
     "kept_patches": Figure(
         "Patches that SkipViT keeps", ("skipvit",), kept_patches, analyses=("kept_patches",)
+    ),
+    "pareto": Figure(
+        "Every system under one protocol", ("pareto",), pareto, TIMES_AND_TOP1, all_sources=True
     ),
 }
