@@ -300,7 +300,7 @@ def test_what_changes_after_the_check_is_refused(run: Run, data: Path) -> None:
         with pytest.raises(HovitError, match=r"^\S+: changed since the folder was checked.*$"):
             next(batches)
     edit(data / VAL, lambda content: content["annotations"].pop(0))
-    with pytest.raises(HovitError, match="changed; `hovit data shapes-128px`"):
+    with pytest.raises(HovitError, match="changed; run `hovit data shapes-128px`"):
         open_coco(run.pack, data / "pack")
 
 
