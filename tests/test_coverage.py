@@ -256,6 +256,7 @@ NO_STATEMENT = (
 def numbers(text: str) -> set[float]:
     """Its numbers; a comma before three digits sets thousands apart, another is a decimal point."""
     found = set()
+    text = re.sub(r"\b(\d),(\d)(?=\()", r"\1 \2", text)  # two layers of a schedule: 4,7(30%,30%)
     for each in NUMBER.findall(text):
         thousands = re.fullmatch(r"\d+(,\d{3})+(\.\d+)?", each)
         found.add(float(each.replace(",", "" if thousands else ".")))
