@@ -98,6 +98,8 @@ def findings(sources: Sources) -> list[tuple[str, tuple[str, ...], str]]:
     found = []
     for text in FINDINGS:
         names = dict.fromkeys(name for _, name, _, _ in Formatter().parse(text) if name)
+        if not set(names) <= set(claims):  # a config without these claims
+            continue
         verdicts = {name: check_claim(sources, *claims[name]) for name in names}
         filled = text.format_map({name: _Number(v) for name, v in verdicts.items()})
         where = "; ".join(dict.fromkeys(v.source for v in verdicts.values() if v.source))
