@@ -183,7 +183,7 @@ def test_repro_on_a_fresh_clone_makes_the_tables_and_then_rests(made: Path) -> N
 
 def test_after_a_push_and_a_pull_nothing_is_made_again(pulled_clone: Path) -> None:
     assert_at_rest(pulled_clone)
-    assert "files are the bytes" in ok(pulled_clone, sys.executable, "-m", "hovit", "verify")
+    assert "files match dvc.lock" in ok(pulled_clone, sys.executable, "-m", "hovit", "verify")
 
 
 @pytest.mark.exhaustive
@@ -191,7 +191,7 @@ def test_after_five_pulls_of_five_nothing_is_made_again(made: Path) -> None:
     for i in range(5):
         root = pulled(made, f"pulled {i}")
         assert_at_rest(root)
-        assert "files are the bytes" in ok(root, sys.executable, "-m", "hovit", "verify")
+        assert "files match dvc.lock" in ok(root, sys.executable, "-m", "hovit", "verify")
 
 
 def test_a_changed_recipe_trains_only_its_runs_and_diffs_say_so(made: Path) -> None:
@@ -236,12 +236,12 @@ def test_a_flipped_byte_is_found_and_named_and_restored(pulled_clone: Path) -> N
         flip(victim, keep_time=True)
         found = run(root, sys.executable, "-m", "hovit", "verify")
         assert found.returncode == 1
-        assert f"{victim.relative_to(root)}: not the bytes" in found.stderr
+        assert f"{victim.relative_to(root)}: differs from dvc.lock" in found.stderr
         assert name in found.stderr
         assert "error: 1 files" in found.stderr
         victim.unlink()
         ok(root, "dvc", "pull")
-        assert "files are the bytes" in ok(root, sys.executable, "-m", "hovit", "verify")
+        assert "files match dvc.lock" in ok(root, sys.executable, "-m", "hovit", "verify")
     assert_at_rest(root)
 
 
@@ -266,7 +266,7 @@ def test_an_s3_remote_takes_and_gives_everything(made: Path, monkeypatch) -> Non
         assert "pushed" in ok(made, "dvc", "push", "--remote", "s3")
         assert "up to date" in ok(made, "dvc", "push", "--remote", "s3")
         ok(target, "dvc", "pull", "--remote", "s3")
-        assert "files are the bytes" in ok(target, sys.executable, "-m", "hovit", "verify")
+        assert "files match dvc.lock" in ok(target, sys.executable, "-m", "hovit", "verify")
         assert "Data and pipelines are up to date" in ok(target, "dvc", "repro")
     finally:
         server.stop()
