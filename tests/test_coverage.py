@@ -1,4 +1,4 @@
-"""The ledger: the claims hold what the seeds say, and what no claim checks is named with a reason.
+"""The ledger: claims cover the statements of the papers, and the others are listed with a reason.
 
 Where the seeds' texts lie beside the artifact (or HOVIT_SEEDS names their folder), every number of
 theirs must stand in the ledger.

@@ -14,12 +14,11 @@ from hovit.config.plan import load_plan
 from hovit.pipeline import estimate
 from hovit.pipeline.card_time import (
     ARTIFACT,
-    BEGIN,
-    END,
     estimate_table,
     macs_of,
     run_seconds,
 )
+from hovit.utils.generated import around
 
 
 @pytest.fixture
@@ -97,7 +96,8 @@ def test_an_analysis_is_shown(fresh: Path) -> None:
 @pytest.mark.exhaustive
 def test_artifact_states_the_estimate_of_the_scale_proxy() -> None:
     text = (ROOT / ARTIFACT).read_text()
-    block = text.split(BEGIN)[1].split(END)[0]
+    before, after = around(text, "estimate", "hovit estimate", ARTIFACT)
+    block = text.removeprefix(before).removesuffix(after)
     table = estimate_table(load_plan("proxy", ROOT / "config"))
     assert block == table
     minutes = [int(n) for n in re.findall(r"\| (\d+) min \|$", table, re.MULTILINE)]
@@ -118,3 +118,9 @@ def test_a_step_takes_as_long_as_the_reference_or_by_its_arithmetic() -> None:
         50 * (steps * ratio + val * ratio / 3 / 32) * 2e-3
     )
     assert run_seconds(small, 4.0) == pytest.approx(2 * run_seconds(small, 2.0))
+
+
+def test_images_read_in_place_have_an_estimate_before_they_are_there(fresh: Path) -> None:
+    """ImageNet's published numbers are in config."""
+    text = shown("efficientvit_family", "--scale", "paper")
+    assert re.search(r"cost: about [\d,.]+ min of training", text)

@@ -11,6 +11,7 @@ from conftest import ROOT
 from hovit.config.plan import load_plan
 from hovit.report.readme import (
     ARTIFACT,
+    COMMAND,
     DRAWN,
     FINDINGS,
     HEADLINES,
@@ -18,20 +19,21 @@ from hovit.report.readme import (
     PICTURE,
     README,
     findings_section,
-    marks,
     picture,
 )
 from hovit.report.readme import write_readme as write
 from hovit.report.sources import load_sources
 from hovit.utils.errors import HovitError
+from hovit.utils.generated import around, marks
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_readme_is_what_the_evidence_says(part: str) -> None:
     """If this fails, `hovit readme` writes it again."""
-    begin, end = marks(part)
     file, section = PARTS[part]
-    text = (ROOT / file).read_text().split(begin)[1].split(end)[0]
+    whole = (ROOT / file).read_text()
+    before, after = around(whole, part, COMMAND, file)
+    text = whole.removeprefix(before).removesuffix(after)
     assert text == section(load_sources(load_plan("smoke", ROOT / "config"), ROOT))
 
 
@@ -70,6 +72,6 @@ def test_a_readme_without_the_marks_is_refused(tmp_path: Path) -> None:
 def test_without_evidence_it_says_so(tmp_path: Path) -> None:
     for file in (README, ARTIFACT):
         own = [part for part, (place, _) in PARTS.items() if place == file]
-        (tmp_path / file).write_text("".join(line for part in own for line in marks(part)))
+        (tmp_path / file).write_text("".join(line for part in own for line in marks(part, COMMAND)))
     with pytest.raises(HovitError, match="no evidence for README's table of results"):
         write(load_plan("smoke", ROOT / "config"), tmp_path)

@@ -331,13 +331,15 @@ def sweep(
     studies = [plan.study(name) for name in study]
     # Writing the last checkpoints and the last export takes time too.
     reserve = max(10.0, 0.05 * seconds)
-    exporting = export and Export(
-        export,
-        all_tasks(plan, studies),
-        states=states,
-        max_size=parse_size(max_size) if max_size else None,
-        upstreams=plan.upstreams,
-    )
+    exporting = None
+    if export:
+        exporting = Export(
+            export,
+            all_tasks(plan, studies),
+            states=states,
+            max_size=parse_size(max_size) if max_size else None,
+            upstreams=plan.upstreams,
+        )
     todo = sweep_studies(
         plan,
         studies,
@@ -348,7 +350,7 @@ def sweep(
         jobs=jobs,
         priority=priority,
         only=only.value if only else None,
-        export=exporting or None,
+        export=exporting,
         log=lambda line: print(line, flush=True),
     )
     _tell_rest(todo)
@@ -458,7 +460,7 @@ def claims(
 
 @app.command()
 def readme() -> None:
-    """Write the README's table and figure of results, from the committed records."""
+    """Write the generated parts of README and ARTIFACT, from the committed records."""
     from .report.readme import write_readme
 
     write_readme(load_plan())

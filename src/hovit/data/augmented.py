@@ -9,7 +9,6 @@ RandAugment: Cubuk et al., arXiv 1909.13719. Random erasing: Zhong et al., arXiv
 Zhang et al., arXiv 1710.09412. CutMix: Yun et al., arXiv 1905.04899.
 """
 
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -29,7 +28,8 @@ from torchvision.transforms.v2.functional import resized_crop
 
 from ..config.schema import Recipe
 from ..utils.errors import HovitError
-from .loader import Batch, step_seed, usable_workers
+from ..utils.machine import usable_cpus
+from .loader import Batch, no_collate, step_seed, usable_workers
 
 MOST_WORKERS = 16
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
@@ -201,7 +201,7 @@ def load_images(
     loader: DataLoader[Any] = DataLoader(
         images,
         batch_sampler=batches,  # type: ignore[arg-type]
-        collate_fn=_no_collate,
+        collate_fn=no_collate,
         num_workers=workers,
         pin_memory=on_gpu,
         multiprocessing_context="fork" if workers else None,  # others would pickle the images
@@ -214,13 +214,12 @@ def load_images(
 
 def loader_workers(world: int) -> int:
     """Number of loader workers for each of `world` training processes that share the cores."""
-    can_ask = hasattr(os, "sched_getaffinity")  # not on macOS
-    cores = len(os.sched_getaffinity(0)) if can_ask else os.cpu_count() or 2
-    return max(1, min(MOST_WORKERS, cores // world - 1))
+    return max(1, min(MOST_WORKERS, usable_cpus() // world - 1))
 
 
-def _no_collate(batch: Any) -> Any:
-    return batch
+def changes_batch(recipe: Recipe) -> bool:
+    """Whether `mix_batch` does anything for a recipe."""
+    return bool(recipe.random_erasing or recipe.mixup or recipe.cutmix)
 
 
 def mix_batch(
@@ -242,7 +241,7 @@ def mix_batch(
     Raises:
         HovitError: if images are mixed and a process has an odd number of them.
     """
-    if not (recipe.random_erasing or recipe.mixup or recipe.cutmix):
+    if not changes_batch(recipe):
         return x, labels
     seed_generators((*seed, BATCH_SEED))
     if recipe.random_erasing:

@@ -39,7 +39,7 @@ from ..utils.errors import HovitError, one_line
 from ..utils.files import alone, atomic, digest, read_json, write_json
 from .decode import open_image, to_rgb
 from .listing import list_images, printable
-from .pack import SPLITS, Packed, open_pack
+from .pack import SPLITS, Packed, open_pack, read_meta
 
 COLUMNS = ["split", "label", "class", "path", "offset", "bytes"]
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -151,7 +151,7 @@ def _list_train_tar(archive: Path) -> Iterator[Located]:
 
 def _list_val_tar(root: Path) -> Iterator[Located]:
     """Validation images, with labels from the development kit."""
-    from scipy.io import loadmat  # type: ignore[import-untyped]
+    from scipy.io import loadmat
 
     devkit = root / DEVKIT
     if not devkit.exists():
@@ -402,17 +402,12 @@ def open_files(pack: Pack, folder: Path | None = None) -> ImageFiles:
         HovitError: if the pack is missing or has another spec, or if its manifest has changed.
     """
     folder = folder or pack.folder
-    command = f"`hovit data {pack.id}`"
-    if not (folder / "pack.json").exists():
-        raise HovitError(f"{folder}: no such pack; make it with {command}")
-    meta = read_json(folder / "pack.json")
-    if meta.get("spec_hash") != pack.spec_hash:
-        raise HovitError(
-            f"{folder}: made from another config/datasets/{pack.dataset.id}.yaml; delete it"
-        )
+    meta = read_meta(pack, folder)
     root = Path(str(meta.get("root")))
     if meta != _describe(pack, folder, root) | {"fingerprint": meta.get("fingerprint")}:
-        raise HovitError(f"{folder}: manifest.csv and pack.json differ; delete it, then {command}")
+        raise HovitError(
+            f"{folder}: manifest.csv and pack.json differ; delete it and run `hovit data {pack.id}`"
+        )
     shared = {key: value for key, value in meta.items() if key not in ("root", "manifest")}
     return ImageFiles(root, _read_manifest(folder), pack.image_size, shared)
 

@@ -100,7 +100,7 @@ def make_loader(images: Any, batches: list[np.ndarray], device: torch.device) ->
     return DataLoader(
         images,
         batch_sampler=batches,  # type: ignore[arg-type]
-        collate_fn=_no_collate,
+        collate_fn=no_collate,
         num_workers=workers,
         pin_memory=True,
         multiprocessing_context="fork" if workers else None,  # others would pickle the array
@@ -116,7 +116,8 @@ def gather_batches(images: Tensor, labels: Tensor, batches: list[np.ndarray]) ->
         yield images.index_select(0, index), labels.index_select(0, index)
 
 
-def _no_collate(batch: Any) -> Any:
+def no_collate(batch: Any) -> Any:
+    """`collate_fn` for datasets that return whole batches."""
     return batch
 
 

@@ -269,6 +269,24 @@ def fingerprint(folder: Path) -> str:
     return total.hexdigest()
 
 
+def read_meta(pack: Pack, folder: Path) -> dict[str, Any]:
+    """Read `pack.json` of a pack, packed or read in place.
+
+    Raises:
+        HovitError: if it is missing or has another spec.
+    """
+    command = f"`hovit data {pack.id}`"
+    if not (folder / "pack.json").exists():
+        raise HovitError(f"{folder}: no such pack; make it with {command}")
+    meta = read_json(folder / "pack.json")
+    if meta.get("spec_hash") != pack.spec_hash:
+        raise HovitError(
+            f"{folder}: made from another config/datasets/{pack.dataset.id}.yaml; delete it and "
+            f"run {command}"
+        )
+    return meta
+
+
 def open_pack(pack: Pack, folder: Path | None = None) -> Packed:
     """Open a pack after checking its spec and fingerprint.
 
@@ -276,13 +294,7 @@ def open_pack(pack: Pack, folder: Path | None = None) -> Packed:
         HovitError: if the pack is missing, has another spec, or does not match its fingerprint.
     """
     folder = folder or pack.folder
-    if not (folder / "pack.json").exists():
-        raise HovitError(f"{folder}: no such pack; make it with `hovit data {pack.id}`")
-    meta = read_json(folder / "pack.json")
-    if meta.get("spec_hash") != pack.spec_hash:
-        raise HovitError(
-            f"{folder}: made from another config/datasets/{pack.dataset.id}.yaml; delete it"
-        )
+    meta = read_meta(pack, folder)
     try:
         if meta != _describe(pack, folder) | {"fingerprint": fingerprint(folder)}:
             raise HovitError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.loader import usable_workers
+from ..data.loader import no_collate, usable_workers
 from ..utils.errors import HovitError
 from ..utils.machine import usable_cpus
 from .coco import CocoImage, read_image
@@ -81,7 +81,7 @@ def make_loader(
     loader: DataLoader[Any] = DataLoader(
         images,
         batch_sampler=[batch.tolist() for batch in batches],
-        collate_fn=_no_collate,
+        collate_fn=no_collate,
         num_workers=workers,
         pin_memory=device.type == "cuda",
     )
@@ -89,10 +89,6 @@ def make_loader(
         if isinstance(batch, HovitError):
             raise batch
         yield batch
-
-
-def _no_collate(batch: Any) -> Any:
-    return batch
 
 
 def to_input(image: Tensor, device: torch.device) -> Tensor:

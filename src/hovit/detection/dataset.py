@@ -17,6 +17,7 @@ import pandas as pd
 
 from ..config.runs import Pack
 from ..config.schema import Dataset
+from ..data.pack import read_meta
 from ..utils.errors import HovitError, one_line
 from ..utils.files import atomic, digest, file_digest, read_json, write_json
 from .coco import Annotations, CocoImage, open_sized, read_annotations, read_content
@@ -133,17 +134,12 @@ def open_coco(pack: Pack, folder: Path | None = None) -> CocoDataset:
         HovitError: if the pack is missing, has another spec, or a file changed since.
     """
     folder = folder or pack.folder
-    command = f"`hovit data {pack.id}`"
-    if not (folder / "pack.json").exists():
-        raise HovitError(f"{folder}: no such pack; make it with {command}")
-    meta = read_json(folder / "pack.json")
-    if meta.get("spec_hash") != pack.spec_hash:
-        raise HovitError(
-            f"{folder}: made from another config/datasets/{pack.dataset.id}.yaml; run {command}"
-        )
+    meta = read_meta(pack, folder)
     root = Path(str(meta.get("root")))
     if meta != _describe(pack, folder, root):
-        raise HovitError(f"{folder}: it or annotations under {root} changed; run {command}")
+        raise HovitError(
+            f"{folder}: it or annotations under {root} changed; run `hovit data {pack.id}`"
+        )
     sums = _read_manifest(folder).set_index(["split", "image_id"])["sha256"].to_dict()
     parts = {
         split: replace(part, images=[

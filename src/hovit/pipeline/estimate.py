@@ -17,7 +17,7 @@ from ..config.schema import Analysis, Row, Study
 from ..config.tasks import MeasureTask, TrainTask
 from ..measure.cost import macs
 from ..utils.create_model import create_model
-from ..utils.device import describe_device, pick_device
+from ..utils.device import describe_device, pick_device, set_threads
 from .schedule import split_sizes
 
 PROBE = ("levit_256", 8)  # model and batch that are timed
@@ -130,7 +130,7 @@ def show_run(plan: Plan, run: Run) -> str:
 
 def _cost_line(runs: list[Run]) -> str:
     device = pick_device()
-    torch.set_num_threads(2)
+    set_threads(2)
     speed = probe(device)
     total = parameters = 0.0
     for run in runs:

@@ -30,6 +30,7 @@ from ..utils.git import git, is_repository
 from .export import unpack_records
 
 CODE = EVIDENCE / "code.json"  # commit -> code hashes of the records made at it
+UNKNOWN = "unknown"  # a commit that a record does not name
 
 
 def add(config: Config, sources: list[Path], root: Path = Path()) -> list[Path]:
@@ -184,7 +185,7 @@ def _check_predictions(path: Path, record: Record) -> None:
 
 
 def _check_code(path: Path, record: Record, root: Path) -> None:
-    """Find the record's code hash in the history: at its own commit, or at any if it knew none."""
+    """Find the record's code hash in the history, at its commit or, if it names none, at any."""
     code, commit = record.provenance.code, _known_commit(record)
     if not complete_history(root):
         if code not in _stated_hashes(root).get(commit, []):
@@ -197,9 +198,6 @@ def _check_code(path: Path, record: Record, root: Path) -> None:
             return
     where = "in any commit" if commit == UNKNOWN else f"at commit {commit[:10]}"
     raise HovitError(f"{path}: its code hash does not match the sources {where}")
-
-
-UNKNOWN = "unknown"
 
 
 def _known_commit(record: Record) -> str:

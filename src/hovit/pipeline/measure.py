@@ -101,7 +101,7 @@ def _partial_path(task: MeasureTask, root: Path) -> Path:
 
 
 def _identity(task: MeasureTask) -> dict[str, Any]:
-    """What a measurement that has begun must share with one that resumes it."""
+    """Hashes of spec and code; a measurement resumes only with the same ones."""
     return {"spec_hash": task.spec_hash, "code": task.code}
 
 
@@ -140,9 +140,9 @@ def _latency(
     partial: Path,
     deadline: float,
 ) -> dict[str, dict[str, Any]]:
-    """What was timed of each row: `latency` by batch, and where there are `captured`, `peaks`.
+    """Times of each row: `latency` by batch, and on a GPU `captured` and `peak_memory_mb`.
 
-    Each process of a CPU adds its median to `processes` of a batch.
+    If several processes time the rows, `processes` of a batch lists their medians.
     """
     begun = _identity(task) | {"costs": dict(costs), "device": where.model_dump()}
     peaks: dict[str, dict[str, float]] = {}

@@ -215,13 +215,12 @@ def do_task(
         measure_study(task, device, settings.root, settings.deadline)
         return ""
     assert isinstance(task, TrainTask)
-    import torch
-
     from ..training.trainer import Options, make_fabric
+    from ..utils.device import set_threads
     from .train import format_results, prepare_pack, train_run
 
     run, root = task.run, settings.root
-    torch.set_num_threads(settings.threads)
+    set_threads(settings.threads)
     prepare_pack(run.pack, settings.data_root, root / run.pack.folder)
     send(("begin",))
     last = 0.0

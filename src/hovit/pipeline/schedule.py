@@ -30,16 +30,16 @@ def split_sizes(run: Run, root: Path = Path()) -> tuple[int, int, int] | None:
     if path.exists():
         try:
             images = read_json(path)["images"]
-            train, val, total = (
-                int(images["train"]),
-                int(images.get("val", 0)),
-                sum(images.values()),
-            )
+            train, val = int(images["train"]), int(images.get("val", 0))
+            total = sum(images.values())
         except (KeyError, TypeError, ValueError, AttributeError):
             raise HovitError(f"{path}: does not describe a pack; delete it") from None
     elif found := dataset.images or dataset.listed:
         train, val, test = dataset.split.sizes(found, has_test=bool(dataset.test_files))
         total = train + val + test
+    elif dataset.published:
+        train, val, _ = dataset.split.sizes(dataset.published[0], has_test=True)
+        total = sum(dataset.published)
     else:
         return None
     return min(train, run.limit.train or train), min(val, run.limit.val or val), total

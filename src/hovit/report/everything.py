@@ -9,7 +9,7 @@ from .figures.draw import FIGURES, draw_from
 from .page.write import write_page
 from .paper.write import write_paper
 from .sources import load_sources
-from .tables.write import write_index, write_table
+from .tables.write import write_index, write_table_from
 
 
 def write_everything(
@@ -17,19 +17,18 @@ def write_everything(
 ) -> None:
     """Write tables, figures, claims, page and paper.
 
-    Cells without a record say so. Snakemake later writes them again where records are new.
+    Cells without a record stay empty. Snakemake writes a report again when its records change.
 
     Args:
         plan: the plan of the scale whose records count as this run.
         root: top folder of the artifact.
         log: called with one line for each kind of report.
     """
-    studies = list(plan.config.studies.values())
+    sources, studies = load_sources(plan, root), plan.config.studies.values()
     for study in studies:
-        write_table(plan, study, root)
+        write_table_from(sources, study, root)
     write_index(plan, root)
     log(f"{len(studies)} tables: results/tables/index.md")
-    sources = load_sources(plan, root)
     for name in FIGURES:
         draw_from(sources, name, root)
     log(f"{len(FIGURES)} figures: figures/")

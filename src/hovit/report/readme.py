@@ -1,6 +1,5 @@
 """README's findings and results, and ARTIFACT's checklist, from the committed records alone."""
 
-import re
 from io import BytesIO
 from pathlib import Path
 from string import Formatter
@@ -10,12 +9,15 @@ from ..config.schema import Claim
 from ..records.record import read_record
 from ..utils.errors import HovitError
 from ..utils.files import atomic, write_text
+from ..utils.generated import around
 from .claims.check import Verdict, check_claim
 from .claims.compare import Missing, against, claim_values
+from .number import significant
 from .results import Results, Value
 from .sources import Sources, load_sources
 
 README, ARTIFACT, PICTURE = Path("README.md"), Path("ARTIFACT.md"), Path("paper/front.png")
+COMMAND = "hovit readme"
 SYSTEMS = {"hovit": "HoViT", "skipvit": "SkipViT", "efficientvit": "EfficientViT"}
 # Claims of general interest. results/claims.md has all of them.
 HEADLINES = (
@@ -169,8 +171,7 @@ def checklist_section(sources: Sources) -> str:
         else:
             command = f"make table T={v.study} SCALE={scale} DATA=…"
         device = records[0].provenance.device.name
-        differs = [text for text in re.split(r"[;.] ", v.why) if "differ" in text]
-        equal = "exact" if counted else next(iter(differs), "—")
+        equal = f"± {significant(v.margin)} {v.unit}" if v.margin else "exact"
         rounded = f"{minutes:.0f}" if minutes >= 0.5 else "< 1"
         taken = "1" if counted else f"{rounded} ({device})"
         lines.append(
@@ -187,11 +188,6 @@ PARTS = {
 }
 
 
-def marks(part: str) -> tuple[str, str]:
-    """The lines of a file before and after a part."""
-    return f"<!-- {part}: made by `hovit readme` -->\n", f"<!-- end of {part} -->\n"
-
-
 def write_readme(plan: Plan, root: Path = Path()) -> None:
     """Write the parts of README and ARTIFACT between their marks, and README's picture.
 
@@ -200,16 +196,11 @@ def write_readme(plan: Plan, root: Path = Path()) -> None:
     """
     texts = {file: (root / file).read_text(encoding="utf-8") for file, _ in PARTS.values()}
     for part, (file, _) in PARTS.items():
-        begin, end = marks(part)
-        if texts[file].count(begin) != 1 or texts[file].count(end) != 1:
-            raise HovitError(
-                f"{root / file}: needs the lines {begin.strip()} and {end.strip()} once"
-            )
+        around(texts[file], part, COMMAND, root / file)  # before anything is computed
     sources = _evidence_alone(plan, root)
     for part, (file, section) in PARTS.items():
-        begin, end = marks(part)
-        before, after = texts[file].split(begin)[0], texts[file].split(end)[1]
-        texts[file] = before + begin + section(sources) + end + after
+        before, after = around(texts[file], part, COMMAND, root / file)
+        texts[file] = before + section(sources) + after
     with atomic(root / PICTURE) as path:
         path.write_bytes(picture(sources))
     for file, text in texts.items():

@@ -20,6 +20,7 @@ from ..data.augmented import (
     AugmentedImages,
     ImageSource,
     PackedSource,
+    changes_batch,
     load_images,
     mix_batch,
     with_positions,
@@ -77,7 +78,7 @@ class ClassificationTrainer(Trainer):
         packed = open_images(run.pack, root / run.pack.folder)
         self.meta = packed.meta
         self.images: PackedImages | CentralCrops | FrontFeatures
-        self.mixes = bool(self.recipe.random_erasing or self.recipe.mixup or self.recipe.cutmix)
+        self.mixes = changes_batch(self.recipe)
         self.source: ImageSource | None = None  # None: batches are augmented on the device
         if isinstance(packed, ImageFiles):
             self.images, self.source = packed.images, packed

@@ -44,6 +44,7 @@ class Verdict:
         why: the reason.
         source: origin of the numbers: counted now, this run, or committed results.
         records: paths of the records that the verdict is based on.
+        margin: largest difference that counts as equal, in `unit`; 0 if the number must be exact.
     """
 
     id: str
@@ -61,6 +62,7 @@ class Verdict:
     why: str
     source: str
     records: tuple[str, ...]
+    margin: float = 0.0
 
     @property
     def label(self) -> str:
@@ -104,6 +106,7 @@ def _decided(results: Results, claim: Claim, paper: str, values: list[Value]) ->
         why=". ".join(filter(None, notes)),
         source=_source(results, claim, values),
         records=tuple(sorted({str(path) for value in values for path in value.paths})),
+        margin=outcome.margin,
     )
 
 
@@ -118,6 +121,7 @@ def _verdict(
     shown: str = "",
     source: str = "",
     records: tuple[str, ...] = (),
+    margin: float = 0.0,
 ) -> Verdict:
     return Verdict(
         id=claim.id,
@@ -135,6 +139,7 @@ def _verdict(
         why=why,
         source=source,
         records=records,
+        margin=margin,
     )
 
 

@@ -47,6 +47,7 @@ class Outcome:
         why: the reason, with the numbers.
         shown: the measured number, or both numbers of a comparison, with the unit.
         detail: `larger` or `smaller` effect, or the verdict that one random seed suggests.
+        margin: largest difference that counts as equal, in the unit of `measured`; 0 if exact.
     """
 
     verdict: str
@@ -54,6 +55,7 @@ class Outcome:
     why: str
     shown: str
     detail: str = ""
+    margin: float = 0.0
 
 
 def referenced(results: Results, ref: str, absolute: bool) -> Value | Missing:
@@ -151,7 +153,20 @@ def compare(results: Results, claim: Claim, values: list[Value]) -> Outcome:
     if verdict in DECIDED and _has_one_seed(results, claim, values, paired):
         detail = f"{verdict} ({detail})" if detail else verdict
         verdict = "provisional"
-    return Outcome(verdict, number, why, _shown(claim, number, values), detail)
+    shown = _shown(claim, number, values)
+    return Outcome(verdict, number, why, shown, detail, _margin(claim, noise))
+
+
+def tolerance(claim: Claim) -> float:
+    """Tolerance of a claim; by default one unit of the last digit of the reported number."""
+    return claim.tolerance if claim.tolerance is not None else last_digit(claim.reported or "")
+
+
+def _margin(claim: Claim, noise: float) -> float:
+    """Largest difference that counts as equal: the tolerance and the noise."""
+    if is_exact(claim):
+        return 0.0
+    return tolerance(claim) + noise * (1.0 if claim.reported else _factor(claim))
 
 
 def measured_number(claim: Claim, values: list[Value]) -> tuple[float, float]:
@@ -234,20 +249,20 @@ def _compare_reported(claim: Claim, number: float, noise: float) -> tuple[str, s
     """(verdict, why, detail) of a claim with a reported number."""
     low, high = printed_range(claim.reported or "nan")
     off = max(low - number, number - high, 0.0)
-    tolerance = claim.tolerance if claim.tolerance is not None else last_digit(claim.reported or "")
-    agrees = off <= tolerance + 1e-9
+    allowed = tolerance(claim)
+    agrees = off <= allowed + 1e-9
     if claim.group == "errata":
         return ("consistent" if agrees else "erratum"), "", ""
     if agrees or is_exact(claim):
         return ("reproduced" if agrees else "contradicted"), "", ""
-    limit = f"differences up to {significant(tolerance + noise)} count as equal"
-    if off <= tolerance + noise:
+    limit = f"differences up to {significant(allowed + noise)} count as equal"
+    if off <= allowed + noise:
         return "within noise", limit, ""
     if claim.kind == "value":  # the claim is the number itself
         return "contradicted", limit, ""
     none = 1.0 if claim.kind == "ratio" else 0.0
     expected = low - none if low > none else high - none
-    if abs(expected) <= tolerance:  # the claim is that there is no effect
+    if abs(expected) <= allowed:  # the claim is that there is no effect
         return "contradicted", limit, ""
     effect = (number - none) * math.copysign(1.0, expected)
     if effect > noise:
