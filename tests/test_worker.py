@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,11 +82,12 @@ def test_a_killed_command_ends_its_fork(folder: Path) -> None:
 
     def forks() -> list[str]:
         listed = subprocess.run(["pgrep", "-f", "hovit.pipeline.worker"], capture_output=True)
-        return [
-            pid
-            for pid in listed.stdout.decode().split()
-            if os.readlink(f"/proc/{pid}/cwd") == str(folder)
-        ]
+        here = []
+        for pid in listed.stdout.decode().split():
+            with suppress(FileNotFoundError):  # a worker of another test may have ended since
+                if os.readlink(f"/proc/{pid}/cwd") == str(folder):
+                    here.append(pid)
+        return here
 
     until = time.monotonic() + 60
     while len(forks()) < 2:
