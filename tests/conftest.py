@@ -79,6 +79,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
+def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
+    """Say where two files differ; pytest's own comparison of long byte strings takes minutes."""
+    if not (op == "==" and isinstance(left, bytes) and isinstance(right, bytes)):
+        return None
+    pairs = enumerate(zip(left, right, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
+    parts = [part[at : at + 60] for part in (left, right)]
+    return [f"{len(left)} bytes == {len(right)} bytes, equal up to byte {at}", *map(repr, parts)]
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)

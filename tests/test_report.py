@@ -388,7 +388,8 @@ def test_figures_are_drawn_and_the_same_records_give_the_same_bytes(plan: Plan, 
         assert first[0][:5] == b"%PDF-"
         assert len(first[1]) > 5_000  # photographs are not packed here
         draw(plan, name, root)
-        assert [file.read_bytes() for file in files] == first
+        for file, before in zip(files, first, strict=True):
+            assert file.read_bytes() == before, file.name
     with pytest.raises(HovitError, match="there are training_curves"):
         draw(plan, "nosuch", root)
 
