@@ -43,6 +43,7 @@ DataRoot = Annotated[
     typer.Option(envvar="HOVIT_DATA", help="Folder with downloads and archives."),
 ]
 Accelerator = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Compile = Annotated[bool, typer.Option(help="Compile the model with torch.compile.")]
 
 
 class Only(StrEnum):
@@ -162,7 +163,7 @@ def train(
     weights: WeightsOption = None,
     accelerator: Accelerator = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    compile: Annotated[bool, typer.Option(help="Compile the model with torch.compile.")] = False,
+    compile: Compile = False,
 ) -> None:
     """Train one run, or resume it. Training is data-parallel under torchrun."""
     plan = load_plan(scale, weights_file=weights)
@@ -290,6 +291,7 @@ def sweep(
     data_root: DataRoot = Path("data"),
     weights: WeightsOption = None,
     accelerator: Accelerator = "auto",
+    compile: Compile = False,
     jobs: Annotated[
         int,
         typer.Option(
@@ -347,6 +349,7 @@ def sweep(
         deadline=began + seconds - reserve,
         stop=began + seconds - 0.4 * reserve,
         accelerator=accelerator,
+        compile=compile,
         jobs=jobs,
         priority=priority,
         only=only.value if only else None,
