@@ -463,10 +463,15 @@ def claims(
 
 @app.command()
 def readme() -> None:
-    """Write the generated parts of README and ARTIFACT, from the committed records."""
+    """Write the generated parts of README, ARTIFACT and the model cards, from committed records."""
+    from .pipeline.describe_models import describe_model, registered_models
+    from .report.model_cards import write_cards
     from .report.readme import write_readme
+    from .report.sources import load_sources
 
-    write_readme(load_plan())
+    plan = load_plan()
+    write_readme(plan)
+    write_cards(load_sources(plan), registered_models(), describe_model)
 
 
 @app.command()
