@@ -74,6 +74,7 @@ def draw_from(sources: Sources, name: str, root: Path = Path()) -> None:
     figure = FIGURES[name]
     with plt.rc_context(style.RC):
         canvas = figure.plot(sources if figure.all_sources else figure.results(sources))
+        style.fix_layout(canvas)
         for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
             content = BytesIO()  # in memory: on a full disk, matplotlib fails in other ways
             canvas.savefig(content, format=suffix[1:], metadata=metadata)
