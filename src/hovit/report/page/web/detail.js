@@ -225,16 +225,21 @@ function claimPanel(id) {
         h("code", {}, claim.of),
         claim.to ? [" against ", h("code", {}, claim.to)] : "",
       ),
-      fact(
-        "Tolerance",
-        claim.tolerance === null ? "one unit of the last printed digit" : String(claim.tolerance),
-      ),
+      fact("Tolerance", tolerance(claim)),
       fact("Numbers", claimNumbers(claim)),
       fact("Defined in", h("code", {}, `config/claims/${claim.file}.yaml`), `, ${claim.id}`),
       fact("Check again", command(claimCommand())),
     ),
     claim.records.map((path) => recordParts(path)),
   ];
+}
+
+/** The tolerance of a claim; without one, the noise or the printed digits set it. */
+function tolerance({ tolerance: given, reported }) {
+  if (given !== null) return String(given);
+  if (!reported) return "the noise";
+  if (reported.includes("–")) return "the printed range";
+  return reported.includes(".") ? "one unit of the last decimal" : "none: exact";
 }
 
 function claimCommand() {
