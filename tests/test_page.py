@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from string import Formatter
 
@@ -52,7 +52,7 @@ def data_of(root: Path) -> dict:
     return json.loads(found[1])
 
 
-def in_paper_order(verdicts: list[Verdict]) -> list[Verdict]:
+def in_paper_order(verdicts: Iterable[Verdict]) -> list[Verdict]:
     return sorted(verdicts, key=lambda verdict: list(PAPERS).index(verdict.seed))
 
 

@@ -43,6 +43,7 @@ DataRoot = Annotated[
     typer.Option(envvar="HOVIT_DATA", help="Folder with downloads and archives."),
 ]
 Accelerator = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Compile = Annotated[bool, typer.Option(help="Compile the model with torch.compile.")]
 
 
 class Only(StrEnum):
@@ -164,7 +165,7 @@ def train(
     weights: WeightsOption = None,
     accelerator: Accelerator = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    compile: Annotated[bool, typer.Option(help="Compile the model with torch.compile.")] = False,
+    compile: Compile = False,
 ) -> None:
     """Train one run, or resume it. Training is data-parallel under torchrun."""
     plan = load_plan(scale, weights_file=weights)
@@ -292,6 +293,7 @@ def sweep(
     data_root: DataRoot = Path("data"),
     weights: WeightsOption = None,
     accelerator: Accelerator = "auto",
+    compile: Compile = False,
     jobs: Annotated[
         int,
         typer.Option(
@@ -351,6 +353,7 @@ def sweep(
         deadline=began + seconds - reserve,
         stop=began + seconds - 0.4 * reserve,
         accelerator=accelerator,
+        compile=compile,
         jobs=jobs,
         priority=priority,
         only=only.value if only else None,
@@ -465,10 +468,15 @@ def claims(
 
 @app.command()
 def readme() -> None:
-    """Write the generated parts of README and ARTIFACT, from the committed records."""
+    """Write the generated parts of README, ARTIFACT and the model cards, from committed records."""
+    from .pipeline.describe_models import describe_model, registered_models
+    from .report.model_cards import write_cards
     from .report.readme import write_readme
+    from .report.sources import load_sources
 
-    write_readme(load_plan())
+    plan = load_plan()
+    write_readme(plan)
+    write_cards(load_sources(plan), registered_models(), describe_model)
 
 
 @app.command()
