@@ -244,7 +244,7 @@ use rule train as train_detector with:
         run=one_of(DETECTORS),
 
 
-# A measurement has the machine to itself: all cores and the GPU. At a scale that does not check
+# A measurement uses the machine alone: all cores and the GPU. At a scale that does not check
 # latency, it shares the cores.
 ALL_CORES = (workflow.resource_settings.cores and workflow.cores) or PLAN.scale.threads
 
@@ -279,7 +279,7 @@ def weights_given():
     return sorted((path.name, path.stat().st_size) for path in found)
 
 
-# Only with --config imagenet=FOLDER.
+# Runs only with --config imagenet=FOLDER.
 rule evaluate:
     input:
         imagenet,

@@ -137,7 +137,7 @@ def test_the_list_tells_runs_done_here_from_evidence(plan: Plan, root: Path) -> 
 def test_the_list_names_studies_and_analyses(plan: Plan) -> None:
     assert list_analyses(plan).splitlines()[:2] == [
         f"analyses ({len(plan.config.analyses)})",
-        "  attention_maps       6 rows  Attention map of the middle token, for each attention form",
+        "  attention_maps       6 rows  Attention map of the middle token for each attention form",
     ]
     bare = Plan(plan.config.model_copy(update={"analyses": {}}), plan.scale)
     assert list_analyses(bare) == "analyses (0)"

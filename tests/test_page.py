@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from string import Formatter
 
@@ -15,8 +15,8 @@ from synthetic import GPU, measure_record, train_record, write_all
 
 from hovit.config.plan import Plan, load_plan
 from hovit.records.record import read_record, write_record
-from hovit.report.claims.check import GROUPS, check_all
-from hovit.report.order import in_order
+from hovit.report.claims.check import GROUPS, Verdict, check_all
+from hovit.report.order import PAPERS, in_order
 from hovit.report.page.write import PAGE, WEB, write_page
 from hovit.report.readme import FINDINGS, PICTURE
 from hovit.report.results import Results
@@ -52,6 +52,10 @@ def data_of(root: Path) -> dict:
     return json.loads(found[1])
 
 
+def in_paper_order(verdicts: Iterable[Verdict]) -> list[Verdict]:
+    return sorted(verdicts, key=lambda verdict: list(PAPERS).index(verdict.seed))
+
+
 def test_every_claim_table_and_number_is_there(plan: Plan, root: Path) -> None:
     text, data = (root / PAGE).read_text(), data_of(root)
     titles = re.findall(r'<section class="study" id="t-(\w+)">', text)
@@ -60,7 +64,8 @@ def test_every_claim_table_and_number_is_there(plan: Plan, root: Path) -> None:
     names = {name for text in FINDINGS for _, name, _, _ in Formatter().parse(text) if name}
     assert all(f'"#c/{claim}"' in findings for claim in names)
     assert all(f'href="{link}"' in text for link in ("../README.md", "../paper/paper.pdf"))
-    assert list(data["claims"]) == [v.id for v in check_all(load_sources(plan, root))]
+    verdicts = in_paper_order(check_all(load_sources(plan, root)))
+    assert list(data["claims"]) == [v.id for v in verdicts]
     for name, file in plan.config.claims.items():
         assert all(data["claims"][claim.id]["file"] == name for claim in file.claims)
         assert all(str(escape(entry.says)) in text for entry in file.not_checkable)
@@ -135,7 +140,7 @@ def test_a_record_or_a_table_that_is_refused_is_named(
     write_page(plan, tmp_path)
     text = (tmp_path / PAGE).read_text()
     assert re.search(r"hovit\.pets\.deck/seed0/record\.json: not readable as JSON", text)
-    assert re.search(r"Refused: .*depth\.json: latency of .*Test CPU.*Test GPU", text)
+    assert re.search(r"The table is refused: .*depth\.json: latency of .*Test CPU.*Test GPU", text)
     assert "hovit/hovit/top1/run" not in data_of(tmp_path)["values"]
     assert "depth/levit_deck/parameters/run" not in data_of(tmp_path)["values"]
 
@@ -198,7 +203,7 @@ def shown_claims(tab: Browser) -> list[str]:
 
 @needs_chromium
 def test_claims_are_filtered(tab: Browser, plan: Plan, root: Path) -> None:
-    found = check_all(load_sources(plan, root))
+    found = in_paper_order(check_all(load_sources(plan, root)))
     verdicts = [v.verdict for group in GROUPS for v in found if v.group == group]
     assert shown_claims(tab) == verdicts
     tab.click('#filters input[value="reproduced"]')

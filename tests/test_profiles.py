@@ -59,6 +59,14 @@ def profile(name: str) -> dict:
     return yaml.safe_load((ROOT / "profiles" / name / "config.yaml").read_text())
 
 
+@pytest.mark.parametrize("name", ["default", "gpu", "slurm"])
+def test_profiles_name_rules_of_the_snakefile(name: str) -> None:
+    text = (ROOT / "Snakefile").read_text()
+    rules = set(re.findall(r"^rule (\w+):", text, re.M)) | set(re.findall(r" as (\w+) with:", text))
+    entries = profile(name).get("set-resources", [])
+    assert {entry.split(":")[0] for entry in entries} <= rules
+
+
 @pytest.mark.slow
 def test_a_gpu_runs_several_trainings_or_one_measurement() -> None:
     limit = dict(entry.split("=") for entry in profile("gpu")["resources"])

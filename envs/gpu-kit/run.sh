@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Runs this kit on a machine without network: GPU tests, latency tables, training, within a budget.
-# Everything that is worth keeping is in OUT/export.tgz, which is refreshed while it trains.
+# Run this kit on a machine without network, within a time budget: GPU tests, latency tables, training.
+# OUT/export.tgz holds the results and is updated during training.
 set -euo pipefail
 
 usage() {
     cat <<END
 usage: $0 [options]
-  --budget 14m          all of it ends before this (90s, 14m, 1h)
+  --budget 14m          time limit of the whole script (90s, 14m, 1h)
   --accelerator cuda    or cpu
-  --jobs 8              trainings that share the device
+  --jobs 8              training runs that share the device
   --compile             compile the models with torch.compile for training
-  --out DIR             export.tgz and logs go here (default: out beside this script)
-  --data DIR            archives that the kit does not hold
-  --resume FILE.tgz     go on from an earlier export with states
+  --out DIR             export.tgz and logs go here (default: out next to this script)
+  --data DIR            folder of archives that are not in the kit
+  --resume FILE.tgz     resume from an earlier export with states
   --max-size 60M        limit of export.tgz
-  --skip PARTS          of tests,tables,training: leave these out
+  --skip PARTS          skip parts, comma-separated: tests,tables,training
 END
 }
 
@@ -80,5 +80,5 @@ part tests 25 timeout --kill-after=5 LIMIT "$python" -m pytest -q -m gpu -p no:c
 part tables 45 "${sweep[@]}" --only measure --budget LIMIT
 part training 100 "${sweep[@]}" --only train --jobs "$jobs" "${compile[@]}" --budget LIMIT
 if [[ -e $out/export.tgz ]]; then
-    echo "take home $out/export.tgz ($(($(wc -c <"$out/export.tgz") / 1000)) kB): hovit evidence add export.tgz"
+    echo "copy back $out/export.tgz ($(($(wc -c <"$out/export.tgz") / 1000)) kB): hovit evidence add export.tgz"
 fi

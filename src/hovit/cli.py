@@ -54,7 +54,7 @@ class Only(StrEnum):
 
 
 def load_plan(scale: str = "smoke", weights_file: Path | None = None) -> "Plan":
-    """Load the config in this folder as a plan; imports `hovit.config` only when it is called."""
+    """Load the config in this folder as a plan; import `hovit.config` only on this call."""
     from .config.plan import load_plan
 
     return load_plan(scale, weights_file=weights_file)
@@ -78,7 +78,7 @@ def list_(
         bool, typer.Option("--runs", help="Also list every run and the tables that cite it.")
     ] = False,
 ) -> None:
-    """List the studies and the analyses, and with --runs every run of a scale."""
+    """List the studies and analyses; with --runs, also every run of a scale."""
     from .report.listing import count_runs, list_analyses, list_runs, list_studies
 
     plan = load_plan(scale)
@@ -159,7 +159,9 @@ def data(
 @app.command()
 def train(
     run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run (see `hovit list --runs`).")],
-    seed: Annotated[int | None, typer.Option(help="Default: the scale's first.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Random seed; default: the first seed of the scale.")
+    ] = None,
     scale: ScaleOption = "smoke",
     weights: WeightsOption = None,
     accelerator: Accelerator = "auto",
@@ -186,7 +188,7 @@ def train(
 
 @contextmanager
 def _watching(run: "Run", quiet: bool = False) -> "Iterator[Options]":
-    """Options that show progress: a bar on a terminal, otherwise one line per epoch."""
+    """Yield options that show progress: a bar on a terminal, otherwise one line per epoch."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -220,7 +222,7 @@ def measure(
     scale: ScaleOption = "smoke",
     accelerator: Accelerator = "auto",
 ) -> None:
-    """Measure a study's parameters, multiply-adds and interleaved latency."""
+    """Count the parameters and multiply-adds of a study and time its models."""
     plan = load_plan(scale)
     task = plan.measure_task(plan.study(study))
     if task is None:
@@ -247,7 +249,7 @@ def evaluate(
     weights: WeightsOption = None,
     accelerator: Accelerator = "auto",
 ) -> None:
-    """Evaluate pretrained weights of a study that trains nothing, on ImageNet's validation set."""
+    """Evaluate pretrained weights on the ImageNet validation set, for a study without training."""
     plan = load_plan(scale)
     task = plan.evaluate_task(plan.study(study))
     if task is None:
@@ -327,7 +329,9 @@ def sweep(
 
     seconds = parse_budget(budget)
     if seconds < 30:
-        raise HovitError(f"--budget {budget}: must be at least 30s (10s are for a clean stop)")
+        raise HovitError(
+            f"--budget {budget}: must be at least 30s (10s are reserved for a clean stop)"
+        )
     if (states or max_size) and export is None:
         raise HovitError("--states and --max-size need --export FILE.tgz")
     plan = load_plan(scale, weights_file=weights)
@@ -361,7 +365,7 @@ def sweep(
 
 
 def _tell_rest(todo: list[str]) -> None:
-    """Print the tasks that a sweep has not done.
+    """Print what a sweep has left to do.
 
     Raises:
         HovitError: if a task failed.
@@ -385,7 +389,8 @@ def kit(
         str | None, typer.Option(help="Python version of the other machine, such as 3.12.")
     ] = None,
     package: Annotated[
-        list[str] | None, typer.Option(help="A package that it lacks; repeat the option for more.")
+        list[str] | None,
+        typer.Option(help="A package that the other machine lacks; repeat the option for more."),
     ] = None,
 ) -> None:
     """Write a folder that runs studies on a GPU machine without network (`make gpu-kit`)."""
@@ -445,7 +450,7 @@ def claims(
         bool, typer.Option("--accept", help="Accept the verdicts: write results/verdicts.json.")
     ] = False,
 ) -> None:
-    """Check the papers' claims against records; write results/claims.json and .md."""
+    """Check the claims of the papers against records; write results/claims.json and .md."""
     from .report.claims import check as checks
     from .report.claims.write import write_claims
 
@@ -477,7 +482,7 @@ def readme() -> None:
 
 @app.command()
 def paper(scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
-    """Write the paper's numbers to results/paper, and compile paper/paper.pdf."""
+    """Write the numbers of the paper to results/paper and compile paper/paper.pdf."""
     from .report.paper.write import write_paper
 
     write_paper(load_plan(scale, weights_file=weights))
@@ -485,7 +490,7 @@ def paper(scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
 
 @app.command()
 def report(scale: ScaleOption = "smoke", weights: WeightsOption = None) -> None:
-    """Write all tables, figures, claims, the page and the paper from the records at hand."""
+    """Write all tables, figures, claims, the page and the paper from the existing records."""
     from .report.everything import write_everything
 
     write_everything(load_plan(scale, weights_file=weights), log=print)

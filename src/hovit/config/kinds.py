@@ -1,4 +1,4 @@
-"""Kinds of analysis and what is special about each. The functions are in `hovit.analysis`."""
+"""Kinds of analysis and their properties. The functions are in `hovit.analysis`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,10 +9,10 @@ class AnalysisKind:
     """Properties of one kind of analysis.
 
     Args:
-        shows_images: its figure shows photographs, so it takes those that the scale names.
-        uses_training_images: it takes labelled training images as well as test images.
-        measures_time: its numbers are times, not properties of a trained model.
-        args: what `args` may set, with types.
+        shows_images: the figure shows photographs, from the dataset that the scale names.
+        uses_training_images: uses labelled training images as well as test images.
+        measures_time: the numbers are times, not properties of a trained model.
+        args: name -> type of each argument that `args` may set.
     """
 
     shows_images: bool = False

@@ -29,7 +29,7 @@ def with_cited_models(config: Config, root: Path) -> Config:
     """Fill in the model of each row that names another row (`same_as`).
 
     Raises:
-        HovitError: for a row that does not exist, cites another row itself, or is no model.
+        HovitError: if the named row does not exist, has no model, or names another row itself.
     """
     studies = {
         study.id: study.model_copy(

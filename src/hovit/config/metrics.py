@@ -21,12 +21,12 @@ class Metric:
 
     Args:
         name: its name in `config/studies`.
-        heading: with the unit.
+        heading: column heading, with the unit.
         decimals: digits after the decimal point in a table.
-        kind: `exact` comes from the model alone; `trained` needs training; `timed` needs a
-            stopwatch; `counted` comes from the images.
+        kind: `exact` depends on the model alone; `trained` needs training; `timed` is a
+            time or throughput; `counted` is counted from the images.
         unit: factor from the unit of a record to the unit of the heading.
-        is_measured: whether anything here measures it; otherwise a paper reports it.
+        is_measured: False if only papers report it.
         derived_from: the metric in the records that it is computed from; empty: itself.
     """
 
@@ -73,7 +73,9 @@ METRICS = {
         Metric("ap_medium", "AP medium", 1, "trained"),
         Metric("ap_large", "AP large", 1, "trained"),  # objects above 96 x 96 pixels
         Metric("latency", "Latency, ms", 2, "timed"),  # of one batch
-        Metric("captured", "As a CUDA graph, ms", 2, "timed"),  # beside latency, where it differs
+        Metric(
+            "captured", "As a CUDA graph, ms", 2, "timed"
+        ),  # in addition to latency, if it differs
         Metric("throughput", "Images/s", 1, "timed"),  # at the largest batch measured
         Metric("throughput_cpu", "Images/s, CPU", 1, is_measured=False),
         Metric("images", "Images", 0, "counted"),

@@ -66,7 +66,7 @@ def check_arguments(name: str, args: dict[str, Any], where: str) -> None:
         where: file and key of the arguments, for the message.
 
     Raises:
-        HovitError: for an argument that the model does not take, or a value of another type.
+        HovitError: if the model does not take an argument, or a value has another type.
     """
     listed = _listed()
     entry = listed["models"][name]
@@ -93,7 +93,7 @@ def check_values(
         args: argument -> value.
         known: argument -> alternative types; with `OTHERS` any further argument is accepted.
         where: file and key of the arguments, for the message.
-        taker: what takes the arguments, for the message.
+        taker: name of the model or analysis, for the message.
 
     Raises:
         HovitError: for an unknown argument, or a value of another type.
@@ -131,7 +131,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _wanted(kinds: list[Any]) -> str:
-    """What an argument takes: `int or list of int`."""
+    """Describe the allowed types: `must be int or list of int`."""
     words: list[str] = []
     for kind in kinds:
         if isinstance(kind, str):

@@ -28,8 +28,8 @@ class Plan:
     Args:
         config: everything under `config/`.
         scale: the scale.
-        weights_file: what `--weights` names: weights of ResNet50, or a folder of
-            NAME.safetensors. Each replaces the scale's own weights for the model of that name.
+        weights_file: argument of `--weights`: weights of ResNet50, or a folder of
+            NAME.safetensors. Each replaces the weights of the scale for the model of that name.
     """
 
     config: Config
@@ -175,7 +175,7 @@ class Plan:
     def measure_task(self, study: Study) -> MeasureTask | None:
         """The task that measures a study; None if this scale runs none of its rows.
 
-        A scale that judges no latency does not measure models again that other studies measure.
+        A scale that does not check latency does not repeat the measurements of other studies.
         """
         repeated = bool(study.cites) and "latency" not in self.scale.judges
         if repeated or not self.rows_run(study):
@@ -183,7 +183,7 @@ class Plan:
         return self._task("measure", study, lambda: MeasureTask(study, self.scale))
 
     def evaluate_task(self, study: Study) -> EvaluateTask | None:
-        """The task that evaluates given weights; None if the study trains or shows no accuracy."""
+        """The task that evaluates given weights; None if the study trains, or has no accuracy."""
         if study.trained or study.cites or "top1" not in study.columns:
             return None
         return self._task("evaluation", study, lambda: EvaluateTask(study, self.scale))
@@ -201,7 +201,7 @@ class Plan:
         )
 
     def _task(self, kind: str, subject: object, make: Callable[[], T]) -> T:
-        """One task for each subject, so that its spec and hashes are computed once."""
+        """Return one task per subject, so that its spec and hashes are computed once."""
         key = kind, id(subject)  # the task keeps its subject alive
         if key not in self._tasks:
             self._tasks[key] = make()
@@ -230,7 +230,7 @@ class Plan:
         return found
 
     def tasks(self, studies: Iterable[Study]) -> list[Task]:
-        """What these studies' tables read: runs (upstream runs first), then measurements."""
+        """Tasks for the tables of these studies: runs (upstream runs first), then measurements."""
         studies = list(studies)
         cited = [self.study(name) for s in studies if not self.measure_task(s) for name in s.cites]
         studies = list({study.id: study for study in [*studies, *cited]}.values())
@@ -238,7 +238,7 @@ class Plan:
         return trained + [task for study in studies if (task := self.measure_task(study))]
 
     def _analysed(self, analysis: Analysis) -> dict[str, Run]:
-        """The run that stands for each row of an analysis: of the first seed."""
+        """The run of each row of an analysis: the one with the first seed."""
         found = {}
         for ref in analysis.of:
             study_id, row_id = ref.split("/")
@@ -248,7 +248,7 @@ class Plan:
         return found
 
     def _analysis_packs(self, analysis: Analysis, runs: dict[str, Run]) -> dict[str, Pack]:
-        """The images of each row: the run's own, or the scale's photographs for a picture."""
+        """The images of each row: those of the run, or for figures the photographs of the scale."""
         name = self.scale.shown_photographs
         if name is None or not ANALYSIS_KINDS[analysis.kind].shows_images:
             return {ref: run.pack for ref, run in runs.items()}

@@ -9,7 +9,7 @@ from ..utils.files import file_digest
 from .runs import Run, Weights
 from .schema import Config, Recipe, Row, Scale, Study
 
-# Roles whose runs use one seed: others only start from them, and detection papers report one.
+# Roles with one random seed: pretraining runs only provide weights; detection papers report one.
 ONE_SEED = ("pretrain", "upstream", "coco")
 
 
@@ -20,7 +20,7 @@ class Resolver:
     Args:
         config: everything under `config/`.
         scale: the scale.
-        weights_file: what `--weights` names, as in `Plan`.
+        weights_file: argument of `--weights`, as in `Plan`.
     """
 
     config: Config
@@ -99,7 +99,7 @@ class Resolver:
         )
 
     def _weights(self, name: str) -> Weights:
-        """Where the weights of a pretrained model come from: a file, a run, timm or a package."""
+        """The source of the weights of a pretrained model: a file, a run, timm or a package."""
         if path := self._given_file(name):
             if path not in self._sha256:
                 self._sha256[path] = file_digest(path)
@@ -118,7 +118,7 @@ class Resolver:
         return Weights(run=runs[0].id, seed=runs[0].seed, spec=runs[0].spec_hash)
 
     def _given_file(self, name: str) -> Path | None:
-        """The file that `--weights` has for a model; a single file is ResNet50's."""
+        """The file that `--weights` gives for a model; a single file is for ResNet50."""
         given = self.weights_file
         if given is None or not given.is_dir():
             return given if name == "resnet50" else None

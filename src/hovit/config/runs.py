@@ -1,4 +1,4 @@
-"""Runs and packs: what is trained, and on which images."""
+"""Runs (a model, a recipe and a random seed) and packs (decoded images)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ PREDICTIONS, DETECTIONS = "predictions.csv.gz", "detections.json.gz"
 
 
 class Weights(InSpec):
-    """Where pretrained weights come from: exactly one of a run, timm's hub, a package, a file."""
+    """The source of pretrained weights: exactly one of a run, timm's hub, a package, a file."""
 
     always = frozenset({"run", "seed", "spec", "timm", "sha256"})
 
@@ -58,7 +58,7 @@ class Run(InSpec):
 
     @property
     def folder(self) -> Path:
-        """Where its files lie, relative to the top folder of the artifact."""
+        """Folder of its files, relative to the top folder of the artifact."""
         return RUNS / self.scale / self.id / f"seed{self.seed}"
 
     @property
@@ -91,29 +91,29 @@ class Pack:
 
     @property
     def folder(self) -> Path:
-        """Where its files lie, relative to the top folder of the artifact."""
+        """Folder of its files, relative to the top folder of the artifact."""
         return Path("data/packed") / self.id
 
     @property
     def in_place(self) -> bool:
-        """Whether its images are read where they lie, and only listed here."""
+        """Whether images are read from the original files; the pack only lists them."""
         return self.dataset.reads_files or self.dataset.reader == "coco"
 
     @cached_property
     def spec_hash(self) -> str:
-        """sha256 of what decides its images."""
+        """sha256 of the dataset spec and the image size."""
         return digest(self.dataset.to_spec() | {"image_size": self.image_size})
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What a run reads from it: packed images, or the list of images that are read in place."""
+        """Files that a run reads: packed images, or the list of images that are read in place."""
         images = "manifest.csv" if self.in_place else "images.npy"
         return self.folder / "pack.json", self.folder / images
 
 
 def protocol(settings: Mapping[str, Any], device: str) -> Mapping[str, Any]:
-    """The latency settings that hold on a kind of device, `cpu` or `cuda`.
+    """Return the latency settings for a kind of device, `cpu` or `cuda`.
 
-    On a card, `on_gpu` (batches and precision) replaces the general settings.
+    On a GPU, `on_gpu` (batches and precision) replaces the general settings.
     """
     return {**settings, **(settings.get("on_gpu", {}) if device == "cuda" else {})}

@@ -1,7 +1,7 @@
 """Typed schema of `config/`.
 
 Every YAML file is one object of the classes below; `hovit schema` writes them as JSON Schema for
-editors. A mistake gives one line: file, key path, what is allowed.
+editors. A mistake is reported in one line: file, key path, allowed values.
 """
 
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
@@ -46,12 +46,12 @@ class Split(InSpec):
     """Shares of the images, rounded down.
 
     The rest is the test split, or the validation split if the source has its own test set. A source
-    with its own validation set keeps it; then the seed only shuffles.
+    with its own validation set keeps that set; the seed then only shuffles.
 
     Args:
         train, val: shares.
         seed: random seed of the draw.
-        stratify: whether the shares hold within each class.
+        stratify: whether to apply the shares within each class.
         per_run: whether each run draws its own splits, from its random seed, so that several seeds
             test on more images than one.
     """
@@ -71,9 +71,9 @@ class Split(InSpec):
         return self
 
     def sizes(self, total: int, has_test: bool = False) -> tuple[int, int, int]:
-        """Images for (train, val, test): shares rounded down, the rest to the last split.
+        """Number of images in (train, val, test): shares rounded down, the rest in the last split.
 
-        The last split is test, or validation where the source has its own test set. 7,349 images at
+        The last split is test, or validation if the source has its own test set. 7,349 images at
         0.7 : 0.15 : 0.15 give 5,144 / 1,102 / 1,103 (the deck prints 5,114 for the first).
         """
         train = int(total * self.train + 1e-9)
@@ -106,8 +106,8 @@ class Dataset(InSpec):
     id: Name
     title: Text
     about: Text
-    stands_for: Text | None = None  # the paper's images, if these replace them
-    # Images that are split, without a published test set: for estimates before the files are there.
+    stands_for: Text | None = None  # images of the paper that these replace
+    # Number of images to split, without a published test set; for estimates before the files exist.
     listed: Annotated[int, Field(ge=1)] | None = None
     reader: Literal[
         "digits",
@@ -125,10 +125,10 @@ class Dataset(InSpec):
     files: tuple[Text, ...] = ()
     test_files: tuple[Text, ...] = ()  # image_folder and coco: a separate test set
     classes: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(gt=0)]] | None = None
-    images: Annotated[int, Field(gt=0)] | None = None  # a seeded draw of so many
+    images: Annotated[int, Field(gt=0)] | None = None  # number of images to draw, with `split.seed`
     split: Split
     native_size: Annotated[int, Field(gt=0)] | None = None  # pixels per side, if equal for all
-    # imagenet: numbers of training and validation images that must be there; None: any.
+    # imagenet: required numbers of training and validation images; None: any.
     published: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] | None = None
 
     @property
@@ -153,7 +153,7 @@ class Dataset(InSpec):
 
 
 class Detection(InSpec):
-    """Additional settings of an object detector's recipe."""
+    """Recipe settings of object detectors."""
 
     always = frozenset({"long_side", "channels", "milestones", "warmup_steps", "flip"})
 
@@ -272,23 +272,23 @@ class Latency(Strict):
 
 
 class OnGpu(Strict):
-    """GPU protocol of a study, if its paper differs from the default."""
+    """GPU protocol of a study, if its paper uses another than the default."""
 
     batch: Annotated[int, Field(ge=1)]
     precision: Literal["fp16 autocast"]
 
 
 class ModelStandIn(Strict):
-    """A smaller model in place of the paper's, with its image size."""
+    """A smaller model that replaces the model of the paper, with its image size."""
 
     model: Name
     label: Text  # in tables: `ViT-Ti`
     image_size: Annotated[int, Field(ge=32)]
-    measured: bool = True  # False: it is only trained, and the paper's own model is measured
+    measured: bool = True  # False: only trained; the model of the paper is measured
 
 
 class Scale(Strict):
-    """Which data, and how much of it."""
+    """Datasets and amount of training."""
 
     id: Name
     title: Text
@@ -300,14 +300,14 @@ class Scale(Strict):
     image_size: Annotated[int, Field(ge=32)] | None = None  # maximum; None: the recipe's
     epoch_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
     limit: Limit = Limit()
-    models: dict[Name, ModelStandIn] = {}  # the paper's model -> its stand-in
+    models: dict[Name, ModelStandIn] = {}  # model of the paper -> stand-in
     epochs: dict[Name, Annotated[int, Field(ge=1)]] = {}  # recipe -> epochs, else by factor
-    # recipe -> epochs of runs that start from pretrained weights, else as the others
+    # recipe -> epochs of runs that start from pretrained weights; default: as for other runs
     pretrained_epochs: dict[Name, Annotated[int, Field(ge=1)]] = {}
-    recipe_seeds: dict[Name, Annotated[int, Field(ge=1)]] = {}  # recipe -> how many of the seeds
+    recipe_seeds: dict[Name, Annotated[int, Field(ge=1)]] = {}  # recipe -> number of seeds
     batch_sizes: dict[Name, Annotated[int, Field(ge=2)]] = {}  # recipe -> batch size
     lrs: dict[Name, Annotated[float, Field(gt=0)]] = {}  # recipe -> learning rate
-    # recipe -> decay of the EMA; the paper's would average over more steps than a short run has
+    # recipe -> decay of the EMA (a short run has fewer steps than the paper averages over)
     ema_decays: dict[Name, Annotated[float, Field(gt=0, lt=1)]] = {}
     weights: dict[Name, WeightsFrom]  # pretrained model -> source
     keep_weights: bool = True  # False: keep only weights that runs or analyses read
@@ -354,23 +354,25 @@ class Source(Strict):
 
 
 class Row(Strict):
-    """One row of a table: a run (model x dataset x recipe), and the paper's numbers."""
+    """One row of a table: a run (model x dataset x recipe) and the numbers in the paper."""
 
     id: Annotated[str, Field(pattern=r"^[a-z0-9_]+(\.[a-z0-9_]+)*$")]
     label: Text
     model: Name | None = None
     model_args: dict[str, Argument] = {}
     pretrained: Name | None = None  # weights of the model, or of the Launcher's front
-    # Another row of the same model. It gives the model, its runs and, where this study has no
-    # measurement of its own, measurements by the same protocol.
+    # Another row of the same model. It gives the model, its runs and, if this study has no
+    # measurement of its own, the measurements with the same protocol.
     same_as: RowRef | None = None
     trained_as: RowRef | None = None  # the row whose runs give the accuracy; None: as `same_as`
     tag: Name | None = None  # timm's tag of the weights to evaluate; None: timm's default
     recipe: Name | None = None  # None: the study's
-    dataset: Role | None = None  # None: the study's; in a `data` study, the row's subject
+    dataset: Role | None = None  # None: the study's; in a `data` study: the described role
     image_size: Annotated[int, Field(ge=32)] | None = None  # None: the study's
-    total: Annotated[int, Field(gt=0)] | None = None  # images, split without any data by
-    rule: Name | None = None  # the rule of this dataset
+    total: Annotated[int, Field(gt=0)] | None = (
+        None  # number of images to split by `rule`, without files
+    )
+    rule: Name | None = None  # dataset that defines the split
     part: Text | None = None  # submodule with a separate parameter count
     baseline: str | None = None  # row that latency and top-1 are compared with
     reported: dict[MetricName, Printed] = {}
@@ -394,7 +396,7 @@ class Study(Strict):
     source: Source
     kind: Literal["models", "data"] = "models"
     trained: bool = True  # False: models are only measured
-    # What is timed: a forward pass, a pass in ONNX Runtime (always on the CPU), a pass with the
+    # Timed workload: a forward pass, a pass in ONNX Runtime (always on the CPU), a pass with the
     # gradients of inputs and parameters, or a whole training step.
     workload: Literal["inference", "onnx", "gradients", "training"] = "inference"
     batches: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
@@ -438,7 +440,7 @@ class Study(Strict):
 
     @property
     def cites(self) -> tuple[str, ...]:
-        """The studies that its rows take their models from (`same_as`)."""
+        """The studies from which rows take their models (`same_as`)."""
         refs = [row.same_as.split("/")[0] for row in self.rows if row.same_as]
         return tuple(dict.fromkeys(refs))
 
@@ -453,7 +455,7 @@ class Analysis(Strict):
     of: Annotated[tuple[RowRef, ...], Field(min_length=1)]  # rows; the run of the first seed
     images: Annotated[int, Field(ge=1)] = 1  # drawn from a split
     args: dict[str, Plain] = {}
-    published: dict[Text, tuple[FiniteFloat, ...]] = {}  # numbers of the paper, for the figure
+    published: dict[Text, tuple[FiniteFloat, ...]] = {}  # numbers in the paper, for the figure
 
 
 # STUDY/ROW/METRIC, or ANALYSIS:STUDY/ROW/NAME for a number of an analysis
@@ -479,9 +481,9 @@ class Claim(Strict):
     its last decimal, and whole numbers exactly.
 
     Args:
-        group: `paper`: the paper says it. `own`: a check of our own, which no paper states.
-            `errata`: the paper's own arithmetic, from its printed numbers or from exact counts; a
-            number that differs is a misprint, not a refuted result.
+        group: `paper`: the paper says it. `own`: a check added here, which no paper states.
+            `errata`: the arithmetic of the paper, from its printed numbers or from exact counts;
+            a number that differs is a misprint, not a refuted result.
         device: kind of device that the sentence names; times from another kind are not compared.
     """
 
@@ -532,7 +534,7 @@ class Claim(Strict):
 class NotChecked(Strict):
     """A sentence or number of a paper that no record can check.
 
-    reason `data`: needs images or training that no scale has; `hardware`: about a device that is
+    reason `data`: needs images or training that no record has; `hardware`: about a device that is
     not available; `unsaid`: the paper does not say what was done or meant; `undone`: no study
     checks it yet; `setting`: says how something is built or trained, which configuration and tests
     cover; `others`: about the work of others; `opinion`: an opinion, an explanation or a proposal.

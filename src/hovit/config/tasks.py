@@ -1,8 +1,8 @@
 """Tasks: train, measure, evaluate, analyse. Each task leaves one record.
 
-A task knows where its record lies, what the record must say (`spec`), which sources it depends on
-(`code`) and which files it reads. Snakemake, `hovit sweep`, `hovit explain`, evidence and reports
-ask tasks. No torch is needed here.
+A task defines the path of its record, the spec of the record, the sources that it depends on
+(`code`) and the files that it reads. Snakemake, `hovit sweep`, `hovit explain`, evidence and
+reports use tasks. No torch is needed here.
 """
 
 from abc import ABC, abstractmethod
@@ -51,14 +51,15 @@ class Task(ABC):
 
     @abstractmethod
     def rows(self, spec: Mapping[str, Any]) -> dict[str, Any]:
-        """What a spec says of each row of the results, apart from how it was measured.
+        """The spec of each result row, without the measurement settings.
 
-        Evidence is accepted row by row: a row of a record counts if this task says the same of it.
+        Evidence is accepted row by row: a row of a record counts if its spec equals that of
+        this task.
         """
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """Files that must be there before the task starts."""
+        """Files that must exist before the task starts."""
         return ()
 
     @cached_property
@@ -72,7 +73,7 @@ class Task(ABC):
         return record_code(self.kind, self.spec)
 
     def is_done(self, root: Path = Path()) -> bool:
-        """Whether the record is there, with this spec and made by this code."""
+        """Whether the record exists and has this spec and code."""
         try:
             record = read_record(root / self.path)
         except HovitError:
@@ -80,7 +81,7 @@ class Task(ABC):
         return record.spec_hash == self.spec_hash and record.provenance.code == self.code
 
     def accepted(self, record: Record) -> frozenset[str]:
-        """The rows of a record that this task's rows match, whatever else the record holds."""
+        """The rows of a record that match rows of this task; other rows are ignored."""
         if record.kind != self.kind:
             return frozenset()
         try:
@@ -100,7 +101,7 @@ class Task(ABC):
         """The record of finished work.
 
         Args:
-            results: what came out.
+            results: results of the task.
             device: where it ran.
             seconds: wall time.
             peak_memory_mb: most memory in use, in MB.
@@ -162,7 +163,7 @@ class TrainTask(Task):
 
 @dataclass(frozen=True)
 class StudyTask(Task):
-    """A task about all rows of a study."""
+    """A task on all rows of a study."""
 
     study: Study
     scale: Scale
@@ -277,12 +278,12 @@ class EvaluateTask(StudyTask):
 
 @dataclass(frozen=True)
 class AnalyseTask(Task):
-    """Compute something from trained models, for a figure.
+    """Analyse trained models, for a figure.
 
     Args:
         analysis: what to compute.
         scale: the scale.
-        runs: STUDY/ROW -> the run that stands for the row.
+        runs: STUDY/ROW -> the analysed run.
         packs: STUDY/ROW -> the images on which it is analysed.
     """
 

@@ -4,6 +4,12 @@ from collections.abc import Iterable
 
 from ..config.schema import Study
 
+NAMES = {
+    "hovit": "HoViT",
+    "skipvit": "SkipViT",
+    "efficientvit": "EfficientViT",
+    "ours": "added here",
+}
 PAPERS = {
     "hovit": "HoViT (slides)",
     "skipvit": "SkipViT (poster)",
@@ -26,6 +32,11 @@ STORY = {
         "efficientvit_allocator",
     ),
 }  # fmt: skip
+
+
+def source_text(paper: str, place: str) -> str:
+    """Return where a table, an analysis or a sentence is from: `HoViT, 05 Conclusion`."""
+    return f"{NAMES[paper]}: {place}" if paper == "ours" else f"{NAMES[paper]}, {place}"
 
 
 def paper_of(study: Study) -> str:

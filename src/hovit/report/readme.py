@@ -144,7 +144,7 @@ def results_section(sources: Sources) -> str:
 
 
 def _line(v: Verdict) -> str:
-    says = v.says + " (*our check*)" * (v.group == "own")
+    says = v.says + " (*added here*)" * (v.group == "own")
     return (
         f"| {SYSTEMS[v.seed]} | {says} | {v.reported or ''} | {v.shown or '—'} | {v.label} "
         f"| {v.source or v.why} |"

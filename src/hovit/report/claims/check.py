@@ -25,8 +25,8 @@ VERDICTS = (
 ERRATA = ("erratum", "consistent")  # outcomes of `group: errata`, and "not measured"
 GROUPS: dict[ClaimGroup, str] = {
     "paper": "claims of the papers",
-    "own": "our checks",
-    "errata": "checks of the papers' arithmetic",
+    "own": "checks added here",
+    "errata": "checks of arithmetic in the papers",
 }
 ACCEPTED = Path("results/verdicts.json")
 

@@ -15,7 +15,7 @@ from ..tables.columns import format_printed
 from .compare import last_digit
 
 REASONS = {
-    "data": "needs images or training that no scale has",
+    "data": "needs images or training that no record has",
     "hardware": "about a device that is not available here",
     "unsaid": "the paper does not say what was done or meant",
     "undone": "could be checked, but no study checks it",
@@ -95,8 +95,8 @@ def coverage_tally(rest: dict[str, Any]) -> str:
     counts = [cell["same"] for cell in counted if not cell["erratum"]]
     return (
         f"{len(rest['not_checkable'])} not checkable ({by_reason(rest)}); "
-        f"{len(rest['cells'])} reported cells, {len(counted)} of them counts: "
-        f"{counts.count(True)} as printed, {counts.count(False)} not, "
+        f"{len(rest['cells'])} reported numbers, {len(counted)} of them counts: "
+        f"{counts.count(True)} equal, {counts.count(False)} different, "
         f"{len(counted) - len(counts)} errata"
     )
 

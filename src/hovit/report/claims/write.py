@@ -47,7 +47,7 @@ def write_claims(plan: Plan, root: Path = Path()) -> str:
         ABOUT,
         "",
     ]
-    for group, heading in (("paper", ""), ("own", "Our checks: "), ("errata", "Errata: ")):
+    for group, heading in (("paper", ""), ("own", "Checks added here: "), ("errata", "Errata: ")):
         found = [verdict for verdict in verdicts if verdict.group == group]
         lines += _sections(plan, found, heading, by_study=group == "paper")
     lines += coverage_lines(rest, [v.seed for v in verdicts if v.group == "paper"])

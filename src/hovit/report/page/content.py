@@ -14,7 +14,7 @@ from ...utils.files import digest
 from ..claims.check import ERRATA, GROUPS, VERDICTS, Verdict, check_all, counts, tally
 from ..claims.coverage import REASONS, coverage, coverage_tally
 from ..explain import rerun_command
-from ..order import PAPERS, in_order, paper_of
+from ..order import NAMES, PAPERS, in_order, paper_of, source_text
 from ..readme import findings
 from ..results import Results, Value
 from ..sources import Sources
@@ -26,7 +26,7 @@ SYMBOLS = dict(zip((*VERDICTS, *ERRATA), "✓↗?≈✗≠–✎=", strict=True)
 
 
 def collect(sources: Sources) -> dict[str, Any]:
-    """Everything that the template shows; its `data` is for the script."""
+    """Return everything that the template shows; the script reads its `data`."""
     return _Collector(sources).collect()
 
 
@@ -56,7 +56,8 @@ class _Collector:
         story = in_order(plan.config.studies.values())
         studies = [self.study(study) for study in story]
         verdicts = check_all(self.sources)
-        claims = [self.claim(verdict) for verdict in verdicts]
+        ordered = sorted(verdicts, key=lambda verdict: list(NAMES).index(verdict.seed))
+        claims = [self.claim(verdict) for verdict in ordered]
         by_id = {claim["id"]: claim for claim in claims}
         analyses = self.analyses()
         rest = coverage(self.sources)
@@ -80,9 +81,16 @@ class _Collector:
                 for group, title in GROUPS.items()
             ],
             "symbols": SYMBOLS,
-            "papers": sorted({verdict.seed for verdict in verdicts}),
+            "papers": {
+                paper: name
+                for paper, name in NAMES.items()
+                if any(verdict.seed == paper for verdict in verdicts)
+            },
             "claims": claims,
-            "not_checkable": rest["not_checkable"],
+            "not_checkable": [
+                entry | {"place": source_text(entry["seed"], entry["place"])}
+                for entry in rest["not_checkable"]
+            ],
             "reasons": REASONS,
             "rest": coverage_tally(rest),
             "findings": self.findings(),
@@ -105,7 +113,7 @@ class _Collector:
         }
 
     def findings(self) -> list[tuple[str, tuple[str, ...], str]]:
-        """README's findings, from the committed records alone; none without such records."""
+        """The findings of the README, from committed records alone; none without such records."""
         if not self.sources.evidence:
             return []
         nothing = Results(self.sources.plan, self.sources.run.root, Path("results/no-run"))
@@ -123,16 +131,17 @@ class _Collector:
         )
         for path in verdict.records:
             self.keep(Path(path))
+        place = source_text(verdict.seed, verdict.place)
         parts = {"kind": claim.kind, "of": claim.of, "to": claim.to, "tolerance": claim.tolerance}
         reported = verdict.reported and format_printed(verdict.reported)
         shown = {"reported": reported, "measured": verdict.shown, "label": verdict.label,
-                 "records": list(verdict.records), "file": file.id}  # fmt: skip
+                 "records": list(verdict.records), "file": file.id, "place": place}  # fmt: skip
         return asdict(verdict) | parts | shown
 
     # Tables
 
     def study(self, study: Study) -> dict[str, Any]:
-        """A study's table with its facts."""
+        """The table of a study, with its facts."""
         try:
             table, refused = make_table(study, self.sources), ""
         except HovitError as error:
@@ -142,7 +151,7 @@ class _Collector:
         return {
             "id": study.id,
             "title": study.title,
-            "place": f"{study.source.seed}: {study.source.place}",
+            "place": source_text(study.source.seed, study.source.place),
             "trained": study.trained and study.kind == "models",
             "scope": _scope(study),
             "refused": refused,
@@ -161,7 +170,7 @@ class _Collector:
         }  # fmt: skip
 
     def context(self, results: Results, study: Study) -> dict[str, Any]:
-        """What a study's numbers from one source share: scale, images, runs."""
+        """Return what the numbers of a study from one source share: scale, images, runs."""
         plan = results.plan
         data, runs, stand_ins = {}, {}, {}
         for row in study.rows:
@@ -184,7 +193,7 @@ class _Collector:
                 "stand_ins": stand_ins}  # fmt: skip
 
     def row(self, study: Study, row: Row) -> dict[str, Any]:
-        """What a row is; `system` is the same for the same model in every table."""
+        """Return the properties of a row; `system` identifies a model across tables."""
         trained_on = self._papers_images(row.dataset or study.dataset)
         return {
             "id": row.id,
@@ -198,7 +207,7 @@ class _Collector:
         }
 
     def _papers_images(self, role: str) -> str:
-        """The images that the paper used: those of the largest scale, or what they stand for."""
+        """Return the images of the paper: at the largest scale, or those that they stand in for."""
         config = self.sources.plan.config
         scales = sorted(config.scales.values(), key=lambda s: s.rank, reverse=True)
         for scale in scales:
@@ -208,7 +217,7 @@ class _Collector:
         return role
 
     def cell(self, study: Study, i: int, column: Column) -> dict[str, str]:
-        """A cell's text, and the key of its number among `values`; empty for no number."""
+        """Return the text of a cell and the key of its number in `values`; "" without a number."""
         text, row, results = column.cells[i], study.rows[i], column.results[i]
         if text == NOTHING:
             return {"text": text, "key": "", "mark": ""}
@@ -242,7 +251,7 @@ class _Collector:
     # Records
 
     def keep(self, path: Path) -> str:
-        """Put a record on the page; return its name there."""
+        """Add a record to the page; return its name."""
         name = path.as_posix()
         if name not in self.records:
             if path.name == "pack.json":
@@ -282,13 +291,13 @@ class _Collector:
     # Analyses
 
     def analyses(self) -> list[dict[str, Any]]:
-        """Every analysis with what it found: this run, or else the first evidence."""
+        """Return every analysis with its record: of this run, or else of the first evidence."""
         found = []
         for name, analysis in self.sources.plan.config.analyses.items():
             entry: dict[str, Any] = {
                 "id": name,
                 "title": analysis.title,
-                "place": f"{analysis.source.seed}: {analysis.source.place}",
+                "place": source_text(analysis.source.seed, analysis.source.place),
                 "path": "",
                 "published": {key: ", ".join(map(str, each))
                               for key, each in analysis.published.items()},
@@ -303,7 +312,7 @@ class _Collector:
 
 
 def _number(text: str) -> float | None:
-    """The first number of a cell, by which it is sorted and drawn."""
+    """The first number of a cell, for sorting and drawing."""
     found = re.match(r"-?[0-9,]+(\.[0-9]+)?(e[-+]?[0-9]+)?", text)
     return float(found[0].replace(",", "")) if found else None
 
@@ -323,13 +332,13 @@ def _metrics() -> dict[str, dict[str, str]]:
 
 
 def _scope(study: Study) -> str:
-    """Size and classes at which its models are counted."""
+    """Image size and number of classes for which the models of a study are counted."""
     size = f"{study.image_size} px, " if study.image_size else ""
     return f"counted at {size}{study.num_classes} classes, on no images"
 
 
 def _summary(record: Record) -> dict[str, Any]:
-    """A record's results without history and rounds, which the page draws or sums up."""
+    """The results of a record, without the history and the times of single rounds."""
     if record.kind != "measure":
         return {key: found for key, found in record.results.items() if key != "history"}
     rows = {}

@@ -24,7 +24,7 @@ SCRIPTS = ("tables.js", "detail.js", "charts.js", "curves.js", "analyses.js")
 
 
 def page_code() -> str:
-    """sha256, in hex, of everything that decides how the page looks."""
+    """sha256, in hex, of the code, templates and pictures of the page."""
     files = [path for path in sorted(WEB.iterdir()) if path.is_file()]
     pictures = [PICTURE] if PICTURE.exists() else []
     return digest([code_hash("page"), *map(file_digest, files + pictures)])
@@ -33,8 +33,7 @@ def page_code() -> str:
 def write_page(plan: Plan, root: Path = Path()) -> None:
     """Write `results/index.html`.
 
-    The page names records that cannot be used, and leaves them out; it also says why it refuses a
-    table.
+    The page lists records that cannot be used and omits them. It states why a table is refused.
     """
     picture = root / PICTURE
     front = base64.b64encode(picture.read_bytes()).decode() if picture.exists() else ""
@@ -64,7 +63,7 @@ def render(content: dict[str, Any]) -> str:
 
 
 def _code(text: str) -> str:
-    """Escaped, with text in backticks as `<code>`, and in double asterisks as `<b>`."""
+    """Escape text; render backticks as `<code>` and double asterisks as `<b>`."""
     from markupsafe import Markup, escape
 
     bold = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", str(escape(text)))
@@ -72,11 +71,11 @@ def _code(text: str) -> str:
 
 
 def _embedded(data: dict[str, Any]) -> str:
-    """JSON that no string in it can end the script element with."""
+    """Encode as JSON in which no string can end the script element."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e")
 
 
 def _csp_hash(text: str) -> str:
-    """As a Content-Security-Policy names an inline element that may stand."""
+    """Return the source expression that allows an inline element in a Content-Security-Policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

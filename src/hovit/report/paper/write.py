@@ -19,10 +19,11 @@ from ..claims.check import Verdict, check_all, counts
 from ..claims.coverage import REASONS, coverage
 from ..figures.attention_figures import seeds
 from ..figures.draw import FIGURES, FOLDER
+from ..order import NAMES, source_text
 from ..record_source import plural
 from ..results import Results
 from ..sources import Sources, load_sources
-from ..tables.columns import NOTHING, Column, Table, make_table
+from ..tables.columns import NOTHING, Column, Table, format_printed, make_table
 from ..tables.facts import describe
 from ..tables.write import table_notes
 from .variables import Origin, by_scale, load_variables, origin, resolve
@@ -57,8 +58,16 @@ def write_paper(plan: Plan, root: Path = Path()) -> None:
         "variables": named | facts,
         "tables": tables,
         "figures": _figures(sources, root),
-        "claims": {v.id: _claim(v) for v in verdicts},
-        "coverage": {"reasons": REASONS, "not_checkable": rest["not_checkable"]},
+        "claims": {
+            v.id: _claim(v) for v in sorted(verdicts, key=lambda v: list(NAMES).index(v.seed))
+        },
+        "coverage": {
+            "reasons": REASONS,
+            "not_checkable": [
+                entry | {"from": source_text(entry["seed"], entry["place"])}
+                for entry in rest["not_checkable"]
+            ],
+        },
         "costs": {"lines": costs},
     }.items():
         write_json(root / OUT / f"{name}.json", value)
@@ -99,8 +108,7 @@ def paper_table(sources: Sources, study: Study) -> dict[str, Any]:
     origins = [[_origins(study, column, i) for i in range(len(study.rows))] for column in columns]
     return {
         "title": study.title,
-        "seed": study.source.seed,
-        "place": study.source.place,
+        "from": source_text(study.source.seed, study.source.place),
         "columns": [{"heading": c.heading, "source": _label(c)} for c in columns],
         "rows": [
             {"label": row.label, "ours": row.ours, "cells": [_cell(c, i) for c in columns]}
@@ -246,7 +254,14 @@ def _figures(sources: Sources, root: Path) -> dict[str, Any]:
 
 
 def _claim(verdict: Verdict) -> dict[str, Any]:
-    return asdict(verdict) | {"measured": verdict.shown, "label": verdict.label}
+    reported = verdict.reported and format_printed(verdict.reported)
+    shown = {
+        "measured": verdict.shown,
+        "reported": reported,
+        "label": verdict.label,
+        "name": NAMES[verdict.seed],
+    }
+    return asdict(verdict) | shown | {"from": source_text(verdict.seed, verdict.place)}
 
 
 def _costs(results: Results) -> list[dict[str, Any]]:

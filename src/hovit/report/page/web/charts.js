@@ -211,7 +211,7 @@ function drawScatter() {
   const points = form.x.value ? pointsOf(form) : [];
   if (!points.length) {
     chart.replaceChildren(
-      h("p", { class: "quiet" }, "No model has both numbers for this choice."),
+      h("p", { class: "quiet" }, "No model has both numbers."),
     );
     $("#points").replaceChildren();
     return;
@@ -340,7 +340,7 @@ function withTip(element, text) {
 
 const options = (values) => values.map(([value, text]) => h("option", { value }, text));
 
-/** Offer only choices that some model on these images has; keep the current choice. */
+/** Offer only choices for which a model has numbers on these images; keep the current choice. */
 function offerAcross(form, across) {
   const before = form.x.value;
   const found = across.filter((choice) => {

@@ -138,7 +138,7 @@ function studyCurves(details) {
   what.addEventListener("input", draw);
   keys.addEventListener("input", draw);
   source.addEventListener("input", choose);
-  queueMicrotask(choose); // after it is in the page and has a width
+  queueMicrotask(choose); // after it is in the page, so that it has a width
   return h(
     "div",
     {},

@@ -88,7 +88,7 @@ function valuePanel(key) {
 }
 
 function reportedFacts(part, study, row) {
-  const own = "as in the paper";
+  const own = "as stated in the paper";
   return [
     fact("Place", study.place),
     fact("Defined in", h("code", {}, `config/studies/${part.study}.yaml`), `, row ${part.row}`),
@@ -132,7 +132,7 @@ function measuredFacts(part, value, study) {
         )
         .join(" over "),
     ),
-    fact("Noise", value.noise === undefined ? "" : `± ${short(value.noise)}, as claims are judged`),
+    fact("Noise", value.noise === undefined ? "" : `± ${short(value.noise)}, as used for claims`),
     fact(
       "Ratio to baseline",
       (value.of ?? []).map((each, i) => [
@@ -214,10 +214,10 @@ function claimPanel(id) {
     h(
       "dl",
       {},
-      fact("Why", claim.why || "the numbers agree or differ as stated"),
+      fact("Why", claim.why || "the reported and measured numbers decide"),
       fact("Reported", claim.reported ?? "no number (a comparison)"),
       fact("Measured", claim.measured || "not measured"),
-      fact("Place", `${claim.seed}: ${claim.place}`),
+      fact("Place", claim.place),
       fact("Checked by", claim.source || "no record"),
       fact(
         "Check",
@@ -225,16 +225,21 @@ function claimPanel(id) {
         h("code", {}, claim.of),
         claim.to ? [" against ", h("code", {}, claim.to)] : "",
       ),
-      fact(
-        "Tolerance",
-        claim.tolerance === null ? "the last digit printed" : String(claim.tolerance),
-      ),
+      fact("Tolerance", tolerance(claim)),
       fact("Numbers", claimNumbers(claim)),
       fact("Defined in", h("code", {}, `config/claims/${claim.file}.yaml`), `, ${claim.id}`),
       fact("Check again", command(claimCommand())),
     ),
     claim.records.map((path) => recordParts(path)),
   ];
+}
+
+/** The tolerance of a claim; without one, the noise or the printed digits set it. */
+function tolerance({ tolerance: given, reported }) {
+  if (given !== null) return String(given);
+  if (!reported) return "the noise";
+  if (reported.includes("–")) return "the printed range";
+  return reported.includes(".") ? "one unit of the last decimal" : "none: exact";
 }
 
 function claimCommand() {
@@ -285,7 +290,7 @@ function recordParts(path, open = false) {
       fact(
         "Made",
         made
-          ? `${record.made}, in ${short(made.seconds)} s, ${short(made.peak_memory_mb)} MB at most`
+          ? `${record.made}, in ${short(made.seconds)} s, peak memory ${short(made.peak_memory_mb)} MB`
           : "",
       ),
       fact(

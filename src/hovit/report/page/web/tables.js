@@ -27,7 +27,7 @@ function fill(element, attributes, children) {
 const link = (kind, key) => `#${kind}/${encodeURIComponent(key).replaceAll("%2F", "/")}`;
 const shown = (state) => $(`#show-${state}`).checked;
 
-/** A setting that survives a reload, if the browser allows it. */
+/** A setting that persists across reloads, if the browser allows it. */
 const kept = {
   get: (name) => {
     try {
