@@ -460,7 +460,7 @@ def claims(
 
 @app.command()
 def readme() -> None:
-    """Write the generated parts of README and ARTIFACT, from the committed records."""
+    """Write the generated parts of the READMEs and ARTIFACT, from the committed records."""
     from .report.readme import write_readme
 
     write_readme(load_plan())
