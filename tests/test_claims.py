@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -164,12 +165,12 @@ def test_an_exact_number_is_contradicted_by_another_one() -> None:
 
 
 @pytest.fixture(scope="module")
-def committed() -> list[Verdict]:
+def committed() -> Sequence[Verdict]:
     """The verdicts of the committed results alone."""
     return check_all(load_sources(load_plan("smoke", CONFIG), ROOT))
 
 
-def test_claims_checks_and_errata_are_counted_apart(committed: list[Verdict]) -> None:
+def test_claims_checks_and_errata_are_counted_apart(committed: Sequence[Verdict]) -> None:
     groups = {group: counts(committed, group) for group in ("paper", "own", "errata")}
     assert sum(sum(each.values()) for each in groups.values()) == len(committed)
     assert all(number > 5 for number in (sum(each.values()) for each in groups.values()))
@@ -184,7 +185,7 @@ def test_claims_checks_and_errata_are_counted_apart(committed: list[Verdict]) ->
     assert tally(committed).count(";") == 2
 
 
-def test_every_verdict_says_where_it_comes_from(committed: list[Verdict]) -> None:
+def test_every_verdict_says_where_it_comes_from(committed: Sequence[Verdict]) -> None:
     for verdict in committed:
         if verdict.verdict in ("not measured", "not comparable"):
             assert (verdict.source, verdict.records) == ("", ()), verdict.id
@@ -200,7 +201,7 @@ def test_every_verdict_says_where_it_comes_from(committed: list[Verdict]) -> Non
     assert sources["hovit-printed-gain"] == "computed from printed numbers"
 
 
-def test_no_single_seed_decides_and_no_stand_in_contradicts(committed: list[Verdict]) -> None:
+def test_no_single_seed_decides_and_no_stand_in_contradicts(committed: Sequence[Verdict]) -> None:
     decided = ("reproduced", "direction only", "contradicted")
     for verdict in committed:
         if "(1 random seed)" in verdict.why:

@@ -155,3 +155,18 @@ def test_every_point_has_its_noise(evidence: Path) -> None:
     assert min(noise.values()) > 1
     assert "bars: 95 % interval" in canvas.get_supxlabel()
     assert not any(point.has_yerr for point in canvas.axes[0].containers)
+
+
+def test_a_fixed_layout_has_round_positions_and_stays() -> None:
+    canvas, axes = plt.subplots(2, 2, layout="constrained")
+    axes[0, 0].set_ylabel("a long label\nin two lines")
+    canvas.supxlabel("note")
+    style.fix_layout(canvas)
+    before = [ax.get_position().bounds for ax in axes.flat]
+    assert before[0][0] != mpl.rcParams["figure.subplot.left"]  # it was laid out
+    edges = np.array([ax.get_position().get_points() for ax in axes.flat])
+    assert np.array_equal(edges, edges.round(6))
+    axes[0, 0].set_ylabel("")
+    canvas.draw_without_rendering()
+    assert [ax.get_position().bounds for ax in axes.flat] == before
+    plt.close(canvas)

@@ -245,6 +245,7 @@ def picture(sources: Sources) -> bytes:
         ax.legend(unique.values(), unique.keys(), loc="lower right")
         note = "committed evidence; error bars: inter-quartile range over rounds"
         canvas.supxlabel(note, fontsize=5.5, color="#555555")
+        style.fix_layout(canvas)
         canvas.savefig(content, format="png", metadata={"Software": None})
         plt.close(canvas)
     return content.getvalue()

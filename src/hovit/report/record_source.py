@@ -47,6 +47,9 @@ class RecordSource:
     with_packs: bool = True
     problems: dict[Path, str] = field(default_factory=dict, compare=False)
     _read: dict[Path, Record | None] = field(default_factory=dict, compare=False, repr=False)
+    _trained: dict[tuple[str, str], list[tuple[Run, Record]]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
     _measured: dict[str, dict[str, dict[str, Any]]] = field(
         default_factory=dict, compare=False, repr=False
     )
@@ -116,9 +119,12 @@ class RecordSource:
 
     def trained(self, study: Study, row: Row) -> list[tuple[Run, Record]]:
         """The runs of a row that have a record."""
-        runs = self.plan.runs_of(study, row)
-        found = [(run, self.record(self.plan.train_task(run))) for run in runs]
-        return [(run, record) for run, record in found if record]
+        key = study.id, row.id
+        if key not in self._trained:
+            runs = self.plan.runs_of(study, row)
+            found = [(run, self.record(self.plan.train_task(run))) for run in runs]
+            self._trained[key] = [(run, record) for run, record in found if record]
+        return self._trained[key]
 
     def predictions(self, run: Run) -> pd.DataFrame | None:
         """Test predictions of a classifier; None if its record or its predictions cannot be used.

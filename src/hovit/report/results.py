@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,10 @@ class PairedValue(Value):
 class Results(RecordSource):
     """The numbers in the records of one source."""
 
+    _seed_variances: dict[tuple[str, str, str], tuple[float, int]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+
     def value(self, study: Study, row: Row, number: Quantity | str) -> Value | None:
         """A number of a row; None if no record has it, or the paper does not report it."""
         parsed = quantity(number) if isinstance(number, str) else number
@@ -124,6 +128,12 @@ class Results(RecordSource):
         numbers alone. Where each seed draws its own test images, the variance that this causes is
         left out: the noise over test images contains it.
         """
+        key = study.id, row.id, metric
+        if key not in self._seed_variances:
+            self._seed_variances[key] = self._pooled_variance(study, row, metric)
+        return self._seed_variances[key]
+
+    def _pooled_variance(self, study: Study, row: Row, metric: str) -> tuple[float, int]:
         own = self.plan.runs_of(study, row)
         groups: dict[str, list[float]] = {}
         for other in study.rows:

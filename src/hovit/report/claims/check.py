@@ -4,7 +4,9 @@
 reported by a paper. `hovit claims --check` lists all differences.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from ...config.metrics import quantity
@@ -187,23 +189,24 @@ def _stand_ins(results: Results, claim: Claim) -> list[str]:
     return [f"{models[name].model} stands in for {name}" for name in sorted(named)]
 
 
-def check_all(sources: Sources) -> list[Verdict]:
+@lru_cache(maxsize=1)  # the claims, the page and the paper of one report check the same sources
+def check_all(sources: Sources) -> tuple[Verdict, ...]:
     """Check every claim in config."""
-    return [
+    return tuple(
         check_claim(sources, claim, file.seed)
         for file in sources.plan.config.claims.values()
         for claim in file.claims
-    ]
+    )
 
 
-def counts(verdicts: list[Verdict], group: ClaimGroup = "paper") -> dict[str, int]:
+def counts(verdicts: Sequence[Verdict], group: ClaimGroup = "paper") -> dict[str, int]:
     """The number of each verdict in a group, in the order of VERDICTS or ERRATA."""
     found = [verdict.verdict for verdict in verdicts if verdict.group == group]
     names = VERDICTS if group != "errata" else (*ERRATA, "not measured")
     return {name: found.count(name) for name in names}
 
 
-def tally(verdicts: list[Verdict]) -> str:
+def tally(verdicts: Sequence[Verdict]) -> str:
     """The number of each verdict in one line, group by group."""
     parts = []
     for group, title in GROUPS.items():
@@ -212,7 +215,7 @@ def tally(verdicts: list[Verdict]) -> str:
     return "; ".join(parts)
 
 
-def tally_of(verdicts: list[Verdict], group: ClaimGroup) -> str:
+def tally_of(verdicts: Sequence[Verdict], group: ClaimGroup) -> str:
     """The number of each verdict in one group; `none` if it is empty."""
     found = [(n, name) for name, n in counts(verdicts, group).items() if n]
     words = [f"{n} {'errata' if name == 'erratum' and n > 1 else name}" for n, name in found]

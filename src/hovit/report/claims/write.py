@@ -1,5 +1,6 @@
 """`results/claims.md` and `results/claims.json`: every claim with its verdict."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def write_claims(plan: Plan, root: Path = Path()) -> str:
     return f"{tally(verdicts)}\n{coverage_tally(rest)}"
 
 
-def _summary(verdicts: list[Verdict]) -> list[str]:
+def _summary(verdicts: Sequence[Verdict]) -> list[str]:
     """The number of each verdict, one line for each group."""
     return [
         f"- **{sum(counts(verdicts, group).values())} {title}**: {tally_of(verdicts, group)}."
@@ -62,7 +63,7 @@ def _summary(verdicts: list[Verdict]) -> list[str]:
     ]
 
 
-def _sections(plan: Plan, verdicts: list[Verdict], heading: str, by_study: bool) -> list[str]:
+def _sections(plan: Plan, verdicts: Sequence[Verdict], heading: str, by_study: bool) -> list[str]:
     """The verdicts of one group: a section for each paper, and for claims one for each study."""
     lines: list[str] = []
     studies = in_order(plan.config.studies.values())

@@ -69,6 +69,7 @@ class Figure:
 
         with plt.rc_context(style.RC):
             canvas = self.plot(sources if self.all_sources else self.results(sources))
+            style.fix_layout(canvas)
             try:
                 yield canvas
             finally:

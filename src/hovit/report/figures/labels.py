@@ -23,7 +23,7 @@ def label_points(
     """Write each label next to its point; return the labels that have no room.
 
     A label further away than the first step gets a thin line to its point. Everything else must
-    be drawn before, because the labels do not change the layout.
+    be drawn before, because this fixes the layout of the figure.
 
     Args:
         canvas: the figure.
@@ -31,7 +31,9 @@ def label_points(
         steps: distances to try, as multiples of NEAR.
         style: properties of the text.
     """
-    canvas.draw_without_rendering()
+    from .style import fix_layout
+
+    fix_layout(canvas)
     crowded = []
     for ax, labels in panels:
         taken = _marks(ax)

@@ -4,6 +4,8 @@ from typing import Any
 
 import matplotlib as mpl
 from cycler import cycler
+from matplotlib.figure import Figure as Canvas
+from matplotlib.transforms import Bbox
 
 mpl.use("Agg")
 
@@ -57,3 +59,19 @@ RC: dict[Any, Any] = {
     "pdf.fonttype": 42,
     "savefig.dpi": 200,
 }
+
+
+def fix_layout(canvas: Canvas) -> None:
+    """Lay a figure out once, and keep that layout with positions rounded to 1e-6 of its size.
+
+    The solver of the constrained layout adds in an order that depends on memory addresses. Its
+    last digits would change some pixels from one process to the next.
+    """
+    canvas.draw_without_rendering()
+    canvas.set_layout_engine("none")
+    for ax in canvas.axes:
+        ax.set_position(Bbox(ax.get_position(original=True).get_points().round(6)), "original")
+        ax.set_position(Bbox(ax.get_position().get_points().round(6)), "active")
+    for text in canvas.texts:
+        x, y = text.get_position()
+        text.set_position((round(x, 6), round(y, 6)))

@@ -5,6 +5,7 @@ The text is `paper/**/*.typ` and holds no numbers. `variables.json` has each num
 `coverage.json` and `costs.json` hold the rest. The same records and text give the same bytes.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -275,7 +276,7 @@ def _costs(results: Results) -> list[dict[str, Any]]:
 
 def _facts(
     plan: Plan,
-    verdicts: list[Verdict],
+    verdicts: Sequence[Verdict],
     tables: dict[str, Any],
     costs: list[dict[str, Any]],
     rest: dict[str, Any],
