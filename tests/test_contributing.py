@@ -17,8 +17,10 @@ from PIL import Image
 
 from hovit.config.plan import load_plan
 from hovit.data.pack import prepare
+from hovit.report.model_cards import COMMAND
 from hovit.training.checkpoint import save_weights
 from hovit.utils.create_model import create_model
+from hovit.utils.generated import marks
 
 TOP = ("src", "config", "dvc.yaml", "figures")
 
@@ -265,13 +267,31 @@ def measured(copy: Copy) -> dict[str, dict[str, float]]:
     return record["results"]["rows"]  # type: ignore[no-any-return]
 
 
-def test_a_model_is_three_files(copy: Copy) -> None:
+CARD = """
+## Another
+
+{}{}"""
+WRITE_CARDS = """
+from hovit.config.plan import load_plan
+from hovit.pipeline.describe_models import describe_model, registered_models
+from hovit.report.model_cards import write_cards
+from hovit.report.sources import load_sources
+
+models = {"another": registered_models()["another"]}
+write_cards(load_sources(load_plan()), models, describe_model)
+"""
+
+
+def test_a_model_is_four_files(copy: Copy) -> None:
     copy.write("src/hovit/models/another.py", MODEL)
     copy.edit(
         "src/hovit/models/__init__.py", "from . import (\n", "from . import (\n    another,\n"
     )
     copy.edit("src/hovit/models/__init__.py", "__all__ = [\n", '__all__ = [\n    "another",\n')
     copy.hovit("schema")
+    copy.append("src/hovit/models/README.md", CARD.format(*marks("another", COMMAND)))
+    copy.run("-c", WRITE_CARDS)  # as `hovit readme` does, but for one card
+    assert "| `another` | 0.00 M |" in (copy.root / "src/hovit/models/README.md").read_text()
     copy.changes_what("Add a model")
     copy.write("config/studies/another.yaml", study("another"))
     assert measured(copy)["only"]["parameters"] == 3 * 37 + 37

@@ -134,6 +134,25 @@ def test_a_folder_that_is_no_kit_is_not_replaced(repository: Path, plan: Plan) -
     assert (repository / "src/hovit").is_dir()
 
 
+@pytest.mark.parametrize("option", [[], ["--compile"]])
+def test_the_option_compile_is_for_training(tmp_path: Path, option: list[str]) -> None:
+    """`run.sh` with a Python that only prints its arguments."""
+    (tmp_path / "hovit").mkdir()
+    (tmp_path / "run.sh").write_text((ROOT / "envs/gpu-kit/run.sh").read_text())
+    (tmp_path / "kit.env").write_text("COMMIT=c SCALE=smoke STUDIES=hovit\n")
+    (tmp_path / "data").mkdir()
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    run = ["bash", str(tmp_path / "run.sh"), *option, "--accelerator", "cpu", "--skip", "tests"]
+    subprocess.run(run, check=True, env={"PATH": "/usr/bin:/bin", "PYTHON": str(python)})
+    said = {part: (tmp_path / f"out/{part}.log").read_text().split()
+            for part in ("tables", "training")}  # fmt: skip
+    assert ["--compile" in words for words in said.values()] == [False, bool(option)]
+    for part, words in zip(("measure", "train"), said.values(), strict=True):
+        assert words[words.index("--only") + 1] == part
+
+
 @pytest.mark.exhaustive
 def test_the_kit_runs_on_a_cpu_and_its_export_is_evidence(repository: Path, tmp_path: Path) -> None:
     """Unpacked elsewhere and run by `run.sh`; then `hovit evidence add` in the repository."""

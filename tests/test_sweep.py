@@ -14,13 +14,17 @@ import subprocess
 import sys
 import tarfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, SMALL
 from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
+from hovit.cli import app
 from hovit.config.plan import Plan, load_plan
 from hovit.config.schema import Study
 from hovit.config.tasks import Task, TrainTask
@@ -115,6 +119,37 @@ def test_no_time_left_does_nothing_and_says_what_is_to_do(tiny: Plan, tmp_path: 
     todo = run_sweep(tiny, tmp_path, time.monotonic() - 1, [])
     assert [job.split()[0] for job in todo] == ["train", "train", "measure"]
     assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_compiled_run_says_so_in_its_record(
+    tiny: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int
+) -> None:
+    """As with `hovit train --compile`, in this process and in others; no compiler is needed."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # in the processes that the sweep starts
+    for compile in (True, False):
+        root = tmp_path / str(compile)
+        options = {"compile": compile, "jobs": jobs, "only": "train"}
+        assert run_sweep(tiny, root, time.monotonic() + 600, [], **options) == []
+        for seeds in tiny.runs.values():
+            results = read_record(root / seeds[0].folder / "record.json").results
+            assert results.get("execution") == ("compiled, eager" if compile else None)
+
+
+@pytest.mark.parametrize("option", ["--compile", "--no-compile", None])
+def test_the_option_reaches_the_sweep(monkeypatch: pytest.MonkeyPatch, option: str | None) -> None:
+    given: list[bool] = []
+
+    def note(*_: Any, compile: bool, **__: Any) -> list[str]:
+        given.append(compile)
+        return []
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("hovit.pipeline.sweep.sweep", note)
+    arguments = ["sweep", "--study", "hovit", "--budget", "1m", *([option] if option else [])]
+    assert CliRunner().invoke(app, arguments).output == "all done\n"
+    assert given == [option == "--compile"]
 
 
 def test_what_is_timed_with_freed_memory_handed_back_comes_before_what_keeps_it(tmp_path):

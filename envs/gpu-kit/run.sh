@@ -9,6 +9,7 @@ usage: $0 [options]
   --budget 14m          all of it ends before this (90s, 14m, 1h)
   --accelerator cuda    or cpu
   --jobs 8              trainings that share the device
+  --compile             compile the models with torch.compile for training
   --out DIR             export.tgz and logs go here (default: out beside this script)
   --data DIR            archives that the kit does not hold
   --resume FILE.tgz     go on from an earlier export with states
@@ -19,10 +20,11 @@ END
 
 kit=$(cd "$(dirname "$0")" && pwd)
 . "$kit/kit.env" # COMMIT, SCALE, STUDIES
-budget=14m accelerator=cuda jobs=8 out=$kit/out data=$kit/data resume='' max_size=60M skip=''
+budget=14m accelerator=cuda jobs=8 out=$kit/out data=$kit/data resume='' max_size=60M skip='' compile=()
 while (($#)); do
     case $1 in
         -h | --help) usage; exit 0 ;;
+        --compile) compile=(--compile); shift; continue ;;
         --budget) budget=$2 ;; --accelerator) accelerator=$2 ;; --jobs) jobs=$2 ;;
         --out) out=$2 ;; --data) data=$2 ;; --resume) resume=$2 ;;
         --max-size) max_size=$2 ;; --skip) skip=$2 ;;
@@ -76,7 +78,7 @@ sweep+=(--export "$out/export.tgz" --states --max-size "$max_size" --priority)
 
 part tests 25 timeout --kill-after=5 LIMIT "$python" -m pytest -q -m gpu -p no:cacheprovider tests
 part tables 45 "${sweep[@]}" --only measure --budget LIMIT
-part training 100 "${sweep[@]}" --only train --jobs "$jobs" --budget LIMIT
+part training 100 "${sweep[@]}" --only train --jobs "$jobs" "${compile[@]}" --budget LIMIT
 if [[ -e $out/export.tgz ]]; then
     echo "take home $out/export.tgz ($(($(wc -c <"$out/export.tgz") / 1000)) kB): hovit evidence add export.tgz"
 fi

@@ -43,6 +43,7 @@ DataRoot = Annotated[
     typer.Option(envvar="HOVIT_DATA", help="Folder with downloads and archives."),
 ]
 Accelerator = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Compile = Annotated[bool, typer.Option(help="Compile the model with torch.compile.")]
 
 
 class Only(StrEnum):
@@ -162,7 +163,7 @@ def train(
     weights: WeightsOption = None,
     accelerator: Accelerator = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    compile: Annotated[bool, typer.Option(help="Compile the model with torch.compile.")] = False,
+    compile: Compile = False,
 ) -> None:
     """Train one run, or resume it. Training is data-parallel under torchrun."""
     plan = load_plan(scale, weights_file=weights)
@@ -290,6 +291,7 @@ def sweep(
     data_root: DataRoot = Path("data"),
     weights: WeightsOption = None,
     accelerator: Accelerator = "auto",
+    compile: Compile = False,
     jobs: Annotated[
         int,
         typer.Option(
@@ -347,6 +349,7 @@ def sweep(
         deadline=began + seconds - reserve,
         stop=began + seconds - 0.4 * reserve,
         accelerator=accelerator,
+        compile=compile,
         jobs=jobs,
         priority=priority,
         only=only.value if only else None,
@@ -460,10 +463,15 @@ def claims(
 
 @app.command()
 def readme() -> None:
-    """Write the generated parts of the READMEs and ARTIFACT, from the committed records."""
+    """Write the generated parts of READMEs, ARTIFACT and the model cards, from committed records."""
+    from .pipeline.describe_models import describe_model, registered_models
+    from .report.model_cards import write_cards
     from .report.readme import write_readme
+    from .report.sources import load_sources
 
-    write_readme(load_plan())
+    plan = load_plan()
+    write_readme(plan)
+    write_cards(load_sources(plan), registered_models(), describe_model)
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """The models. Importing this package registers them with timm, for `timm.create_model("hovit")`.
 
+README.md in this folder has the model cards: source, input, size, accuracy, weights and limits.
 Nothing here depends on data, training or configuration.
 """
 

@@ -35,6 +35,7 @@ class Settings:
         precision: precision of training, as in the scale.
         threads: CPU threads of a training.
         deadline: `time.monotonic()` at which tasks save and stop.
+        compile: whether `torch.compile` compiles the model of each training.
         weights_file: value of `--weights`.
     """
 
@@ -44,6 +45,7 @@ class Settings:
     precision: str
     threads: int
     deadline: float
+    compile: bool = False
     weights_file: Path | None = None
 
 
@@ -233,6 +235,7 @@ def do_task(
 
     options = Options(
         deadline=settings.deadline,
+        compile=settings.compile,
         weights_file=settings.weights_file,
         on_step=on_step,
         on_epoch=on_epoch,

@@ -39,6 +39,7 @@ def sweep(
     deadline: float,
     stop: float = math.inf,
     accelerator: str = "auto",
+    compile: bool = False,
     root: Path = Path(),
     jobs: int = 1,
     priority: bool = False,
@@ -55,6 +56,7 @@ def sweep(
         deadline: `time.monotonic()` at which tasks save and stop.
         stop: `time.monotonic()` at which processes that have not stopped are killed.
         accelerator: auto, cpu or cuda.
+        compile: whether `torch.compile` compiles the model of each training.
         root: top folder of the artifact.
         jobs: number of processes that share the device. With more than one, a training that cannot
             finish before the deadline does not start. With one, this process does the work.
@@ -75,6 +77,7 @@ def sweep(
         precision=plan.scale.precision,
         threads=plan.scale.threads,
         deadline=deadline,
+        compile=compile,
         weights_file=plan.weights_file,
     )
     refresh: Callable[[], object] = export.refresh if export else lambda: None

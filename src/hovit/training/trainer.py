@@ -340,7 +340,7 @@ class Trainer(ABC):
             "history": self.state.history,
         }
         device = self.fabric.device
-        if device.type == "cuda":
+        if device.type == "cuda" or self.options.compile:
             shared["execution"] = self.execution()
         seconds = self.state.seconds + time.monotonic() - self.started
         return self.task.make_record(
@@ -348,7 +348,7 @@ class Trainer(ABC):
         )
 
     def execution(self) -> str:
-        """How a GPU ran the steps: `captured` as CUDA graphs or `eager`, `compiled` or not."""
+        """How the steps ran: `captured` as CUDA graphs or `eager`, `compiled` or not."""
         captured = self.captured_step is not None and not self.captured_step.graphed.reason
         return f"{'compiled, ' * self.options.compile}{'captured' if captured else 'eager'}"
 
