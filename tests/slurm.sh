@@ -13,7 +13,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 fail() { echo "error: $*" >&2; exit 1; }
 [ -x .venv/bin/snakemake ] || fail "no .venv here: run make setup first"
 [ "$(id -u)" = 0 ] || fail "tests/slurm.sh installs and starts Slurm: run it as root"
-! pgrep -x 'slurm(ctl)?d' >/dev/null || fail "Slurm runs here already: use another machine"
+! grep -qsxE 'slurm(ctl)?d' /proc/[0-9]*/comm || fail "Slurm runs here already: use another machine"
 for conf in /etc/slurm/slurm.conf /etc/slurm/gres.conf; do
     [ ! -e $conf ] || head -1 $conf | grep -q 'tests/slurm.sh$' || fail "$conf belongs to another cluster"
 done
@@ -92,12 +92,12 @@ snakemake "$target" --workflow-profile profiles/slurm --jobs 4 --latency-wait 5 
 run=$!
 
 training() { # "JOB RUN SEED" of a training that is running in this checkout, if any
-    local pid words
-    for pid in $(pgrep -f 'hovit train'); do
-        [ "$(readlink "/proc/$pid/cwd")" = "$checkout" ] || continue
-        mapfile -d '' -t words <"/proc/$pid/cmdline" || continue # python -m hovit train RUN --seed N
-        [ "${words[3]:-}" = train ] || continue
-        tr '\0' '\n' <"/proc/$pid/environ" | sed -n "s/^SLURM_JOB_ID=\(.*\)/\1 ${words[4]} ${words[6]}/p"
+    local process words
+    for process in /proc/[0-9]*; do
+        [ "$(readlink "$process/cwd")" = "$checkout" ] || continue
+        mapfile -d '' -t words <"$process/cmdline" || continue # python -m hovit train RUN --seed N
+        [ "${words[*]:2:2}" = "hovit train" ] || continue
+        tr '\0' '\n' <"$process/environ" | sed -n "s/^SLURM_JOB_ID=\(.*\)/\1 ${words[4]} ${words[6]}/p"
         return
     done 2>/dev/null
 }

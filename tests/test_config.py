@@ -9,14 +9,14 @@ import shutil
 import string
 import subprocess
 import sys
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
 import timm
-from hypothesis import HealthCheck, example, given, settings
+from fuzz import fuzz
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import hovit.models
@@ -324,15 +324,9 @@ def splice(parts: tuple[int, int, str]) -> str:
 
 garbage = st.lists(piece, max_size=25).map("".join)
 spoilt = st.tuples(places, st.integers(0, 40), garbage).map(splice)
-fuzz = partial(
-    settings,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 
 
-@fuzz(max_examples=400)
+@fuzz(400)
 @given(text=garbage | spoilt)
 @example(text="? [a]\n: 1\n? [a]\n: 2")
 @example(text="!!map [1, 2]")
@@ -363,7 +357,7 @@ args = st.recursive(
 )  # fmt: skip
 
 
-@fuzz(max_examples=40)
+@fuzz(40)
 @given(value=args)
 @example(value=".nan")
 @example(value="!!binary gIGC")

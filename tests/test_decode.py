@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from fuzz import fuzz
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from PIL.ExifTags import Base
@@ -338,13 +339,7 @@ def test_a_name_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 # Damage ------------------------------------------------------------------------------------------
 
 FORMS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")
-CASES = int(os.environ.get("HOVIT_FUZZ", "60"))  # of each kind
-
-
-FUZZ = settings(
-    max_examples=CASES, deadline=None, derandomize=True, database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+CASES = 60  # of each kind
 
 
 def one_line_or(call: Callable[[], Any], path: Path) -> Any:
@@ -379,7 +374,7 @@ def test_a_damaged_image_is_one_error_or_an_rgb_image(form: str, tmp_path: Path)
         Image.fromarray(NOISE).convert(mode).save(file, form, **options)
         contents.append(file.getvalue())
 
-    @FUZZ
+    @fuzz(CASES)
     @given(data=st.data())
     def run(data: st.DataObject) -> None:
         content = fuzzed(data.draw(st.sampled_from(contents)), data)
@@ -417,7 +412,7 @@ def test_a_zip_of_any_names_and_damage_is_read_or_one_line(tmp_path: Path) -> No
     Image.fromarray(NOISE).save(file, "PNG")
     png, path = file.getvalue(), tmp_path / "a.zip"
 
-    @FUZZ
+    @fuzz(CASES)
     @given(names=st.lists(NAME, min_size=1, max_size=5, unique=True), data=st.data())
     def run(names: list[str], data: st.DataObject) -> None:
         with zipfile.ZipFile(path, "w", data.draw(st.sampled_from([0, 8]))) as archive:
@@ -446,7 +441,7 @@ def test_a_folder_of_any_names_is_read_or_one_line(tmp_path: Path) -> None:
         str.encode
     )
 
-    @FUZZ
+    @fuzz(CASES)
     @given(
         files=st.dictionaries(
             st.tuples(name, st.sampled_from([b"", b".png", b".jpg", b".txt", b".heic"])),

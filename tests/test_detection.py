@@ -2,11 +2,13 @@
 
 # ruff: noqa: E501 (tables: a mistake is a line)
 
+import copy
 import gzip
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from fuzz import fuzz
+from hypothesis import given
+from hypothesis import strategies as st
 from synthetic_coco import TINY, make_coco, small_detector
 from torch import nn
 
@@ -372,6 +377,83 @@ def test_detections_are_kept_and_damage_is_one_line(data: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(HovitError, match=r"d.json.gz: not (readable as )?detections"):
             read_detections(path)
+
+
+# Damage ------------------------------------------------------------------------------------------
+
+ODD = st.one_of(
+    st.none(), st.booleans(), st.integers(-9, 9), st.just([]), st.just({}),
+    st.sampled_from([10**20, 10**400, 1e308, -1e308, math.nan, math.inf, 0.5]),
+    st.sampled_from(["", "a", "a\0", "\ud800", "a\nb.jpg", "../a.jpg", "/a.jpg", "é" * 300]),
+)  # fmt: skip
+
+
+def with_odd_values(content: Any, data: st.DataObject) -> Any:
+    """JSON with one to three values replaced at random places."""
+    content = copy.deepcopy(content)
+    for _ in range(data.draw(st.integers(1, 3))):
+        inside = content
+        while True:
+            keys = sorted(inside) if isinstance(inside, dict) else range(len(inside))
+            key = data.draw(st.sampled_from(keys))
+            if not (isinstance(inside[key], dict | list) and inside[key]):
+                break
+            if data.draw(st.integers(0, 9)) == 0:
+                break
+            inside = inside[key]
+        inside[key] = data.draw(ODD)
+    return content
+
+
+@contextmanager
+def one_line_of(*paths: Path) -> Iterator[None]:
+    """Suppress a HovitError that is one line and names one of the paths."""
+    said = str(paths[0])
+    with suppress(HovitError):
+        try:
+            yield
+        except HovitError as error:
+            said = str(error)
+            raise
+    assert said.isprintable()
+    assert any(str(path) in said for path in paths)
+
+
+def test_damaged_annotations_are_one_line_or_valid(paper: Plan, tmp_path: Path) -> None:
+    """All that is accepted can be read, trained on and evaluated."""
+    dataset = make_coco(tmp_path, (3, 2))
+    run, path, folder = small_detector(paper, dataset), tmp_path / VAL, tmp_path / "pack"
+    content = read_json(path)
+
+    @fuzz(100)
+    @given(data=st.data())
+    def check(data: st.DataObject) -> None:
+        path.write_text(json.dumps(with_odd_values(content, data)))
+        with one_line_of(path, tmp_path / "coco/val2017"):
+            prepare(run.pack, tmp_path, folder)
+            test = open_coco(run.pack, folder).test
+            assert all(read_image(image).shape[2] == 3 for image in test.images)
+            assert all(np.isfinite(image.boxes).all() for image in test.images)
+            evaluate(test, perfect(test))
+
+    check()
+
+
+def test_damaged_detections_are_one_line_or_valid(data: Path) -> None:
+    truth, path = read_val(data), data / "d.json.gz"
+    detections = perfect(truth)
+
+    @fuzz(100)
+    @given(data=st.data())
+    def check(data: st.DataObject) -> None:
+        path.write_bytes(gzip.compress(json.dumps(with_odd_values(detections, data)).encode()))
+        found = []
+        with one_line_of(path):
+            found = read_detections(path)
+        digest(found)
+        evaluate(truth, found)
+
+    check()
 
 
 # Training ----------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -44,16 +46,32 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@contextmanager
+def at_commit(history: Path) -> Iterator[None]:
+    """Records that are written here name the commit of `history`."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=history, check=True, capture_output=True, text=True
+    ).stdout.strip()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hovit.records.record.git_state", lambda: (commit, False))
+        yield
+
+
+@pytest.fixture(scope="module")
+def elsewhere(history: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another machine's finished records of scale mini, made at the commit of `history`."""
+    root = tmp_path_factory.mktemp("elsewhere")
+    with at_commit(history):
+        write_all(load_plan("mini", history / "config"), root, "elsewhere")
+    return root / "elsewhere"
+
+
 @pytest.fixture
-def here(history: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A clone of it, with another machine's finished records of scale mini beside."""
+def here(history: Path, elsewhere: Path, tmp_path: Path) -> Path:
+    """A clone of the repository, with the records of the other machine in `elsewhere`."""
     root = tmp_path / "clone"
     subprocess.run(["git", "clone", "-q", str(history), str(root)], check=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=root, check=True, capture_output=True, text=True
-    ).stdout.strip()
-    monkeypatch.setattr("hovit.records.record.git_state", lambda: (commit, False))
-    write_all(load_plan("mini", root / "config"), root, "elsewhere")
+    shutil.copytree(elsewhere, root / "elsewhere")
     return root
 
 
@@ -261,10 +279,11 @@ def test_tables_from_evidence_alone_in_seconds_without_torch(config: Config, her
     )
 
 
-def test_measurements_of_two_devices_stay_apart(config: Config, here: Path) -> None:
+def test_measurements_of_two_devices_stay_apart(config: Config, here: Path, history: Path) -> None:
     plan = load_plan("mini", here / "config")
     add(config, [here / "elsewhere"], here)
-    write_record(here / "gpu/mini/measure/hovit.json", measure_record(plan, "hovit", GPU))
+    with at_commit(history):
+        write_record(here / "gpu/mini/measure/hovit.json", measure_record(plan, "hovit", GPU))
     (taken,) = add(config, [here / "gpu"], here)
     assert taken == here / EVIDENCE / "test-gpu/mini/measure/hovit.json"
     assert verify(config, here)[1] == []

@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from fuzz import fuzz
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hovit.utils.errors import HovitError
@@ -22,7 +23,6 @@ JSON = st.recursive(
         st.text(st.characters(codec="utf-8")), inner, max_size=4),
     max_leaves=12,
 )  # fmt: skip
-IN_TMP = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
 def test_an_exception_inside_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -155,7 +155,7 @@ def test_json_without_nan_and_infinity(tmp_path, value):
         digest(value)
 
 
-@IN_TMP
+@fuzz(100)
 @given(value=st.dictionaries(st.text(), JSON))
 def test_json_comes_back_as_it_was(tmp_path, value):
     write_json(tmp_path / "a.json", value)
@@ -179,7 +179,7 @@ def test_json_that_python_will_not_read_is_one_line(tmp_path, data):
         read_json(tmp_path / "a.json")
 
 
-@IN_TMP
+@fuzz(100)
 @given(data=st.binary(max_size=60) | st.text('[]{}",:0123456789eE+-.\\utrfalsn ').map(str.encode))
 @example(data=b'"\\ud800"')
 @example(data=b"NaN")

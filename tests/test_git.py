@@ -1,5 +1,6 @@
 """Provenance names the artifact's own commit, never that of another repository."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -58,3 +59,14 @@ def test_no_git_and_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     git_state.cache_clear()
     monkeypatch.setenv("PATH", "")
     assert git_state(tmp_path) == ("unknown", True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
+def test_a_repository_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = repository(tmp_path)
+    for path in (tmp_path, *tmp_path.rglob("*")):
+        os.chown(path, 12345, 12345)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no configuration that allows it
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    assert subprocess.run(["git", "status"], cwd=tmp_path, capture_output=True).returncode != 0
+    assert git_state(tmp_path) == (commit, False)

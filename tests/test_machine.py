@@ -1,5 +1,6 @@
 """Machines that allow less than usual: control groups, no home, read-only folders, a full /tmp."""
 
+import getpass
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from hovit.utils.device import Device, set_threads
 from hovit.utils.errors import HovitError
 from hovit.utils.machine import (
     check_writable,
+    name_user,
     usable_cpus,
     usable_memory_mb,
     use_writable_caches,
@@ -65,6 +67,13 @@ GROUPS = {
     "version 1, in a container": (HOST | {
         "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "150000",
         "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
+    }, 2, None),
+    "version 1, a group within a container": ({
+        "proc/self/cgroup": "1:cpu,cpuacct:/docker/abc/job\n",
+        "proc/self/mountinfo": "1 0 0:1 /docker/abc /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu",
+        "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
+        "sys/fs/cgroup/cpu/job/cpu.cfs_quota_us": "200000",
+        "sys/fs/cgroup/cpu/job/cpu.cfs_period_us": "100000",
     }, 2, None),
     "without /proc": ({
         "sys/fs/cgroup/cpu.max": "100000 100000", "sys/fs/cgroup/memory.max": "1000000000",
@@ -176,7 +185,7 @@ cd "$PWD"
 
 
 def test_snakemake_runs_on_a_bare_machine(checkout):
-    """A read-only checkout and home, a full /tmp, no /proc, the locale C, another time zone."""
+    """A read-only checkout and home, a full /tmp, no /proc, no name of the user, the locale C."""
     if any(path.is_relative_to("/tmp") for path in (ROOT, Path(sys.prefix))):
         pytest.skip("the project lies in /tmp, which this test replaces")
     home = checkout.parent / "home"
@@ -187,6 +196,9 @@ def test_snakemake_runs_on_a_bare_machine(checkout):
         + READ_ONLY.format(folders=".snakemake data figures logs results")
         + "mount -t tmpfs -o size=64k none /tmp; ! cp /bin/sh /tmp/full 2>/dev/null\n"
         "umount -l /proc\n"
+        "for file in passwd nsswitch.conf; do\n"
+        "[ ! -e /etc/$file ] || mount --bind /dev/null /etc/$file; done\n"
+        "unset LOGNAME USER LNAME USERNAME; ! whoami 2>/dev/null\n"
         "snakemake --cores all data/packed/digits-64px/pack.json\n"
     )
     done = in_namespace(script, checkout, HOME="/mnt/home", LC_ALL="C", TZ="Asia/Tokyo")
@@ -237,6 +249,20 @@ def test_caches_move_only_if_the_home_cannot_be_written(home, tmp_path, monkeypa
     assert not (tmp_path / "~").exists()
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("MPLCONFIGDIR", raising=False)
+
+
+@pytest.mark.parametrize("error", [KeyError, OSError])
+def test_a_user_without_a_name_gets_one(error, monkeypatch):
+    def unknown(uid: int) -> None:
+        raise error(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    name_user()
+    assert getpass.getuser() == f"user{os.getuid()}"
+    os.environ["LOGNAME"] = "ada"
+    name_user()
+    assert getpass.getuser() == "ada"
 
 
 def test_records_state_times_in_utc(monkeypatch):

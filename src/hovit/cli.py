@@ -16,7 +16,7 @@ import typer
 
 from .utils.errors import HovitError
 from .utils.files import write_json
-from .utils.machine import use_writable_caches
+from .utils.machine import name_user, use_writable_caches
 
 if TYPE_CHECKING:
     from .config.plan import Plan
@@ -63,6 +63,7 @@ def load_plan(scale: str = "smoke", weights_file: Path | None = None) -> "Plan":
 def main() -> None:
     """Run the command line. A HovitError becomes one line on stderr and exit code 1."""
     use_writable_caches()
+    name_user()
     try:
         app()
     except HovitError as error:

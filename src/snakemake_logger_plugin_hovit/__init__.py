@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 
-from hovit.utils.machine import use_writable_caches
+from hovit.utils.machine import name_user, use_writable_caches
 
 LOG_LINES = 15  # of a failed job
 # Messages without an event that say nothing about this workflow.
@@ -36,7 +36,8 @@ class LogHandler(LogHandlerBase):
     """Prints a run's progress."""
 
     def __post_init__(self) -> None:
-        use_writable_caches()  # Snakemake makes its cache after this
+        use_writable_caches()  # Snakemake makes its cache and asks for the user after this
+        name_user()
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.plain = bool(self.common_settings.dryrun or self.common_settings.verbose)
         self.jobs: dict[int, str] = {}  # under way: id -> title

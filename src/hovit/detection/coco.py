@@ -5,10 +5,10 @@ Paper: `Microsoft COCO: Common Objects in Context` - https://arxiv.org/abs/1405.
 
 import hashlib
 import io
-import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from PIL import Image
@@ -19,6 +19,7 @@ from ..utils.files import read_json
 
 # (annotation, image): the two boxes of train2017 that have no height.
 KNOWN_EMPTY_BOXES = {(918, 200365), (2206849, 550395)}
+LARGEST = sys.float_info.max
 MIN_SIDE = 1.0  # pixels; training skips narrower boxes (our choice)
 
 
@@ -99,8 +100,8 @@ def _ids(path: Path, what: str, entries: list[dict[str, Any]]) -> list[int]:
     seen: set[int] = set()
     for entry in entries:
         number = entry.get("id")
-        if type(number) is not int:
-            raise HovitError(f"{path}: {what}: every id must be an integer")
+        if not is_id(number):
+            raise HovitError(f"{path}: {what}: every id must be an integer of 64 bits")
         if number in seen:
             raise HovitError(f"{path}: {what} {number} is listed twice")
         seen.add(number)
@@ -110,12 +111,12 @@ def _ids(path: Path, what: str, entries: list[dict[str, Any]]) -> list[int]:
 def _size(path: Path, image: dict[str, Any]) -> tuple[int, int]:
     """(width, height) of a listed image."""
     where, name = f"{path}: image {image['id']}", image.get("file_name")
-    parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+    parts = PurePosixPath(name).parts if isinstance(name, str) and name.isprintable() else ()
     if not parts or ".." in parts or parts[0] == "/":
-        raise HovitError(f"{where}: file_name {name!r} is not inside the folder")
+        raise HovitError(f"{where}: file_name {name!r} is not inside the folder, or not printable")
     width, height = image.get("width"), image.get("height")
     if type(width) is not int or type(height) is not int or min(width, height) < 1:
-        raise HovitError(f"{where}: width and height must be pixels, not {width}, {height}")
+        raise HovitError(f"{where}: width and height must be pixels, not {width!r}, {height!r}")
     return width, height
 
 
@@ -126,11 +127,11 @@ def _box(
     where = f"{path}: annotation {entry['id']}"
     image, category, box = (entry.get(key) for key in ("image_id", "category_id", "bbox"))
     if type(image) is not int or image not in sizes:
-        raise HovitError(f"{where}: image {image} is not listed")
+        raise HovitError(f"{where}: image {image!r} is not listed")
     if type(category) is not int or category not in categories:
-        raise HovitError(f"{where}: category {category} is not listed")
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        raise HovitError(f"{where}: bbox must be [left, top, width, height], not {str(box)[:60]}")
+        raise HovitError(f"{where}: category {category!r} is not listed")
+    if not is_box(box):
+        raise HovitError(f"{where}: bbox must be [left, top, width, height], not {repr(box)[:60]}")
     left, top, width, height = box
     if min(width, height) <= 0 and (entry["id"], image) not in KNOWN_EMPTY_BOXES:
         raise HovitError(f"{where}: its box {box} has no area")
@@ -140,14 +141,25 @@ def _box(
             f"{where}: its box {box} lies outside image {image} of {limits[0]} x {limits[1]} pixels"
         )
     area, crowd = entry.get("area", width * height), entry.get("iscrowd", 0)
-    if not _is_number(area) or type(crowd) is not int or crowd not in (0, 1):
+    if not is_number(area) or type(crowd) is not int or crowd not in (0, 1):
         raise HovitError(f"{where}: area must be a number, and iscrowd 0 or 1")
     return {"id": entry["id"], "image_id": image, "category_id": category, "bbox": box,
             "area": area, "iscrowd": int(crowd)}  # fmt: skip
 
 
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+def is_id(value: object) -> TypeGuard[int]:
+    """Whether a value from JSON is an integer that fits into 64 bits."""
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value from JSON is a number that fits into a float: not NaN, not infinite."""
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) <= LARGEST
+
+
+def is_box(value: object) -> TypeGuard[list[float]]:
+    """Whether a value from JSON is a list of four numbers."""
+    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
 
 
 def _images_with_boxes(

@@ -7,7 +7,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ import numpy as np
 
 from ..utils.errors import HovitError, one_line
 from ..utils.files import atomic, digest
-from .coco import Annotations, CocoImage
+from .coco import Annotations, CocoImage, is_box, is_id, is_number
 
 # the first six of COCOeval.stats, in its order
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
-KEYS = {"image_id", "category_id", "bbox", "score"}
+KEYS: dict[str, Callable[[object], bool]] = {
+    "bbox": is_box, "category_id": is_id, "image_id": is_id, "score": is_number,
+}  # fmt: skip
 MAX_DETECTIONS = 100  # per image, in COCOeval
 
 
@@ -105,10 +107,17 @@ def read_detections(path: Path) -> list[dict[str, Any]]:
         found = json.loads(gzip.decompress(path.read_bytes()))
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise HovitError(f"{path}: not readable as detections ({one_line(error)})") from None
-    if not isinstance(found, list) or not all(
-        isinstance(e, dict) and e.keys() == KEYS for e in found
-    ):
+    if not isinstance(found, list) or not all(map(_is_detection, found)):
         raise HovitError(
-            f"{path}: not detections: a list of objects with {', '.join(sorted(KEYS))}"
+            f"{path}: not detections: a list of objects with {', '.join(KEYS)}, all numbers "
+            "(the box: four)"
         )
     return found
+
+
+def _is_detection(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == KEYS.keys()
+        and all(is_valid(value[key]) for key, is_valid in KEYS.items())
+    )

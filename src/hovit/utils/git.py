@@ -10,7 +10,8 @@ from .errors import HovitError
 def git(root: Path, *args: str) -> bytes:
     """Output of a git command in `root`.
 
-    Environment variables such as GIT_DIR are ignored: they may name another repository.
+    Environment variables such as GIT_DIR are ignored: they may name another repository. The
+    repository may belong to another user, as when it is mounted into a container.
 
     Raises:
         HovitError: if git is missing or fails.
@@ -18,8 +19,9 @@ def git(root: Path, *args: str) -> bytes:
     clean = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     try:
         return subprocess.run(
-            ["git", "-C", str(root), *args], capture_output=True, check=True, timeout=60, env=clean
-        ).stdout
+            ["git", "-c", "safe.directory=*", "-C", str(root), *args],
+            capture_output=True, check=True, timeout=60, env=clean,
+        ).stdout  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         raise HovitError(f"{root.resolve()}: git {args[0]} failed") from None
 

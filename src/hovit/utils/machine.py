@@ -5,6 +5,7 @@ Affinity masks (`taskset`, Slurm) and control groups (containers, systemd) limit
 """
 
 import errno
+import getpass
 import math
 import os
 from collections.abc import Iterator
@@ -91,13 +92,27 @@ def use_writable_caches(folder: Path = Path(".snakemake/cache")) -> None:
         os.environ.setdefault("MPLCONFIGDIR", str(folder.absolute() / "matplotlib"))
 
 
+def name_user() -> None:
+    """Set USER if the user has no name, as in a container that runs with `--user 1000`.
+
+    Snakemake and PyTorch ask for the name, and stop with a traceback without one.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # OSError since Python 3.13
+        os.environ["USER"] = f"user{os.getuid()}"
+
+
 def _groups(controller: str, system: Path) -> Iterator[Path]:
     """Folders of the control groups that may limit a controller of this process, with parents.
 
-    In a container, the path may be that of the host. Then only the top folder exists.
+    In a container, the path may be that of the host. The folder of the container is then the root
+    of the mount.
     """
     mount = system / "sys/fs/cgroup"
     paths = {mount, mount / controller}
+    mounts = [line.split() for line in _read(system / "proc/self/mountinfo").splitlines()]
+    root_of = {fields[4]: fields[3] for fields in mounts if len(fields) > 4}
     for line in _read(system / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers in ("", "name=systemd"):
@@ -107,7 +122,9 @@ def _groups(controller: str, system: Path) -> Iterator[Path]:
         else:
             continue
         for top in tops:
-            inner = top / path.lstrip("/")
+            root = root_of.get(f"/{top.relative_to(system)}", "/")
+            below = path.removeprefix(root) if Path(path).is_relative_to(root) else path
+            inner = top / below.lstrip("/")
             paths |= {inner, *(p for p in inner.parents if p.is_relative_to(top))}
     yield from sorted(path for path in paths if path.is_dir())
 
