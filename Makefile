@@ -92,4 +92,4 @@ gpu-kit: setup ## Write a folder for a GPU machine without network; STUDIES="hov
 		$(if $(DATA),--data-root "$(DATA)") $(if $(KIT_PYTHON),--python $(KIT_PYTHON) $(MISSING:%=--package %))
 
 clean: ## Remove tables, claims, page, metrics, figures and logs; keep runs, evidence and data
-	rm -rf results/tables results/metrics results/claims.* results/index.html figures logs
+	rm -rf results/tables results/metrics results/claims.* results/index.html figures/*.pdf figures/*.png logs

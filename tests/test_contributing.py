@@ -22,7 +22,7 @@ from hovit.training.checkpoint import save_weights
 from hovit.utils.create_model import create_model
 from hovit.utils.generated import marks
 
-TOP = ("src", "config", "dvc.yaml")
+TOP = ("src", "config", "dvc.yaml", "figures")
 
 
 def listed_files(section: str) -> list[str]:
@@ -33,18 +33,20 @@ def listed_files(section: str) -> list[str]:
 
 
 class Copy:
-    """A copy of the artifact's code and config that may be changed."""
+    """A copy of the artifact's code, config and thumbnails that may be changed."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         ignore = shutil.ignore_patterns("__pycache__")
         for name in ("src", "config"):
             shutil.copytree(ROOT / name, root / name, ignore=ignore)
-        shutil.copyfile(ROOT / "dvc.yaml", root / "dvc.yaml")
+        shutil.copytree(ROOT / "figures/thumbnails", root / "figures/thumbnails")
+        for name in ("dvc.yaml", "figures/README.md"):
+            shutil.copyfile(ROOT / name, root / name)
         self.before = self.files()
 
     def files(self) -> dict[str, str]:
-        """Path -> sha256 of each file of code and config."""
+        """Path -> sha256 of each file in TOP."""
         paths = [p for name in TOP for p in (self.root / name, *(self.root / name).rglob("*"))]
         return {
             path.relative_to(self.root).as_posix(): sha256(path.read_bytes()).hexdigest()
@@ -402,14 +404,24 @@ def test_a_figure(copy: Copy) -> None:
 
 
 FIGURES = {
-    "another": Figure("Another figure", ("hovit",), another),
+    "another": Figure("Another figure", ("hovit",), another, ("top1",)),
 """,
     )
     plots = "  - figures/five_ideas.png\n"
     copy.edit("dvc.yaml", plots, plots.replace("five_ideas", "another") + plots)
+    outs = "      - figures/five_ideas.png:\n          persist: true\n"
+    copy.edit("dvc.yaml", outs, outs.replace("five_ideas", "another") + outs)
+    outs = outs.replace("png", "pdf")
+    copy.edit("dvc.yaml", outs, outs.replace("five_ideas", "another") + outs)
+    for name in ("README.md", "ARTIFACT.md"):
+        shutil.copyfile(ROOT / name, copy.root / name)
+    (copy.root / "results").mkdir()
+    (copy.root / "results/evidence").symlink_to(ROOT / "results/evidence")
+    copy.hovit("readme")
     copy.changes_what("Add a figure")
     copy.hovit("figure", "another")
-    assert {p.name for p in (copy.root / "figures").iterdir()} == {"another.pdf", "another.png"}
+    files = {p.name for p in (copy.root / "figures").iterdir() if p.is_file()}
+    assert files == {"README.md", "another.pdf", "another.png"}
 
 
 def test_every_section_with_files_is_tested() -> None:

@@ -20,7 +20,9 @@ from hovit.utils.errors import HovitError
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("dvc")]  # they share one repository
 TRACKED = ("Snakefile", "dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvc/plots", ".dvcignore",
-           ".gitignore", "profiles", "config", "src", "results/evidence")  # fmt: skip
+           ".gitignore", "profiles", "config", "src", "results/evidence", "figures/README.md",
+           "figures/thumbnails")  # fmt: skip
+FIGURE = "training_curves"  # reads the study below alone
 STUDY = """
 id: hovit
 title: "Two rows"
@@ -63,7 +65,7 @@ def git(root: Path, *args: str) -> str:
 
 
 def shrink(root: Path) -> None:
-    """Leave one study with two rows, no figure, no paper, one claim and a few images."""
+    """Leave one study with two rows, one figure, no paper, one claim and a few images."""
     for kind, name, text in (("studies", "hovit", STUDY), ("claims", "tiny", CLAIMS)):
         shutil.rmtree(root / "config" / kind)
         (root / "config" / kind).mkdir()
@@ -73,6 +75,7 @@ def shrink(root: Path) -> None:
     for name in ("sample", "mini", "proxy"):
         (root / f"config/scales/{name}.yaml").unlink()
     pipeline = (root / "dvc.yaml").read_text()
+    others = FIGURES.keys() - {FIGURE}
     edits = {
         "config/scales/smoke.yaml": [
             ("{row: pretraining/resnet50}", "{timm: resnet50.a1_in1k}"),
@@ -82,10 +85,9 @@ def shrink(root: Path) -> None:
             ),
             ("keep_weights: false", "keep_weights: true"),  # bytes for DVC to keep
         ],
-        "Snakefile": [("figure=FIGURES, ext", "figure=[], ext")],  # they need more studies
+        "Snakefile": [("figure=FIGURES, ext", f'figure=["{FIGURE}"], ext')],
         "dvc.yaml": [
             ("--cores all", "--cores 2"),
-            ("      - figures:\n          persist: true\n", ""),
             (
                 pipeline[
                     pipeline.index("  paper:\n") : pipeline.index("  # The metadata of Snakemake")
@@ -93,8 +95,12 @@ def shrink(root: Path) -> None:
                 "",
             ),
             ("      - paper/paper.pdf\n      - results/paper\n", ""),
-            ("      - figures\n", ""),
-            *((f"  - figures/{figure}.png\n", "") for figure in FIGURES),
+            *((f"  - figures/{name}.png\n", "") for name in others),
+            *(
+                (f"      - figures/{name}.{ext}:\n          persist: true\n", "")
+                for name in others
+                for ext in ("pdf", "png")
+            ),
         ],
     }
     for name, replacements in edits.items():
@@ -181,8 +187,11 @@ def test_repro_on_a_fresh_clone_makes_the_tables_and_then_rests(made: Path) -> N
     assert_at_rest(made)
 
 
-def test_after_a_push_and_a_pull_nothing_is_made_again(pulled_clone: Path) -> None:
+def test_after_a_push_and_a_pull_nothing_is_made_again(pulled_clone: Path, made: Path) -> None:
     assert_at_rest(pulled_clone)
+    for name in (f"{FIGURE}.pdf", f"{FIGURE}.png", "README.md"):  # DVC's files, and git's
+        files = [root / "figures" / name for root in (pulled_clone, made)]
+        assert files[0].read_bytes() == files[1].read_bytes()
     assert "files match dvc.lock" in ok(pulled_clone, sys.executable, "-m", "hovit", "verify")
 
 
@@ -332,6 +341,8 @@ def test_dvc_is_quiet_and_its_stages_are_whole() -> None:
     assert all(next(iter(out.values())) == {"persist": True} for out in outs)
     plots = {plot for plot in pipeline["plots"] if isinstance(plot, str)}
     assert plots == {f"figures/{figure}.png" for figure in FIGURES}
+    drawn = {path for out in outs for path in out if path.startswith("figures/")}
+    assert drawn == {f"figures/{figure}.{ext}" for figure in FIGURES for ext in ("pdf", "png")}
     params = {next(iter(param)) for param in pipeline["stages"]["runs"]["params"]}
     recipes = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("config/recipes/*.yaml")}
     assert params == recipes | {"config/scales/${scale}.yaml"}

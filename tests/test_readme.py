@@ -1,5 +1,8 @@
 """README's results are what the committed evidence says."""
 
+import fnmatch
+import re
+import shutil
 from io import BytesIO
 from pathlib import Path
 
@@ -7,10 +10,21 @@ import matplotlib.image
 import numpy as np
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 from hovit.config.plan import load_plan
+from hovit.records.evidence import EVIDENCE
+from hovit.report.figures.draw import FIGURES
+from hovit.report.figures.thumbnails import (
+    LIMIT,
+    THUMBNAILS,
+    WIDTHS,
+    committed,
+    figures_section,
+    thumbnail,
+    write_thumbnails,
+)
 from hovit.report.readme import (
-    ARTIFACT,
     COMMAND,
     DRAWN,
     FINDINGS,
@@ -18,40 +32,116 @@ from hovit.report.readme import (
     PARTS,
     PICTURE,
     README,
+    evidence_alone,
     findings_section,
     picture,
 )
 from hovit.report.readme import write_readme as write
-from hovit.report.sources import load_sources
+from hovit.report.sources import Sources, load_sources
 from hovit.utils.errors import HovitError
 from hovit.utils.generated import around, marks
 
+FILES = {file for file, _ in PARTS.values()}
+
+
+@pytest.fixture(scope="module")
+def sources() -> Sources:
+    return evidence_alone(load_plan("smoke", ROOT / "config"), ROOT)
+
 
 @pytest.mark.parametrize("part", PARTS)
-def test_readme_is_what_the_evidence_says(part: str) -> None:
+def test_readme_is_what_the_evidence_says(part: str, sources: Sources) -> None:
     """If this fails, `hovit readme` writes it again."""
     file, section = PARTS[part]
     whole = (ROOT / file).read_text()
     before, after = around(whole, part, COMMAND, file)
     text = whole.removeprefix(before).removesuffix(after)
-    assert text == section(load_sources(load_plan("smoke", ROOT / "config"), ROOT))
+    assert text == section(sources)
 
 
-def test_every_finding_has_its_numbers() -> None:
-    text = findings_section(load_sources(load_plan("smoke", ROOT / "config"), ROOT))
+def test_every_finding_has_its_numbers(sources: Sources) -> None:
+    text = findings_section(sources)
     assert text.count("<sub>") == len(FINDINGS)
     assert "not measured" not in text
     assert "{" not in text
 
 
-def test_its_picture_too() -> None:
-    drawn = matplotlib.image.imread(
-        BytesIO(picture(load_sources(load_plan("smoke", ROOT / "config"), ROOT))), format="png"
-    )
-    kept = matplotlib.image.imread(ROOT / PICTURE)
-    assert kept.shape == drawn.shape
-    other = (np.abs(kept - drawn) > 0.2).any(axis=-1)
-    assert other.sum() < 20  # pixels; a mark is larger, and another processor may round a few
+def assert_same_picture(kept: Path, drawn: bytes) -> None:
+    """Equal size and pixels; another processor may round a few, and a mark has more."""
+    images = [matplotlib.image.imread(file, format="png") for file in (kept, BytesIO(drawn))]
+    assert images[0].shape == images[1].shape
+    other = (np.abs(images[0] - images[1]) > 0.2).any(axis=-1)
+    assert other.sum() < 20
+
+
+def test_its_picture_too(sources: Sources) -> None:
+    assert_same_picture(ROOT / PICTURE, picture(sources))
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_thumbnails_are_what_the_evidence_says(name: str, sources: Sources) -> None:
+    file = ROOT / THUMBNAILS / f"{name}.png"
+    if committed(FIGURES[name], sources):
+        assert_same_picture(file, thumbnail(sources, name))
+        assert file.stat().st_size <= LIMIT
+    else:
+        assert not file.exists()
+
+
+def test_thumbnails_are_few_and_small() -> None:
+    files = list((ROOT / THUMBNAILS).iterdir())
+    assert {file.stem for file in files} <= FIGURES.keys()
+    assert sum(file.stat().st_size for file in files) <= 400_000
+    assert {Image.open(file).width for file in files} <= set(WIDTHS)
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """A folder with the evidence of one scale, which has one figure."""
+    place = EVIDENCE / "amd-epyc/photographs"
+    shutil.copytree(ROOT / place, tmp_path / place)
+    return tmp_path
+
+
+def test_a_figure_without_committed_results_has_no_thumbnail(photographs: Path) -> None:
+    sources = evidence_alone(load_plan("smoke", ROOT / "config"), photographs)
+    (photographs / THUMBNAILS).mkdir(parents=True)
+    (photographs / THUMBNAILS / "attention_maps.png").write_bytes(b"of an earlier config")
+    write_thumbnails(sources, photographs)
+    assert [p.name for p in (photographs / THUMBNAILS).iterdir()] == ["generated_images.png"]
+    lines = [line for line in figures_section(sources).splitlines() if "snakemake" in line]
+    without = [line for line in lines if line.startswith("| no committed results | ")]
+    assert len(without) == len(lines) - 1 == len(FIGURES) - 1
+    assert not any("drawn from" in line for line in without)
+
+
+def test_packed_images_of_this_machine_are_not_in_a_thumbnail(photographs: Path) -> None:
+    plan = load_plan("smoke", ROOT / "config")
+    before = thumbnail(evidence_alone(plan, photographs), "generated_images")
+    task = load_plan("photographs", ROOT / "config").analyse_task(plan.analysis("generated_images"))
+    assert task is not None
+    for pack in task.packs.values():
+        (photographs / pack.folder).mkdir(parents=True, exist_ok=True)
+        np.save(photographs / pack.folder / "images.npy", np.zeros((1033, 8, 8, 3), np.uint8))
+    assert thumbnail(evidence_alone(plan, photographs), "generated_images") == before
+    assert thumbnail(load_sources(plan, photographs), "generated_images") != before
+
+
+def test_results_readme_lists_all_outputs() -> None:
+    """The ignored files of .gitignore, and all that git tracks."""
+    text = (ROOT / "results/README.md").read_text()
+    cells = re.findall(r"^\| (`.*?) \|", text, flags=re.M)
+    names = {name for cell in cells for name in re.findall("`([^`]+)`", cell)}
+    listed = {name.split("/")[0] for name in names if not name.startswith("../")}
+    lines = (ROOT / ".gitignore").read_text().splitlines()
+    ignored = [x.removeprefix("/results/").rstrip("/") for x in lines if x.startswith("/results/")]
+    assert all(fnmatch.filter(listed, pattern) for pattern in ignored)
+
+    def tracked(names: set[str]) -> set[str]:
+        return {name for name in names if not any(fnmatch.fnmatch(name, p) for p in ignored)}
+
+    found = {path.name for path in (ROOT / "results").iterdir()}
+    assert tracked(listed) == tracked(found) - {"README.md"}
 
 
 def test_every_headline_is_a_claim_and_what_is_drawn_is_a_ratio() -> None:
@@ -62,7 +152,8 @@ def test_every_headline_is_a_claim_and_what_is_drawn_is_a_ratio() -> None:
 
 
 def test_a_readme_without_the_marks_is_refused(tmp_path: Path) -> None:
-    for file in (README, ARTIFACT):
+    for file in FILES:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text("# Another title\n")
     with pytest.raises(HovitError, match="needs the lines <!-- findings"):
         write(load_plan("smoke", ROOT / "config"), tmp_path)
@@ -70,7 +161,8 @@ def test_a_readme_without_the_marks_is_refused(tmp_path: Path) -> None:
 
 
 def test_without_evidence_it_says_so(tmp_path: Path) -> None:
-    for file in (README, ARTIFACT):
+    for file in FILES:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
         own = [part for part, (place, _) in PARTS.items() if place == file]
         (tmp_path / file).write_text("".join(line for part in own for line in marks(part, COMMAND)))
     with pytest.raises(HovitError, match="no evidence for README's table of results"):

@@ -469,7 +469,7 @@ def claims(
 
 @app.command()
 def readme() -> None:
-    """Write the generated parts of README, ARTIFACT and the model cards, from committed records."""
+    """Write the generated parts of READMEs, ARTIFACT and model cards, from committed records."""
     from .pipeline.describe_models import describe_model, registered_models
     from .report.model_cards import write_cards
     from .report.readme import write_readme

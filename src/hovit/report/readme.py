@@ -1,4 +1,4 @@
-"""README's findings and results, and ARTIFACT's checklist, from the committed records alone."""
+"""Findings, results, checklist and thumbnails in Markdown, from the committed records alone."""
 
 from io import BytesIO
 from pathlib import Path
@@ -12,6 +12,7 @@ from ..utils.files import atomic, write_text
 from ..utils.generated import around
 from .claims.check import Verdict, check_claim
 from .claims.compare import Missing, against, claim_values
+from .figures import thumbnails
 from .number import significant
 from .results import Results, Value
 from .sources import Sources, load_sources
@@ -185,11 +186,12 @@ PARTS = {
     "findings": (README, findings_section),
     "results": (README, results_section),
     "checklist": (ARTIFACT, checklist_section),
+    "figures": (thumbnails.README, thumbnails.figures_section),
 }
 
 
 def write_readme(plan: Plan, root: Path = Path()) -> None:
-    """Write the parts of README and ARTIFACT between their marks, and README's picture.
+    """Write the parts of each file between their marks, README's picture and the thumbnails.
 
     Raises:
         HovitError: if a part is missing, or there are no committed records.
@@ -197,12 +199,13 @@ def write_readme(plan: Plan, root: Path = Path()) -> None:
     texts = {file: (root / file).read_text(encoding="utf-8") for file, _ in PARTS.values()}
     for part, (file, _) in PARTS.items():
         around(texts[file], part, COMMAND, root / file)  # before anything is computed
-    sources = _evidence_alone(plan, root)
+    sources = evidence_alone(plan, root)
     for part, (file, section) in PARTS.items():
         before, after = around(texts[file], part, COMMAND, root / file)
         texts[file] = before + section(sources) + after
     with atomic(root / PICTURE) as path:
         path.write_bytes(picture(sources))
+    thumbnails.write_thumbnails(sources, root)
     for file, text in texts.items():
         write_text(root / file, text)
 
@@ -262,13 +265,14 @@ def _sides(sources: Sources, claim: Claim) -> tuple[Value, Value, str] | None:
     return None
 
 
-def _evidence_alone(plan: Plan, root: Path) -> Sources:
-    """The committed evidence, without this run."""
+def evidence_alone(plan: Plan, root: Path) -> Sources:
+    """The committed evidence, without the runs and the images of this machine."""
     sources = load_sources(plan, root)
     if not sources.evidence:
         raise HovitError(f"{root / 'results/evidence'}: no evidence for README's table of results")
-    nothing = Results(plan, root, Path("results/no-run"))
-    return Sources(nothing, sources.evidence)
+    nothing = Results(plan, root, Path("results/no-run"), with_packs=False)
+    evidence = (Results(r.plan, root, r.base, with_packs=False) for r in sources.evidence)
+    return Sources(nothing, tuple(evidence))
 
 
 def _claims(plan: Plan) -> dict[str, tuple[Claim, str]]:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from ..config.metrics import Quantity, quantity
 from ..config.plan import Plan
-from ..config.runs import PREDICTIONS, RUNS, Run, protocol
+from ..config.runs import PREDICTIONS, RUNS, Pack, Run, protocol
 from ..config.schema import Row, Study
 from ..config.tasks import Task, TrainTask
 from ..records.predictions import predictions_digest, read_predictions
@@ -37,12 +37,14 @@ class RecordSource:
         plan: config at the source's scale.
         root: top folder of the artifact.
         base: folder of the records: `results/runs`, or one device's evidence.
+        with_packs: whether to show and count the packed images of this machine.
         problems: path of a record that is not used -> what is wrong with it.
     """
 
     plan: Plan
     root: Path = Path()
     base: Path = RUNS
+    with_packs: bool = True
     problems: dict[Path, str] = field(default_factory=dict, compare=False)
     _read: dict[Path, Record | None] = field(default_factory=dict, compare=False, repr=False)
     _trained: dict[tuple[str, str], list[tuple[Run, Record]]] = field(
@@ -73,6 +75,11 @@ class RecordSource:
     def place(self, path: Path) -> Path:
         """Path of a file in this source, for a task's path under `results/runs`."""
         return self.base / path.relative_to(RUNS)
+
+    def packed(self, pack: Pack, file: str) -> Path | None:
+        """A file of a pack; None if it is not on this machine, or packs are not used."""
+        path = self.root / pack.folder / file
+        return path if self.with_packs and path.exists() else None
 
     def record(self, task: Task | None) -> Record | None:
         """The record of a task; None if there is none that can be used.

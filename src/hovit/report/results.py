@@ -228,15 +228,15 @@ class Results(RecordSource):
             by_rule["images"] = row.total
             return Value(float(by_rule[metric])) if metric in by_rule else None
         packs = self.plan.packs_of(row.dataset) if row.dataset else []
-        path = packs[0].folder / "pack.json" if packs else None
-        if path is None or not (self.root / path).exists():
+        file = self.packed(packs[0], "pack.json") if packs else None
+        if file is None:
             return None
-        images, size = _image_counts(self.root / path.parent)
+        images, size = _image_counts(file.parent)
         limit = self.plan.scale.limit
         used = {split: min(n, getattr(limit, split) or n) for split, n in images.items()}
         counts: dict[str, float] = {f"images_{split}": n for split, n in used.items()}
         counts |= {"images": sum(images.values()), "gigabytes": size / 1e9}
-        return Value(float(counts[metric]), paths=(path,))
+        return Value(float(counts[metric]), paths=(file.relative_to(self.root),))
 
     def analysed_value(self, analysis_id: str, row_ref: str, name: str) -> Value | None:
         """A number that an analysis found for a row, STUDY/ROW."""

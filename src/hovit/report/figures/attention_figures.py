@@ -228,8 +228,8 @@ def attention_maps(results: Results) -> "Canvas":
 
 def photograph(results: Results, pack: Pack, index: int) -> "np.ndarray | None":
     """An image of a pack, uint8 [H, W, 3]; None if the images are not here, as with evidence."""
-    path = results.root / pack.folder / "images.npy"
-    if not path.exists():
+    path = results.packed(pack, "images.npy")
+    if path is None:
         return None
     image: np.ndarray = np.load(path, mmap_mode="r")[index]
     return image

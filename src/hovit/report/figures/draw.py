@@ -1,6 +1,8 @@
 """Figures, drawn from records alone, with the numbers of the papers."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -49,9 +51,29 @@ class Figure:
     analyses: tuple[str, ...] = ()
     all_sources: bool = False
 
+    @property
+    def about(self) -> str:
+        """What it shows, for captions: the docstring of `plot`."""
+        return re.sub(r"\s+", " ", self.plot.__doc__ or "").strip()
+
     def results(self, sources: Sources) -> Results:
         """The source that it is drawn from."""
         return sources.for_figure(self.studies, self.numbers, self.analyses)
+
+    @contextmanager
+    def drawn(self, sources: Sources) -> Iterator["Canvas"]:
+        """The figure in the style of all figures; closed afterwards."""
+        import matplotlib.pyplot as plt
+
+        from . import style
+
+        with plt.rc_context(style.RC):
+            canvas = self.plot(sources if self.all_sources else self.results(sources))
+            style.fix_layout(canvas)
+            try:
+                yield canvas
+            finally:
+                plt.close(canvas)
 
 
 def draw(plan: Plan, name: str, root: Path = Path()) -> None:
@@ -67,20 +89,12 @@ def draw_from(sources: Sources, name: str, root: Path = Path()) -> None:
     """As `draw`, from sources that are read already."""
     if name not in FIGURES:
         raise HovitError(f"no figure {name!r}; there are {', '.join(FIGURES)}")
-    import matplotlib.pyplot as plt
-
-    from . import style
-
-    figure = FIGURES[name]
-    with plt.rc_context(style.RC):
-        canvas = figure.plot(sources if figure.all_sources else figure.results(sources))
-        style.fix_layout(canvas)
+    with FIGURES[name].drawn(sources) as canvas:
         for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
             content = BytesIO()  # in memory: on a full disk, matplotlib fails in other ways
             canvas.savefig(content, format=suffix[1:], metadata=metadata)
             with atomic(root / FOLDER / f"{name}{suffix}") as path:
                 path.write_bytes(content.getvalue())
-        plt.close(canvas)
 
 
 TIMES_AND_TOP1 = ("latency_1", "top1")

@@ -5,7 +5,6 @@ The text is `paper/**/*.typ` and holds no numbers. `variables.json` has each num
 `coverage.json` and `costs.json` hold the rest. The same records and text give the same bytes.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -246,7 +245,7 @@ def _figures(sources: Sources, root: Path) -> dict[str, Any]:
         path = FOLDER / f"{name}.pdf"
         found[name] = {
             "title": figure.title,
-            "about": re.sub(r"\s+", " ", figure.plot.__doc__ or "").strip(),
+            "about": figure.about,
             "studies": list(figure.studies),
             "file": f"/{path}" if (root / path).exists() else "",
         }
