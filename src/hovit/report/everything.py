@@ -28,8 +28,8 @@ def write_everything(
 ) -> None:
     """Write tables, figures, claims, page and paper.
 
-    Cells without a record stay empty. The files are dated 1970, before all of their inputs, so
-    that Snakemake trains what is missing and writes them again.
+    Cells without a record stay empty. `snakemake` still makes the missing records, and then the
+    reports.
 
     Args:
         plan: the plan of the scale whose records count as this run.
@@ -49,5 +49,11 @@ def write_everything(
     log("page: results/index.html")
     write_paper(plan, root)
     log("paper: paper/paper.pdf")
-    for path in (path for pattern in REPORTS for path in root.glob(pattern)):
-        os.utime(path, (0, 0))
+    date_before_inputs(root)
+
+
+def date_before_inputs(root: Path) -> None:
+    """Date all reports 1970, so that Snakemake makes what is missing, and then the reports."""
+    for pattern in REPORTS:
+        for path in root.glob(pattern):
+            os.utime(path, (1, 1))  # Snakemake takes 0 for no time
