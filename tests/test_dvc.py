@@ -89,9 +89,7 @@ def shrink(root: Path) -> None:
         "dvc.yaml": [
             ("--cores all", "--cores 2"),
             (
-                pipeline[
-                    pipeline.index("  paper:\n") : pipeline.index("  # The metadata of Snakemake")
-                ],
+                pipeline[pipeline.index("  paper:\n") : pipeline.index("  # Snakemake metadata")],
                 "",
             ),
             ("      - paper/paper.pdf\n      - results/paper\n", ""),

@@ -1,10 +1,12 @@
 """Costs against hand counts, the latency protocol with a made-up clock, and a study's record."""
 
+import gc
 import json
 import platform
 import subprocess
 import sys
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +22,7 @@ from hovit.config.plan import Plan, load_plan
 from hovit.config.runs import protocol
 from hovit.config.schema import Latency, OnGpu
 from hovit.measure import latency as latency_module
-from hovit.measure.cost import FLASH_ON_CPU, _counter, cost, macs
+from hovit.measure.cost import FLASH_ON_CPU, _count_training, _counter, cost, macs
 from hovit.measure.latency import (
     CapturedPass,
     forward_ms,
@@ -755,3 +757,12 @@ def test_a_process_that_fails_is_one_line(tmp_path):
     spec = {"latency": {"rounds": 2, "processes": 2, "threads": 1, "memory": "returned"}}
     with pytest.raises(HovitError, match=r"^x\.process0\.partial\.json: KeyError: 'image_size'$"):
         time_in_processes(spec | {"rows": {}}, {}, tmp_path / "x.partial.json", float("inf"))
+
+
+def test_counting_frees_the_model() -> None:
+    net = timm.create_model("levit_deck", depth=(1, 1, 1))
+    _count_training(net, 64)
+    watched = weakref.ref(net)
+    del net
+    gc.collect()
+    assert watched() is None

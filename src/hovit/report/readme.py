@@ -133,7 +133,7 @@ def results_section(sources: Sources) -> str:
             "",
             *lines,
             "",
-            "*Our check* marks a statement that no paper makes. Accuracies are test top-1 on "
+            "*Added here* marks a statement that no paper makes. Accuracies are test top-1 on "
             "stand-in images at small size with few epochs, so their verdicts hold for these "
             "images only. `results/claims.md` has all claims, and explains the verdicts.",
             "",
