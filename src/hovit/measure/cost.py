@@ -101,7 +101,8 @@ def _count_training(net: nn.Module, image_size: int | None) -> dict[str, int]:
         if storage.data_ptr() not in known:
             saved[storage.data_ptr()] = storage.nbytes()
             held.append(storage)
-        return tensor.detach()  # a graph that holds its own output is never freed, nor its model
+        # A graph that saves its own tensors is never freed, nor are the weights.
+        return tensor.detach()
 
     with _counter() as counter, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         output = net(*(x.requires_grad_() for x in inputs))
