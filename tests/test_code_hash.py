@@ -9,8 +9,6 @@ from hovit.utils.code_hash import (
     PACKAGE,
     _definitions,
     _hash,
-    _imports,
-    _meaning,
     code_hash,
     entry_points,
 )
@@ -26,7 +24,7 @@ def package(tmp_path: Path) -> Path:
 
 
 def hashes(package: Path) -> dict[str, str]:
-    for cached in (_hash, _imports, _meaning, _definitions, entry_points):
+    for cached in (_hash, _definitions, entry_points):
         cached.cache_clear()
     models = ("hovit", "l_hovit", "levit_deck", "resnet50")
     found = {model: code_hash("training", model, package) for model in models}

@@ -93,7 +93,7 @@ def _hash(purpose: str, models: tuple[str, ...], package: Path) -> str:
     total = hashlib.sha256()
     for path in sorted(_closure(start, indirect, package)):
         total.update(path.relative_to(package).as_posix().encode())
-        total.update(_meaning(path).encode())
+        total.update(_meaning(path.read_text(encoding="utf-8")).encode())
     return total.hexdigest()
 
 
@@ -170,22 +170,34 @@ def _is_indirect(path: Path, indirect: tuple[str, ...], package: Path) -> bool:
     )
 
 
-@cache
 def _imports(path: Path, package: Path) -> list[Path]:
+    """Files of the package that a file imports."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = path.parents[node.level - 1]
-            target = base.joinpath(*(node.module or "").split("."))
-            found += [target.with_suffix(".py")]
-            found += [(target / alias.name).with_suffix(".py") for alias in node.names]
+    for level, module, names in _relative_imports(path.read_text(encoding="utf-8")):
+        target = (
+            path.parents[level - 1].joinpath(*module.split("."))
+            if module
+            else path.parents[level - 1]
+        )
+        found += [target.with_suffix(".py")]
+        found += [(target / name).with_suffix(".py") for name in names]
     return [p for p in found if p.is_file() and package in p.parents]
 
 
+# By content: the packages of two commits share most files.
 @cache
-def _meaning(path: Path) -> str:
-    """The file's lines without docstrings, comments and blank lines; alike in every Python."""
-    source = path.read_text(encoding="utf-8")
+def _relative_imports(source: str) -> tuple[tuple[int, str, tuple[str, ...]], ...]:
+    """(level, module, names) of each relative import."""
+    return tuple(
+        (node.level, node.module or "", tuple(alias.name for alias in node.names))
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom) and node.level
+    )
+
+
+@cache
+def _meaning(source: str) -> str:
+    """The lines of a file without docstrings, comments and blank lines; alike in every Python."""
     lines = source.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
