@@ -5,6 +5,7 @@ import io
 import itertools
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
+from fuzz import damaged, damages, fuzz
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -44,6 +46,7 @@ from hovit.data.loader import (
     usable_workers,
 )
 from hovit.data.pack import Packed, open_pack, prepare
+from hovit.data.readers import read_items
 from hovit.utils.errors import HovitError
 from hovit.utils.files import alone
 
@@ -584,6 +587,17 @@ def test_labels_of_cars_that_cannot_be_read_are_named(name, spoil):
     refused(CARS, name, "cannot be read")
 
 
+def _crash(data_root: Path, split: str) -> None:
+    """As scipy does on some damaged files."""
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def test_a_crash_on_labels_of_cars_is_one_line(monkeypatch):
+    make_cars()
+    monkeypatch.setattr("hovit.data.readers._read_cars", _crash)
+    refused(CARS, "devkit/cars_train_annos.mat", "cannot be read", "terminated abruptly")
+
+
 def test_a_wrong_car_is_named():
     base = make_cars(train_3=5)
     refused(CARS, "cars_train/00003.jpg", "class 5", "1..4")
@@ -1122,3 +1136,37 @@ def test_step_seeds_are_distinct():
     assert len(seeds) == len(parts)
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert step_seed((0, 1, 2, 3)) == step_seed([0, 1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("make", "reader", "name"),
+    [
+        *((make_cars, CARS, f"stanford_cars/{name}") for name in PARTS[2:]),
+        *(
+            (make_pets, dataset("oxford_iiit_pet", 37), f"pets/oxford-iiit-pet/annotations/{name}")
+            for name in ("trainval.txt", "test.txt")
+        ),
+    ],
+    ids=lambda each: each.rpartition("/")[2] if isinstance(each, str) else "",
+)
+def test_a_damaged_list_of_labels_is_one_line_or_a_list(make, reader, name):
+    """Only the lists without a published checksum; torchvision refuses the others unread."""
+    make()
+    path = Path(name)
+    original = path.read_bytes()
+    refusals = []
+
+    @fuzz(15)
+    @given(damage=damages)
+    def run(damage):
+        path.write_bytes(damaged(original, damage))
+        try:
+            items = read_items(reader, Path("pets" if make is make_pets else "."))
+        except HovitError as error:
+            refusals.append(str(error))
+            assert "\n" not in refusals[-1]
+        else:
+            assert all(isinstance(item.label, str) for item in items)
+
+    run()
+    assert refusals

@@ -10,8 +10,10 @@ import re
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import takewhile
+from multiprocessing import get_context
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -209,9 +211,15 @@ CARS = (
 )  # fmt: skip
 
 
-def _stanford_cars(dataset: Dataset, data_root: Path) -> list[Item]:
+def _read_cars(data_root: Path, split: str) -> tuple[list[tuple[Path, int]], list[str]]:
+    """Path and class of each image of a split, and the names of all classes."""
     from torchvision.datasets import StanfordCars
 
+    cars = StanfordCars(str(data_root), split)
+    return [(Path(path), int(number)) for path, number in cars._samples], list(cars.classes)
+
+
+def _stanford_cars(dataset: Dataset, data_root: Path) -> list[Item]:
     base = data_root / "stanford_cars"
     if missing := [name for name in CARS if not (base / name).exists()]:
         raise HovitError(
@@ -221,14 +229,15 @@ def _stanford_cars(dataset: Dataset, data_root: Path) -> list[Item]:
     items = []
     for split in ("train", "test"):
         try:
-            cars = StanfordCars(str(data_root), split)
-            found = [(Path(path), int(number)) for path, number in cars._samples]
+            # In a process of its own, because scipy crashes on some damaged files.
+            with ProcessPoolExecutor(1, get_context("fork")) as pool:
+                found, names = pool.submit(_read_cars, data_root, split).result()
         except Exception as error:  # scipy raises errors of many types on broken files
             labels = base / CARS[2 if split == "test" else 4]
             raise HovitError(
                 f"{labels}, or {base / CARS[3]}: cannot be read ({one_line(error)})"
             ) from None
-        items += [_numbered(path, number, cars.classes, split) for path, number in found]
+        items += [_numbered(path, number, names, split) for path, number in found]
     return sorted(items, key=lambda item: item.path)
 
 
