@@ -24,7 +24,7 @@ from hovit.report.claims.check import (
     tally,
 )
 from hovit.report.claims.write import write_claims
-from hovit.report.figures.draw import FIGURES, draw, draw_from
+from hovit.report.figures.draw import FIGURES, draw
 from hovit.report.noise import student
 from hovit.report.results import Results, Value
 from hovit.report.sources import Sources, load_sources
@@ -381,14 +381,13 @@ def test_claims_are_written_and_counted(plan: Plan, root: Path) -> None:
 
 
 def test_figures_are_drawn_and_the_same_records_give_the_same_bytes(plan: Plan, root: Path) -> None:
-    first, second = load_sources(plan, root), load_sources(plan, root)
     for name in FIGURES:
-        draw_from(first, name, root)
+        draw(plan, name, root)
         files = [root / f"figures/{name}.{ext}" for ext in ("pdf", "png")]
         before = [file.read_bytes() for file in files]
         assert before[0][:5] == b"%PDF-"
         assert len(before[1]) > 5_000  # photographs are not packed here
-        draw_from(second, name, root)
+        draw(plan, name, root)
         for file, content in zip(files, before, strict=True):
             assert file.read_bytes() == content, file.name
     with pytest.raises(HovitError, match="there are training_curves"):

@@ -73,9 +73,7 @@ METRICS = {
         Metric("ap_medium", "AP medium", 1, "trained"),
         Metric("ap_large", "AP large", 1, "trained"),  # objects above 96 x 96 pixels
         Metric("latency", "Latency, ms", 2, "timed"),  # of one batch
-        Metric(
-            "captured", "As a CUDA graph, ms", 2, "timed"
-        ),  # in addition to latency, if it differs
+        Metric("captured", "As a CUDA graph, ms", 2, "timed"),  # if it differs from latency
         Metric("throughput", "Images/s", 1, "timed"),  # at the largest batch measured
         Metric("throughput_cpu", "Images/s, CPU", 1, is_measured=False),
         Metric("images", "Images", 0, "counted"),

@@ -369,9 +369,7 @@ class Row(Strict):
     recipe: Name | None = None  # None: the study's
     dataset: Role | None = None  # None: the study's; in a `data` study: the described role
     image_size: Annotated[int, Field(ge=32)] | None = None  # None: the study's
-    total: Annotated[int, Field(gt=0)] | None = (
-        None  # number of images to split by `rule`, without files
-    )
+    total: Annotated[int, Field(gt=0)] | None = None  # number of images to split by `rule`
     rule: Name | None = None  # dataset that defines the split
     part: Text | None = None  # submodule with a separate parameter count
     baseline: str | None = None  # row that latency and top-1 are compared with

@@ -14,12 +14,12 @@ from .claims.check import Verdict, check_claim
 from .claims.compare import Missing, against, claim_values
 from .figures import thumbnails
 from .number import significant
+from .order import NAMES
 from .results import Results, Value
 from .sources import Sources, load_sources
 
 README, ARTIFACT, PICTURE = Path("README.md"), Path("ARTIFACT.md"), Path("paper/front.png")
 COMMAND = "hovit readme"
-SYSTEMS = {"hovit": "HoViT", "skipvit": "SkipViT", "efficientvit": "EfficientViT"}
 # Claims of general interest. results/claims.md has all of them.
 HEADLINES = (
     "hovit-fewer-parameters",
@@ -147,7 +147,7 @@ def results_section(sources: Sources) -> str:
 def _line(v: Verdict) -> str:
     says = v.says + " (*added here*)" * (v.group == "own")
     return (
-        f"| {SYSTEMS[v.seed]} | {says} | {v.reported or ''} | {v.shown or '—'} | {v.label} "
+        f"| {NAMES[v.seed]} | {says} | {v.reported or ''} | {v.shown or '—'} | {v.label} "
         f"| {v.source or v.why} |"
     )
 

@@ -174,11 +174,7 @@ def _imports(path: Path, package: Path) -> list[Path]:
     """Files of the package that a file imports."""
     found = []
     for level, module, names in _relative_imports(path.read_text(encoding="utf-8")):
-        target = (
-            path.parents[level - 1].joinpath(*module.split("."))
-            if module
-            else path.parents[level - 1]
-        )
+        target = path.parents[level - 1].joinpath(*module.split("."))
         found += [target.with_suffix(".py")]
         found += [(target / name).with_suffix(".py") for name in names]
     return [p for p in found if p.is_file() and package in p.parents]

@@ -14,6 +14,7 @@ from ...config.plan import Plan
 from ...config.schema import Claim, ClaimGroup, Config, split_ref
 from ...utils.errors import HovitError
 from ...utils.files import read_json, write_json
+from ..order import NAMES
 from ..results import Results, Value
 from ..sources import Sources, load_sources
 from .compare import NO_RECORD, Missing, claim_values, compare, is_exact, units
@@ -191,12 +192,10 @@ def _stand_ins(results: Results, claim: Claim) -> list[str]:
 
 @lru_cache(maxsize=1)  # the claims, the page and the paper of one report check the same sources
 def check_all(sources: Sources) -> tuple[Verdict, ...]:
-    """Check every claim in config."""
-    return tuple(
-        check_claim(sources, claim, file.seed)
-        for file in sources.plan.config.claims.values()
-        for claim in file.claims
-    )
+    """Check every claim in config, paper by paper."""
+    papers = list(NAMES)
+    files = sorted(sources.plan.config.claims.values(), key=lambda file: papers.index(file.seed))
+    return tuple(check_claim(sources, claim, file.seed) for file in files for claim in file.claims)
 
 
 def counts(verdicts: Sequence[Verdict], group: ClaimGroup = "paper") -> dict[str, int]:

@@ -103,10 +103,10 @@ def _curve(
 
 
 def five_ideas(results: Results) -> "Canvas":
-    """Latency of each idea relative to its baseline, and accuracy: the deck's, then measured.
+    """Latency of each idea relative to its baseline, then reported and measured accuracy.
 
     The two accuracies have axes of their own, because they come from different images. Error bars:
-    half the interquartile range of the rounds' ratios; standard deviation over random seeds.
+    half the interquartile range of the ratios over rounds; standard deviation over random seeds.
     """
     import matplotlib.pyplot as plt
 

@@ -56,8 +56,7 @@ class _Collector:
         story = in_order(plan.config.studies.values())
         studies = [self.study(study) for study in story]
         verdicts = check_all(self.sources)
-        ordered = sorted(verdicts, key=lambda verdict: list(NAMES).index(verdict.seed))
-        claims = [self.claim(verdict) for verdict in ordered]
+        claims = [self.claim(verdict) for verdict in verdicts]
         by_id = {claim["id"]: claim for claim in claims}
         analyses = self.analyses()
         rest = coverage(self.sources)

@@ -82,7 +82,7 @@ def _training(results: Results, study: Study) -> dict[str, str]:
     if any(row.pretrained for row in rows):
         trained = [row for row in rows if results.trained(study, row)]
         started = sorted({results.weights_from(study, row) for row in trained} - {""})
-        facts["Pretrained weights from"] = "; ".join(started) or "no row is trained yet"
+        facts["Pretrained weights from"] = "; ".join(started) or "unknown until a row is trained"
     return facts
 
 
@@ -132,13 +132,13 @@ def _seeds(results: Results, study: Study) -> str:
     if not seeds:
         return "none trained yet"
     spread = ", mean ± standard deviation" if len(seeds) > 1 else ""
-    short = [
-        f"{row.label} n = {len(some)}"
+    fewer = [
+        f"{row.label} (n = {len(some)})" if some else f"{row.label} (not trained)"
         for row, some in found
         if len(some) < len(seeds) and results.plan.runs_of(study, row)
     ]
     text = f"{', '.join(map(str, seeds))} (n = {len(seeds)}{spread})"
-    return f"{text}; but {', '.join(short)}" if short else text
+    return f"{text}; fewer for {', '.join(fewer)}" if fewer else text
 
 
 def _evaluation(results: Results, study: Study) -> dict[str, str]:
