@@ -676,6 +676,20 @@ def test_printed_numbers_keep_their_digits():
             load(study)
 
 
+def test_specs_are_as_json_reads_them(plans):
+    """A record is compared with its task row by row; a tuple would differ from a list."""
+    for plan in plans.values():
+        analyses = map(plan.analyse_task, plan.config.analyses.values())
+        evaluations = map(plan.evaluate_task, plan.config.studies.values())
+        tasks = [
+            *plan.tasks(plan.config.studies.values()),
+            *filter(None, [*analyses, *evaluations]),
+        ]
+        assert len(tasks) > 50
+        for task in tasks:
+            assert json.loads(json.dumps(task.spec)) == task.spec, task
+
+
 def test_measure_spec_holds_what_decides_a_measurement(plans):
     plan = plans["smoke"]
     spec = plan.measure_task(plan.study("conv_stage")).spec

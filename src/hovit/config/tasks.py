@@ -17,6 +17,7 @@ from ..utils.code_hash import record_code
 from ..utils.device import Device
 from ..utils.errors import HovitError
 from ..utils.files import digest
+from ..utils.strict import json_value
 from .runs import RUNS, Pack, Run
 from .schema import Analysis, Row, Scale, Study
 
@@ -227,7 +228,8 @@ class MeasureTask(StudyTask):
 
     def _row(self, row: Row) -> dict[str, Any]:
         model = self.scale.measured_model(row)
-        spec = {"model": model, "model_args": row.model_args, "part": row.part}
+        args = json_value(row.model_args)  # as the record has them: `accepted` compares
+        spec = {"model": model, "model_args": args, "part": row.part}
         if row.image_size is None:
             return spec
         return spec | {
@@ -263,7 +265,7 @@ class EvaluateTask(StudyTask):
     @cached_property
     def spec(self) -> dict[str, Any]:
         rows = {
-            row.id: {"model": row.model, "model_args": row.model_args, "tag": row.tag}
+            row.id: {"model": row.model, "model_args": json_value(row.model_args), "tag": row.tag}
             for row in self.study.rows
             if row.model
         }
@@ -309,7 +311,7 @@ class AnalyseTask(Task):
         return ({"photographs": photographs} if photographs else {}) | {
             "kind": self.analysis.kind,
             "images": self.analysis.images,
-            "args": self.analysis.args,
+            "args": json_value(self.analysis.args),
             "runs": {ref: run.spec_hash for ref, run in self.runs.items()},
             "models": {ref: run.model for ref, run in self.runs.items()},
         }

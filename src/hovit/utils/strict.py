@@ -59,15 +59,16 @@ class InSpec(Strict):
             value = getattr(self, name)
             is_default = not field.is_required() and value == field.get_default()
             if name not in self.never and (name in self.always or not is_default):
-                stated[name] = _json_value(value)
+                stated[name] = json_value(value)
         return stated
 
 
-def _json_value(value: Any) -> Any:
+def json_value(value: Any) -> Any:
+    """A value of the config as JSON has it: tuples become lists."""
     if isinstance(value, InSpec):
         return value.to_spec()
     if isinstance(value, tuple | list):
-        return [_json_value(each) for each in value]
+        return [json_value(each) for each in value]
     if isinstance(value, dict):
-        return {key: _json_value(each) for key, each in value.items()}
+        return {key: json_value(each) for key, each in value.items()}
     return value
