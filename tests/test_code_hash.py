@@ -1,14 +1,17 @@
 """Which edits make a run's record out of date: those that can change its result, and no others."""
 
+import io
 import shutil
+import tokenize
 from pathlib import Path
 
 import pytest
 
 from hovit.utils.code_hash import (
     PACKAGE,
-    _definitions,
+    STRING_OR_COMMENT,
     _hash,
+    _parse,
     code_hash,
     entry_points,
 )
@@ -24,7 +27,7 @@ def package(tmp_path: Path) -> Path:
 
 
 def hashes(package: Path) -> dict[str, str]:
-    for cached in (_hash, _definitions, entry_points):
+    for cached in (_hash, entry_points):
         cached.cache_clear()
     models = ("hovit", "l_hovit", "levit_deck", "resnet50")
     found = {model: code_hash("training", model, package) for model in models}
@@ -78,3 +81,33 @@ def test_a_new_model_changes_nobody(package: Path) -> None:
     before = hashes(package)
     (package / "models/new.py").write_text("def new_model():\n    return 1\n")
     assert hashes(package) == before
+
+
+TRICKY = r'''"""A docstring, which goes."""
+a = "# no comment"  # a comment
+b = '"' + "\"# no comment"  # "a" comment
+c = r"\\"  # after a raw string
+d = """kept # text \""" still
+  # more text
+"""
+e = f"{a!r:>{3}} # {d['key']}"  # it's a comment with one quote
+
+
+def f():  # comment
+    "A docstring # of two"
+    return ""  # comment
+'''
+
+
+def test_comments_are_those_of_the_tokenizer() -> None:
+    sources = [path.read_text() for path in (*PACKAGE.rglob("*.py"), Path(__file__))]
+    for source in (TRICKY, *sources):
+        lines = source.splitlines()
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type == tokenize.COMMENT:
+                lines[token.start[0] - 1] = lines[token.start[0] - 1][: token.start[1]]
+        found = STRING_OR_COMMENT.sub(lambda m: "" if m[2] else m[0], source)
+        assert found.splitlines() == lines
+    code = _parse(TRICKY).code
+    assert code.count("#") == 5
+    assert "docstring" not in code

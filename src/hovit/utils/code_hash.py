@@ -7,8 +7,9 @@ lines do not count.
 
 import ast
 import hashlib
-import io
-import tokenize
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,9 @@ INDIRECT = (
     "data/pack.py",
 )
 LAUNCHER = ("launcher", "front")  # files of every model `l_*`
+# A string, which may contain "#", or a comment; much faster than `tokenize`. An f-string must not
+# repeat its own quotes inside, which Python 3.11 does not allow anyway.
+STRING_OR_COMMENT = re.compile(r"""(\"{3}|'{3}|["'])(?:\\.|(?!\1).)*?\1|(#[^\n]*)""", re.DOTALL)
 
 
 def code_hash(purpose: str, model: str = "", package: Path = PACKAGE) -> str:
@@ -93,7 +97,7 @@ def _hash(purpose: str, models: tuple[str, ...], package: Path) -> str:
     total = hashlib.sha256()
     for path in sorted(_closure(start, indirect, package)):
         total.update(path.relative_to(package).as_posix().encode())
-        total.update(_meaning(path.read_text(encoding="utf-8")).encode())
+        total.update(_read(path).code.encode())
     return total.hexdigest()
 
 
@@ -127,13 +131,6 @@ def _constants(path: Path) -> dict[str, Any]:
     return found
 
 
-@cache
-def _definitions(path: Path) -> set[str]:
-    """Names of the functions that a file defines at its top level."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-
-
 def _architectures(model: str, package: Path) -> set[Path]:
     """Files under models/ that register this name, or build it as part of another (`l_*`)."""
     names = {model, model.removeprefix("l_")}
@@ -141,7 +138,7 @@ def _architectures(model: str, package: Path) -> set[Path]:
     return {
         path
         for path in (package / "models").glob("*.py")
-        if names & _definitions(path) or (launched and path.stem in LAUNCHER)
+        if names & _read(path).functions or (launched and path.stem in LAUNCHER)
     }
 
 
@@ -173,33 +170,61 @@ def _is_indirect(path: Path, indirect: tuple[str, ...], package: Path) -> bool:
 def _imports(path: Path, package: Path) -> list[Path]:
     """Files of the package that a file imports."""
     found = []
-    for level, module, names in _relative_imports(path.read_text(encoding="utf-8")):
+    for level, module, names in _read(path).imports:
         target = path.parents[level - 1].joinpath(*module.split("."))
         found += [target.with_suffix(".py")]
         found += [(target / name).with_suffix(".py") for name in names]
     return [p for p in found if p.is_file() and package in p.parents]
 
 
+@dataclass(frozen=True)
+class Source:
+    """Contents of a source file that matter for hashes.
+
+    Args:
+        code: its lines without docstrings, comments and blank lines; equal in all Python versions.
+        imports: (level, module, names) of each relative import.
+        functions: names of the functions defined at its top level.
+    """
+
+    code: str
+    imports: tuple[tuple[int, str, tuple[str, ...]], ...]
+    functions: frozenset[str]
+
+
+def _read(path: Path) -> Source:
+    return _parse(path.read_text(encoding="utf-8"))
+
+
 # By content: the packages of two commits share most files.
 @cache
-def _relative_imports(source: str) -> tuple[tuple[int, str, tuple[str, ...]], ...]:
-    """(level, module, names) of each relative import."""
-    return tuple(
-        (node.level, node.module or "", tuple(alias.name for alias in node.names))
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.ImportFrom) and node.level
+def _parse(text: str) -> Source:
+    tree = ast.parse(text)
+    nodes = list(_statements(tree))
+    return Source(
+        code=_code(text, nodes),
+        imports=tuple(
+            (node.level, node.module or "", tuple(alias.name for alias in node.names))
+            for node in nodes
+            if isinstance(node, ast.ImportFrom) and node.level
+        ),
+        functions=frozenset(node.name for node in tree.body if isinstance(node, ast.FunctionDef)),
     )
 
 
-@cache
-def _meaning(source: str) -> str:
-    """The lines of a file without docstrings, comments and blank lines; alike in every Python."""
-    lines = source.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    for node in ast.walk(ast.parse(source)):
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """This node and all statements inside, without their expressions."""
+    yield node
+    for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+        children = getattr(node, field, None)
+        for child in children if isinstance(children, list) else ():
+            yield from _statements(child)
+
+
+def _code(text: str, nodes: list[ast.AST]) -> str:
+    """The lines of a file without docstrings, comments and blank lines."""
+    lines = STRING_OR_COMMENT.sub(lambda m: "" if m[2] else m[0], text).splitlines()
+    for node in nodes:
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
             value = body[0].value
