@@ -5,11 +5,14 @@ for a frozen front) by a speed measured now, on one model and one batch. It is a
 magnitude.
 """
 
+import json
 import time
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..config.plan import Plan
 from ..config.runs import Run
@@ -165,20 +168,31 @@ def _size(run: Run) -> tuple[int, int, int]:
 
     A frozen front computes its features once.
     """
-    once = 0
+    args = json.dumps(run.model_args, sort_keys=True)
     if run.recipe.detection:
         from ..detection.model import count_macs, make_backbone, retinanet
 
         body = make_backbone(run.model, **run.model_args)
         sides = (run.image_size, run.recipe.detection.long_side)
         net: Any = retinanet(body, run.dataset.num_classes, *sides, run.recipe.detection.channels)
-        each = count_macs(net, *sides)
-    else:
-        net = create_model(run.model, run.dataset.num_classes, run.image_size, **run.model_args)
-        each = macs(net, run.image_size)
-        if run.recipe.frozen_front:
-            once = macs(_Front(net), run.image_size)
-    return sum(p.numel() for p in net.parameters()), once, each - once
+        return sum(p.numel() for p in net.parameters()), 0, count_macs(net, *sides)
+    count, front, whole = _classifier_size(run.model, args, run.dataset.num_classes, run.image_size)
+    once = front if run.recipe.frozen_front else 0
+    return count, once, whole - once
+
+
+@cache
+def _classifier_size(model: str, args: str, classes: int, pixels: int) -> tuple[int, int, int]:
+    """(parameters, multiply-adds of the pretrained front if there is one, and of the whole model).
+
+    Nothing is computed: only shapes pass through the model.
+    """
+    with torch.device("meta"):
+        net: Any = create_model(model, classes, pixels, **json.loads(args))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net = net.to_empty(device="cpu")
+        front = macs(_Front(net), pixels) if hasattr(net, "front_features") else 0
+        return sum(p.numel() for p in net.parameters()), front, macs(net, pixels)
 
 
 def probe(device: torch.device) -> float:
