@@ -11,7 +11,9 @@ from hovit.utils.code_hash import (
     PACKAGE,
     STRING_OR_COMMENT,
     _hash,
+    _imports,
     _parse,
+    _read,
     code_hash,
     entry_points,
 )
@@ -27,7 +29,7 @@ def package(tmp_path: Path) -> Path:
 
 
 def hashes(package: Path) -> dict[str, str]:
-    for cached in (_hash, entry_points):
+    for cached in (_hash, _imports, _read, entry_points):
         cached.cache_clear()
     models = ("hovit", "l_hovit", "levit_deck", "resnet50")
     found = {model: code_hash("training", model, package) for model in models}

@@ -167,6 +167,7 @@ def _is_indirect(path: Path, indirect: tuple[str, ...], package: Path) -> bool:
     )
 
 
+@cache
 def _imports(path: Path, package: Path) -> list[Path]:
     """Files of the package that a file imports."""
     found = []
@@ -192,6 +193,7 @@ class Source:
     functions: frozenset[str]
 
 
+@cache
 def _read(path: Path) -> Source:
     return _parse(path.read_text(encoding="utf-8"))
 
