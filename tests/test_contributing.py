@@ -37,9 +37,8 @@ class Copy:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        ignore = shutil.ignore_patterns("__pycache__")
-        for name in ("src", "config"):
-            shutil.copytree(ROOT / name, root / name, ignore=ignore)
+        for name in ("src", "config"):  # with bytecode, which is still valid
+            shutil.copytree(ROOT / name, root / name)
         shutil.copytree(ROOT / "figures/thumbnails", root / "figures/thumbnails")
         for name in ("dvc.yaml", "figures/README.md"):
             shutil.copyfile(ROOT / name, root / name)
