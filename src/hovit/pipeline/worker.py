@@ -9,6 +9,7 @@ This file imports only the standard library: sending a command costs 20 ms.
 
 import array
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -99,6 +100,7 @@ def _connected(connection: socket.socket, path: str) -> bool:
 
 def serve() -> None:
     """Answer requests until standard input ends, that is, until the starter has ended."""
+    gc.set_threshold(10_000)  # for imports, as in `hovit.__main__`
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the jobs
     jobs: set[int] = set()  # process ids
 
