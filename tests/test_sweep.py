@@ -83,7 +83,7 @@ def outcomes(plan: Plan, root: Path) -> list[object]:
     found = []
     for seeds in plan.runs.values():
         results = read_record(root / seeds[0].folder / "record.json").results
-        found.append([results[key] for key in ("top1", "loss", "history")])
+        found.append([results.get(key) for key in ("top1", "loss", "history", "execution")])
     return found
 
 
@@ -128,7 +128,7 @@ def test_a_compiled_run_says_so_in_its_record(
     """As with `hovit train --compile`, in this process and in others; no compiler is needed."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # in the processes that the sweep starts
-    for compile in (True, False):
+    for compile in (True, False) if jobs == 1 else (True,):
         root = tmp_path / str(compile)
         options = {"compile": compile, "jobs": jobs, "only": "train"}
         assert run_sweep(tiny, root, time.monotonic() + 600, [], **options) == []
