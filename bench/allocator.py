@@ -4,10 +4,12 @@ Times timm models in new processes, which alternate between two settings. In one
 the memory it frees (`hovit.utils.device.keep_freed_memory`, as `hovit measure` does); in the other,
 glibc returns large blocks to the system. For each model it prints the median in every process, the
 ratio of the two settings, and, for each setting, the spread between processes of the model's time
-over that of the first model.
+over that of the first model. `--workload gradients` times a forward and a backward pass, as in
+training.
 
     python bench/allocator.py
     python bench/allocator.py --models swin_tiny_patch4_window7_224 resnet50 --batch 1 --threads 2
+    python bench/allocator.py --models levit_deck hovit --batch 32 --workload gradients
 """
 
 import argparse
@@ -21,11 +23,12 @@ import timm
 import torch
 
 import hovit.models  # noqa: F401 (registers)
-from hovit.measure.latency import measure_latency
+from hovit.measure.latency import forward_ms, gradients_ms, measure_latency
 from hovit.utils.device import describe_device, keep_freed_memory
 from hovit.utils.files import write_json
 
 WAYS = ("kept", "handed back")
+TIMERS = {"inference": forward_ms, "gradients": gradients_ms}
 
 
 def time_models(options: argparse.Namespace) -> dict[str, float]:
@@ -36,7 +39,7 @@ def time_models(options: argparse.Namespace) -> dict[str, float]:
     models = {name: timm.create_model(name) for name in options.models}
     samples = measure_latency(
         models, torch.device("cpu"), image_size=224, batches=(options.batch,),
-        rounds=options.rounds, warmup=2,
+        rounds=options.rounds, warmup=2, timer=TIMERS[options.workload],
     )  # fmt: skip
     return {
         name: float(np.median(by_batch[str(options.batch)])) for name, by_batch in samples.items()
@@ -49,6 +52,7 @@ def main() -> None:
     )
     models = ["efficientvit_paper_m5", "efficientnet_b0", "mobilenetv3_large_100", "resnet50"]
     parser.add_argument("--models", nargs="+", default=models, help="timm models at 224 px")
+    parser.add_argument("--workload", choices=TIMERS, default="inference")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
@@ -84,7 +88,8 @@ def main() -> None:
         )
         print(f"{name}: handed back {slower:.2f} times kept; over {options.models[0]}: {spread}")
     torch.set_num_threads(options.threads)
-    about = {"device": describe_device(torch.device("cpu")).model_dump(), "batch": options.batch}
+    about = {"device": describe_device(torch.device("cpu")).model_dump(), "batch": options.batch,
+             "workload": options.workload}  # fmt: skip
     write_json(options.out, about | {"torch": torch.__version__, "models": found})
     print(f"n = {options.processes} processes of each way; written to {options.out}")
 
