@@ -4,8 +4,7 @@ Times timm models in new processes, which alternate between two settings. In one
 the memory it frees (`hovit.utils.device.keep_freed_memory`, as `hovit measure` does); in the other,
 glibc returns large blocks to the system. For each model it prints the median in every process, the
 ratio of the two settings, and, for each setting, the spread between processes of the model's time
-over that of the first model. `--workload gradients` times a forward and a backward pass, as in
-training.
+over that of the first model. `--workload gradients` times a forward and a backward pass.
 
     python bench/allocator.py
     python bench/allocator.py --models swin_tiny_patch4_window7_224 resnet50 --batch 1 --threads 2
@@ -52,7 +51,8 @@ def main() -> None:
     )
     models = ["efficientvit_paper_m5", "efficientnet_b0", "mobilenetv3_large_100", "resnet50"]
     parser.add_argument("--models", nargs="+", default=models, help="timm models at 224 px")
-    parser.add_argument("--workload", choices=TIMERS, default="inference")
+    parser.add_argument("--workload", choices=TIMERS, default="inference",
+                        help="gradients: a forward and a backward pass")  # fmt: skip
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)

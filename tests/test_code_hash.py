@@ -1,5 +1,6 @@
 """Which edits make a run's record out of date: those that can change its result, and no others."""
 
+import ast
 import io
 import shutil
 import tokenize
@@ -14,6 +15,7 @@ from hovit.utils.code_hash import (
     _imports,
     _parse,
     _read,
+    _statements,
     code_hash,
     entry_points,
 )
@@ -101,7 +103,7 @@ def f():  # comment
 '''
 
 
-def test_comments_are_those_of_the_tokenizer() -> None:
+def test_comments_and_statements_are_those_of_python() -> None:
     sources = [path.read_text() for path in (*PACKAGE.rglob("*.py"), Path(__file__))]
     for source in (TRICKY, *sources):
         lines = source.splitlines()
@@ -110,6 +112,10 @@ def test_comments_are_those_of_the_tokenizer() -> None:
                 lines[token.start[0] - 1] = lines[token.start[0] - 1][: token.start[1]]
         found = STRING_OR_COMMENT.sub(lambda m: "" if m[2] else m[0], source)
         assert found.splitlines() == lines
+        tree = ast.parse(source)
+        kinds = (ast.mod, ast.stmt, ast.ExceptHandler, ast.match_case)
+        expected = [id(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+        assert sorted(map(id, _statements(tree))) == sorted(expected)
     code = _parse(TRICKY).code
     assert code.count("#") == 5
     assert "docstring" not in code

@@ -37,8 +37,9 @@ class Copy:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for name in ("src", "config"):  # with bytecode, which is still valid
-            shutil.copytree(ROOT / name, root / name)
+        ignore = shutil.ignore_patterns("*.pyc.*")  # bytecode that another process is writing
+        for name in ("src", "config"):  # bytecode stays valid, because copies keep their times
+            shutil.copytree(ROOT / name, root / name, ignore=ignore)
         shutil.copytree(ROOT / "figures/thumbnails", root / "figures/thumbnails")
         for name in ("dvc.yaml", "figures/README.md"):
             shutil.copyfile(ROOT / name, root / name)

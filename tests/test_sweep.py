@@ -83,7 +83,8 @@ def outcomes(plan: Plan, root: Path) -> list[object]:
     found = []
     for seeds in plan.runs.values():
         results = read_record(root / seeds[0].folder / "record.json").results
-        found.append([results.get(key) for key in ("top1", "loss", "history", "execution")])
+        values = [results[key] for key in ("top1", "loss", "history")]
+        found.append([*values, results.get("execution")])
     return found
 
 

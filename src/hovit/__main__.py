@@ -6,7 +6,7 @@ import sys
 
 def main() -> None:
     """Run the command line. `pip install hovit` alone installs the models without it."""
-    gc.set_threshold(10_000)  # importing torch and timm takes a quarter less time
+    gc.set_threshold(10_000)  # importing torch and timm takes a quarter less CPU time
     try:
         from .cli import main as run
     except ModuleNotFoundError as error:

@@ -177,7 +177,8 @@ def train(
     from .training.trainer import make_fabric
     from .utils.device import keep_freed_memory, set_threads
 
-    keep_freed_memory()  # steps on a CPU take less time: bench/allocator.py
+    # Faster steps on a CPU (bench/allocator.py). A sweep does not, because it also measures.
+    keep_freed_memory()
     set_threads(threads or plan.scale.threads)
     fabric = make_fabric(run.precision, accelerator=accelerator)
     with _watching(run, quiet=not fabric.is_global_zero) as options:

@@ -168,7 +168,6 @@ def _size(run: Run) -> tuple[int, int, int]:
 
     A frozen front computes its features once.
     """
-    args = json.dumps(run.model_args, sort_keys=True)
     if run.recipe.detection:
         from ..detection.model import count_macs, make_backbone, retinanet
 
@@ -176,6 +175,7 @@ def _size(run: Run) -> tuple[int, int, int]:
         sides = (run.image_size, run.recipe.detection.long_side)
         net: Any = retinanet(body, run.dataset.num_classes, *sides, run.recipe.detection.channels)
         return sum(p.numel() for p in net.parameters()), 0, count_macs(net, *sides)
+    args = json.dumps(run.model_args, sort_keys=True)
     count, front, whole = _classifier_size(run.model, args, run.dataset.num_classes, run.image_size)
     once = front if run.recipe.frozen_front else 0
     return count, once, whole - once
@@ -183,16 +183,18 @@ def _size(run: Run) -> tuple[int, int, int]:
 
 @cache
 def _classifier_size(model: str, args: str, classes: int, pixels: int) -> tuple[int, int, int]:
-    """(parameters, multiply-adds of the pretrained front if there is one, and of the whole model).
+    """(parameters, multiply-adds of the front (0 without one), multiply-adds of the whole model).
 
     Nothing is computed: only shapes pass through the model.
     """
     with torch.device("meta"):
         net: Any = create_model(model, classes, pixels, **json.loads(args))
+    count = sum(p.numel() for p in net.parameters())
+    # Fake tensors of the CPU, not of `meta`, as in `hovit.measure.cost`.
     with FakeTensorMode(allow_non_fake_inputs=True):
         net = net.to_empty(device="cpu")
         front = macs(_Front(net), pixels) if hasattr(net, "front_features") else 0
-        return sum(p.numel() for p in net.parameters()), front, macs(net, pixels)
+        return count, front, macs(net, pixels)
 
 
 def probe(device: torch.device) -> float:

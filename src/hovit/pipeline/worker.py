@@ -100,7 +100,7 @@ def _connected(connection: socket.socket, path: str) -> bool:
 
 def serve() -> None:
     """Answer requests until standard input ends, that is, until the starter has ended."""
-    gc.set_threshold(10_000)  # for imports, as in `hovit.__main__`
+    gc.set_threshold(10_000)  # as in `hovit.__main__`; jobs inherit it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the jobs
     jobs: set[int] = set()  # process ids
 

@@ -48,8 +48,8 @@ INDIRECT = (
 )
 LAUNCHER = ("launcher", "front")  # files of every model `l_*`
 # A string, which may contain "#", or a comment; much faster than `tokenize`. An f-string must not
-# repeat its own quotes inside, which Python 3.11 does not allow anyway.
-STRING_OR_COMMENT = re.compile(r"""(\"{3}|'{3}|["'])(?:\\.|(?!\1).)*?\1|(#[^\n]*)""", re.DOTALL)
+# repeat its own quotes inside: Python 3.11 does not allow it, and this expression would misread it.
+STRING_OR_COMMENT = re.compile(r"""(\"{3}|'{3}|["'])(?:\\.|(?!\1)[^\\])*\1|(#[^\n]*)""", re.DOTALL)
 
 
 def code_hash(purpose: str, model: str = "", package: Path = PACKAGE) -> str:
@@ -168,14 +168,14 @@ def _is_indirect(path: Path, indirect: tuple[str, ...], package: Path) -> bool:
 
 
 @cache
-def _imports(path: Path, package: Path) -> list[Path]:
+def _imports(path: Path, package: Path) -> tuple[Path, ...]:
     """Files of the package that a file imports."""
     found = []
     for level, module, names in _read(path).imports:
         target = path.parents[level - 1].joinpath(*module.split("."))
         found += [target.with_suffix(".py")]
         found += [(target / name).with_suffix(".py") for name in names]
-    return [p for p in found if p.is_file() and package in p.parents]
+    return tuple(p for p in found if p.is_file() and package in p.parents)
 
 
 @dataclass(frozen=True)
