@@ -57,7 +57,7 @@ FINDINGS = (
     "{efficientvit-m5-mobilenetv3-large-cpu:printed}) and "
     "{efficientvit-m5-mobilenetv3-large-gpu} on a GPU (printed: "
     "{efficientvit-m5-mobilenetv3-large-gpu:printed}).",
-    "**Whether the Launcher keeps class information depends on the backbone and on the front.** On "
+    "**The Launcher loses class information; the backbone and the front decide how much.** On "
     "pet photographs, behind a frozen EfficientNet-Lite0 with ImageNet weights, L_HoViT has a "
     "top-1 of {imagenet-l-hovit-frozen-keeps-frozen} for a linear head on the same features "
     "({imagenet-l-hovit-frozen-keeps-frozen:verdict}), and L_LeViT (fixed) has "
