@@ -1,4 +1,4 @@
-"""Settings and damages of the tests by Hypothesis that read random or damaged files."""
+"""Settings and strategies of the Hypothesis tests that read random or damaged files."""
 
 import os
 
@@ -28,7 +28,7 @@ damages = st.lists(change, min_size=1, max_size=3) | st.binary(max_size=200)
 
 
 def damaged(data: bytes, damage: "list[tuple[str, float, bytes]] | bytes") -> bytes:
-    """A file's bytes after some changes; or other bytes altogether."""
+    """The bytes of a file after some changes, or other bytes."""
     if isinstance(damage, bytes):
         return damage
     for kind, place, some in damage:

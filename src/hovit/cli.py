@@ -177,7 +177,8 @@ def train(
     from .training.trainer import make_fabric
     from .utils.device import keep_freed_memory, set_threads
 
-    # Faster steps on a CPU (bench/allocator.py). A sweep does not, because it also measures.
+    # Steps on a CPU get faster (bench/allocator.py). `hovit sweep` does not keep freed memory,
+    # because the same process also measures.
     keep_freed_memory()
     set_threads(threads or plan.scale.threads)
     fabric = make_fabric(run.precision, accelerator=accelerator)

@@ -1,5 +1,7 @@
 """Parameters, multiply-adds and activations for one image: exact, the same on every machine."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,11 +55,8 @@ def cost(
         net = create_model(model, num_classes, image_size, **args)
         counted = _count_training(net, image_size)
     else:
-        with torch.device("meta"):
-            net = create_model(model, num_classes, image_size, **args)
-        # Fake tensors of the CPU, not of `meta`: autocast and type promotion need a real device.
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            counted = {"macs": macs(net.to_empty(device="cpu"), image_size)}
+        with fake_model(model, args, num_classes, image_size) as net:
+            counted = {"macs": macs(net, image_size)}
     total = sum(p.numel() for p in net.parameters())
     result = {"parameters": total} | counted
     if part is not None:
@@ -67,6 +66,18 @@ def cost(
             raise HovitError(f"model {model} has no part {part!r}") from None
         result["part_parameters"] = sum(p.numel() for p in module.parameters())
     return result
+
+
+@contextmanager
+def fake_model(
+    model: str, args: dict[str, Any], num_classes: int, image_size: int | None
+) -> Iterator[Any]:
+    """Yield a model of fake tensors: only shapes pass through it, and nothing is computed."""
+    with torch.device("meta"):
+        net = create_model(model, num_classes, image_size, **args)
+    # Fake tensors of the CPU, not of `meta`: autocast and type promotion need a real device.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield net.to_empty(device="cpu")
 
 
 def macs(net: nn.Module, image_size: int | None) -> int:

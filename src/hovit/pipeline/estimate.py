@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..config.plan import Plan
 from ..config.runs import Run
 from ..config.schema import Analysis, Row, Study
 from ..config.tasks import MeasureTask, TrainTask
-from ..measure.cost import macs
+from ..measure.cost import fake_model, macs
 from ..utils.create_model import create_model
 from ..utils.device import describe_device, pick_device, set_threads
 from .schedule import split_sizes
@@ -183,16 +182,9 @@ def _size(run: Run) -> tuple[int, int, int]:
 
 @cache
 def _classifier_size(model: str, args: str, classes: int, pixels: int) -> tuple[int, int, int]:
-    """(parameters, multiply-adds of the front (0 without one), multiply-adds of the whole model).
-
-    Nothing is computed: only shapes pass through the model.
-    """
-    with torch.device("meta"):
-        net: Any = create_model(model, classes, pixels, **json.loads(args))
-    count = sum(p.numel() for p in net.parameters())
-    # Fake tensors of the CPU, not of `meta`, as in `hovit.measure.cost`.
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        net = net.to_empty(device="cpu")
+    """(parameters, multiply-adds of the front or 0, multiply-adds of the whole model)."""
+    with fake_model(model, json.loads(args), classes, pixels) as net:
+        count = sum(p.numel() for p in net.parameters())
         front = macs(_Front(net), pixels) if hasattr(net, "front_features") else 0
         return count, front, macs(net, pixels)
 

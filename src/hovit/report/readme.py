@@ -57,13 +57,16 @@ FINDINGS = (
     "{efficientvit-m5-mobilenetv3-large-cpu:printed}) and "
     "{efficientvit-m5-mobilenetv3-large-gpu} on a GPU (printed: "
     "{efficientvit-m5-mobilenetv3-large-gpu:printed}).",
-    "**The Launcher loses class information; the backbone and the front decide how much.** On "
-    "pet photographs, behind a frozen EfficientNet-Lite0 with ImageNet weights, L_HoViT has a "
+    "**The Launcher can lose class information; how much depends on the backbone and the front.** "
+    "On pet photographs, behind a frozen EfficientNet-Lite0 with ImageNet weights, L_HoViT has a "
     "top-1 of {imagenet-l-hovit-frozen-keeps-frozen} for a linear head on the same features "
-    "({imagenet-l-hovit-frozen-keeps-frozen:verdict}), and L_LeViT (fixed) has "
+    "({imagenet-l-hovit-frozen-keeps-frozen:verdict}), L_LeViT (fixed) has "
     "{imagenet-l-levit-deck-fixed-frozen-keeps-frozen} "
-    "({imagenet-l-levit-deck-fixed-frozen-keeps-frozen:verdict}). Behind a ResNet50 that was "
-    "trained on few images, L_LeViT has {launcher-keeps-class-information} for that ResNet50.",
+    "({imagenet-l-levit-deck-fixed-frozen-keeps-frozen:verdict}), and L_LeViT + FLA has "
+    "{imagenet-l-focused-frozen-keeps-frozen} "
+    "({imagenet-l-focused-frozen-keeps-frozen:verdict}). The deck also trains the front. "
+    "Behind a ResNet50 that was trained on few images, L_LeViT has "
+    "{launcher-keeps-class-information} for that ResNet50.",
 )
 # Of the picture: claims whose number is a ratio or a reduction in per cent.
 DRAWN = {
