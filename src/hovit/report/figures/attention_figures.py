@@ -114,7 +114,7 @@ def latency_dots(
     """
     from . import style
 
-    series = [("reported_latency", "slides (batch not stated)", style.REPORTED_LOOK)]
+    series = [("reported_latency", "deck (batch not stated)", style.REPORTED_LOOK)]
     for number, look in zip(results.batches(study), style.BATCH_LOOKS, strict=False):
         series.append((str(number), f"{results.name}, batch {number.batch}", look))
     y = np.arange(len(rows))[::-1]
