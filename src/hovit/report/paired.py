@@ -78,5 +78,8 @@ def pair(tables: Sequence[tuple[int, pd.DataFrame, pd.DataFrame]]) -> Pairs | No
 def mcnemar(better: int, worse: int) -> float:
     """Two-sided p value of the exact McNemar test, a binomial test on the discordant pairs."""
     pairs = better + worse
-    tail = sum(math.comb(pairs, k) for k in range(min(better, worse) + 1))
+    tail, ways = 0, 1  # ways to choose k of the pairs: C(n, k + 1) = C(n, k) (n - k) / (k + 1)
+    for k in range(min(better, worse) + 1):
+        tail += ways
+        ways = ways * (pairs - k) // (k + 1)
     return min(1.0, 2 * tail / 2**pairs)
