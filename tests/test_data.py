@@ -1093,6 +1093,7 @@ def test_crop_flip_draws_for_every_image_and_stays_in_range():
     x = torch.randn(1, 3, 16, 16, generator=generator(0)).expand(8, -1, -1, -1)
     y = crop_flip(x, numbers(0, len(x)))
     assert y.shape == x.shape
+    assert y.is_contiguous(memory_format=torch.channels_last)  # as to_input gives it
     for a, b in itertools.combinations(y, 2):
         assert not torch.equal(a, b)
     assert y.min() >= x.min() - 1e-5

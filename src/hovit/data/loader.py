@@ -193,7 +193,7 @@ def crop_flip(x: Tensor, numbers: Tensor) -> Tensor:
         numbers: uniform in [0, 1), [4, B]: side, flip, and two of the place.
 
     Returns:
-        [B, 3, H, W].
+        [B, 3, H, W], channels_last.
     """
     side = 0.6 + 0.4 * numbers[0]
     flip = 1 - 2 * (numbers[1] < 0.5).float()  # -1 or 1, without a copy from the host
@@ -204,7 +204,8 @@ def crop_flip(x: Tensor, numbers: Tensor) -> Tensor:
         dim=1,
     )  # [B, 2, 3]
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+    x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+    return x.contiguous(memory_format=torch.channels_last)  # grid_sample loses it
 
 
 def draw_crops(n: int, seed: Sequence[int], device: torch.device) -> Tensor:
