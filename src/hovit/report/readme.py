@@ -64,7 +64,9 @@ FINDINGS = (
     "{imagenet-l-levit-deck-fixed-frozen-keeps-frozen} "
     "({imagenet-l-levit-deck-fixed-frozen-keeps-frozen:verdict}), and L_LeViT + FLA has "
     "{imagenet-l-focused-frozen-keeps-frozen} "
-    "({imagenet-l-focused-frozen-keeps-frozen:verdict}). The deck also trains the front. "
+    "({imagenet-l-focused-frozen-keeps-frozen:verdict}). With the front trained as well, as in the "
+    "deck, L_LeViT has {imagenet-l-levit-deck-keeps} for the front with a linear head "
+    "({imagenet-l-levit-deck-keeps:verdict}). "
     "Behind a ResNet50 that was trained on few images, L_LeViT has "
     "{launcher-keeps-class-information} for that ResNet50.",
 )
