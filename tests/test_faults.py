@@ -191,7 +191,7 @@ def test_killed_report_leaves_whole_files_or_none(
     copy_records(load_plan("mini", ROOT / "config"), tmp_path)
     length = killed.undisturbed(killed.reporting, tmp_path)
     expected = shown(tmp_path)
-    assert len(expected) > 20
+    assert len(expected) > 30
     counts: list[int] = []
 
     def wipe() -> None:

@@ -98,6 +98,17 @@ def test_every_classifier_with_committed_results_is_on_one_card(trained: list[Tr
     assert sorted(shown) == sorted(each.run.id for each in trained if each.run.model in names)
 
 
+def test_ways_of_training_share_a_row_and_are_told_apart(trained: list[Trained]) -> None:
+    rows = [row for row in card_rows("front", MODELS, trained) if row.args]
+    assert [row.args for row in rows] == [{"front": "tf_efficientnet_lite0"}]
+    table = card_table(rows, describe_model)
+    for frozen in (False, True):
+        (each,) = (t for t in rows[0].results if t.run.recipe.frozen_front == frozen)
+        assert each.images.endswith(", frozen front") == frozen
+        assert f"{statistics.fmean(each.top1):.1f}" in table
+    assert "–" not in table  # not one range of both
+
+
 def test_top1_is_that_of_the_records(trained: list[Trained]) -> None:
     (mini,) = (t for t in trained if t.run.id == "hovit.pets.deck" and t.scale == "mini")
     folder = ROOT / "results/evidence/amd-epyc/mini/hovit.pets.deck"

@@ -39,9 +39,11 @@ class Trained:
 
     @property
     def images(self) -> str:
-        """Data set, image size and scale, and whether training started from other weights."""
+        """Data set, image size, scale, and what was not trained from scratch."""
         pretrained = ", pretrained" * (self.run.weights is not None)
-        return f"{self.run.dataset.title}, {self.run.image_size} px, `{self.scale}`{pretrained}"
+        frozen = ", frozen front" * self.run.recipe.frozen_front
+        start = f"{self.run.dataset.title}, {self.run.image_size} px, `{self.scale}`"
+        return start + pretrained + frozen
 
 
 @dataclass(frozen=True)
@@ -94,23 +96,33 @@ def card_rows(module: str, models: Models, trained: Sequence[Trained]) -> list[R
         plain = tuple(t for t in own if not t.run.model_args)
         rows.append(Row(f"`{name}`", name, {}, plain))
         if others := tuple(t for t in own if t.run.model_args):
-            alone = len({t.run.id for t in others}) == 1
-            args = others[0].run.model_args if alone else None
+            args = others[0].run.model_args if len(_distinct_args(others)) == 1 else None
             rows.append(Row(_variants(others), name, args, others))
     if module == FORMS:
-        for each in sorted(forms, key=lambda t: take_forms.index(t.run.model)):
-            rows.append(Row(_variants([each]), each.run.model, each.run.model_args, (each,)))
+        for name in take_forms:
+            own = [t for t in forms if t.run.model == name]
+            for args in _distinct_args(own):
+                alike = tuple(t for t in own if t.run.model_args == args)
+                rows.append(Row(_variants(alike), name, args, alike))
     return rows
+
+
+def _distinct_args(trained: Sequence[Trained]) -> list[dict[str, Any]]:
+    """The arguments of the model, each set once; runs with the same ones differ in training."""
+    found: list[dict[str, Any]] = []
+    for each in trained:
+        if each.run.model_args not in found:
+            found.append(each.run.model_args)
+    return found
 
 
 def _variants(trained: Sequence[Trained]) -> str:
     """Label of one variant with its arguments, or of several with the names of the arguments."""
-    name = trained[0].run.model
-    variants = {t.run.id: t.run.model_args for t in trained}
+    name, variants = trained[0].run.model, _distinct_args(trained)
     if len(variants) == 1:
-        args = ", ".join(f"{key}={value!r}" for key, value in trained[0].run.model_args.items())
+        args = ", ".join(f"{key}={value!r}" for key, value in variants[0].items())
         return f"`{name}` with `{args}`".replace("'", '"')
-    keys = dict.fromkeys(f"`{key}`" for args in variants.values() for key in args)
+    keys = dict.fromkeys(f"`{key}`" for args in variants for key in args)
     return f"`{name}` with {_listed(list(keys))} ({len(variants)} variants)"
 
 
