@@ -11,12 +11,14 @@ from synthetic import GPU, measure_record
 from hovit.config.load import load_config
 from hovit.config.plan import Plan, load_plan
 from hovit.records.record import write_record
+from hovit.report.figures.draw import FIGURES
 from hovit.report.figures.pareto import (
     FAMILIES,
     Point,
     accuracy_points,
     family_of,
     pareto_front,
+    size_points,
 )
 from hovit.report.results import Results
 from hovit.report.sources import load_sources
@@ -89,6 +91,18 @@ def test_unlike_accuracies_are_kept_apart() -> None:
         points = accuracy_points(results, study, "latency_1")
         assert all(p.data for p in points)  # a front joins only points of one data set
         assert {p.reported for p in points} == {True, False}  # each kind has a column of its own
+
+
+def test_the_legend_names_what_is_drawn() -> None:
+    """From the committed records, in which no SkipViT is timed by this protocol."""
+    sources = load_sources(load_plan("smoke", ROOT / "config"), ROOT)
+    study = sources.plan.study("pareto")
+    points = [p for r in sources.timed(study) for p in size_points(r, study, "macs", "latency_1")]
+    with FIGURES["pareto"].drawn(sources) as canvas:
+        (legend,) = canvas.legends
+        named = [text.get_text() for text in legend.get_texts()]
+    assert named == [family for family in FAMILIES if family in {p.family for p in points}]
+    assert "SkipViT" not in named
 
 
 @pytest.mark.parametrize(

@@ -72,9 +72,16 @@ def pareto(sources: Sources) -> "Canvas":
     titles = (*SIZES.values(), "Top-1, %, as reported", "Top-1, %, measured")
     for ax, label in zip(axes[-1], titles, strict=True):
         ax.set_xlabel(label)
+    timed = {
+        family_of(row)
+        for results in shown
+        for row in study.rows
+        if any(results.value(study, row, speed) for speed in SPEEDS)
+    }
     keys = [
         plt.Line2D([], [], label=family, **_look(family), markerfacecolor=style.COLOURS[i])
         for i, family in enumerate(FAMILIES)
+        if family in timed
     ]
     canvas.legend(handles=keys, loc="outside upper center", ncols=6)
     facts = [_where(results, study) for results in shown]
