@@ -5,9 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import killed
 import numpy as np
@@ -15,8 +17,10 @@ import pandas as pd
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, SMALL, small_run
 from safetensors.torch import save_file
+from torch import nn
 
 from hovit.config.plan import Plan, load_plan
 from hovit.config.runs import Run, Weights
@@ -31,6 +35,7 @@ from hovit.training.classification import (
     train,
     training_loss,
 )
+from hovit.training.precision import CPUAutocast, Float32Depthwise
 from hovit.training.pretrained import PACKAGED, convert_package, download_timm, load_pretrained
 from hovit.training.trainer import Options, check_batch_norm, make_fabric
 from hovit.utils.create_model import create_model
@@ -130,6 +135,46 @@ def test_bf16_trains(plan: Plan, packed: Path) -> None:
         torch.float32,
         torch.int64,
     }
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "bias": False}, {"padding": "same"}])
+def test_cpu_autocast_computes_depthwise_convolutions_in_float32(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 12, 3, groups=6, **options)
+    x, grad = torch.randn(2, 6, 9, 9).bfloat16(), None
+    grads = {}
+    for name, context in {"cpu": CPUAutocast().forward_context(), "fp32": nullcontext()}.items():
+        inputs = (x if name == "cpu" else x.float()).requires_grad_()
+        with context:
+            out = conv(inputs)
+        assert out.dtype == (torch.bfloat16 if name == "cpu" else torch.float32)
+        grad = torch.randn_like(out) if grad is None else grad.to(out.dtype)
+        grads[name] = (out, *torch.autograd.grad(out, [inputs, *conv.parameters()], grad))
+    for one, other in zip(*grads.values(), strict=True):
+        torch.testing.assert_close(one, other.to(one.dtype), rtol=0, atol=0)
+
+
+def test_cpu_autocast_leaves_other_operations_alone() -> None:
+    x = torch.randn(2, 6, 9, 9)
+    convs = [nn.Conv2d(6, 6, 3), nn.Conv2d(6, 6, 3, groups=2), nn.Conv2d(6, 6, 1)]
+    depthwise = nn.Conv2d(6, 6, 3, groups=6)
+    for layer in (*convs, nn.Linear(9, 4)):
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = layer(x)
+        with CPUAutocast().forward_context():
+            assert torch.equal(layer(x), expected)
+    with Float32Depthwise():  # without autocast
+        assert torch.equal(depthwise(x), F.conv2d(x, *depthwise.parameters(), groups=6))
+        assert depthwise.double()(x.double()).dtype == torch.float64
+
+
+def test_cpu_autocast_takes_a_compiled_model() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 4, 1))
+    x = torch.randn(2, 6, 9, 9)
+    with CPUAutocast().forward_context():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), model(x))
 
 
 def test_training_learns(plan: Plan, packed: Path) -> None:

@@ -16,6 +16,7 @@ except ModuleNotFoundError:  # the same code, packaged with the rest of Lightnin
 
 from ..utils.device import pick_device
 from ..utils.errors import HovitError, one_line
+from .precision import CPUAutocast
 
 
 def check_batch_norm(model: nn.Module, batch_size: int, world: int) -> None:
@@ -44,16 +45,18 @@ def make_fabric(precision: str, accelerator: str = "auto") -> Fabric:
     """
     accelerator = pick_device(accelerator).type
     processes = _launched_processes()
+    cpu_autocast = accelerator == "cpu" and precision == "bf16-mixed"
     for name in [name for name in os.environ if name.startswith("LT_")]:
         del os.environ[name]  # Lightning's own launcher overrides the arguments below
     try:
+        # Explicit: in a Slurm allocation without srun, Fabric would assume several processes.
+        environment = TorchElasticEnvironment() if processes > 1 else LightningEnvironment()
         fabric = Fabric(
             accelerator=accelerator,
             devices=processes,
             strategy="ddp_find_unused_parameters_true" if processes > 1 else "auto",
-            # Explicit: in a Slurm allocation without srun, Fabric would assume several processes.
-            plugins=TorchElasticEnvironment() if processes > 1 else LightningEnvironment(),
-            precision=precision,  # type: ignore[arg-type]
+            plugins=[environment, CPUAutocast()] if cpu_autocast else environment,
+            precision=None if cpu_autocast else precision,  # type: ignore[arg-type]
         )
         fabric.launch()
     except Exception as error:  # Fabric raises errors of many types
