@@ -52,10 +52,10 @@ def _conv2d(
     groups: int = 1,
 ) -> Tensor:
     """`torch.conv2d`, in float32 if each group has one input channel."""
-    rest = (stride, padding, dilation, groups)
+    rest: Any = (stride, padding, dilation, groups)
     if groups == 1 or weight.shape[1] > 1:
         return torch.conv2d(input, weight, bias, *rest)
     dtype = torch.get_autocast_dtype("cpu")
     with torch.autocast("cpu", enabled=False):
-        inputs = (x if x is None else x.float() for x in (input, weight, bias))
-        return torch.conv2d(*inputs, *rest).to(dtype)
+        bias = None if bias is None else bias.float()
+        return torch.conv2d(input.float(), weight.float(), bias, *rest).to(dtype)
