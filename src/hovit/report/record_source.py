@@ -250,12 +250,16 @@ class RecordSource:
         return first[1] if first else None
 
     def devices(self, paths: Iterable[Path]) -> list[str]:
-        """The devices of records that were read; for a measurement, those of its latencies."""
+        """The devices of records that were read; for a measurement, those of its latencies.
+
+        An accuracy has no number of threads, so the device of a training run is its name alone.
+        """
         found = set()
         for record in filter(None, (self._read.get(path) for path in paths)):
+            device = record.provenance.device
             rows = record.results.get("rows", {}).values() if record.kind == "measure" else ()
             timed = {str(Device(**row["device"])) for row in rows if "device" in row}
-            found |= timed or {str(record.provenance.device)}
+            found |= timed or {device.name if record.kind == "train" else str(device)}
         return sorted(found)
 
     def batches(self, study: Study) -> list[Quantity]:
