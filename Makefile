@@ -37,7 +37,7 @@ setup: .venv/.synced ## Create .venv from the hash-checked lock files in envs/
 	.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --offline -e .
 	@touch $@
 
-tables: setup ## Run the whole DAG; SCALE=mini and DATA=../shared/data are optional
+tables: setup ## Train and measure everything; write all tables, figures, claims and the page; SCALE=mini and DATA=../shared/data are optional
 	$(IN_VENV) snakemake --cores all results/tables$(CONFIG)
 
 table: setup ## Run one study and write its table: make table T=hovit

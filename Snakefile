@@ -1,6 +1,6 @@
 """The DAG of the artifact: data -> train -> measure -> tables, figures, claims, page.
 
-snakemake --cores all results/tables                       everything, at scale smoke
+snakemake --cores all results/tables                       everything but the paper, at scale smoke
 snakemake --cores all results/runs                         train and measure only; data/packed: decode only
 snakemake --cores all results/tables/hovit.md              one table
 snakemake --cores all paper/paper.pdf                      the paper and its inputs

@@ -37,38 +37,43 @@ HEADLINES = (
     "efficientvit-m5-efficientnet-b0-cpu",
     "efficientvit-ablation-mhsa",
 )
-# `{CLAIM}` is the measured number of a claim, `{CLAIM:printed}` that of the paper.
+# `{CLAIM}` is the measured number of a claim with its noise, `{CLAIM:printed}` that of the paper,
+# `{CLAIM:n}` the number of rounds or random seeds, and `{CLAIM:verdict}` the verdict with them.
 FINDINGS = (
     "**HoViT's size and speed reproduce, but its baseline has unused weights.** HoViT has "
-    "{hovit-fewer-parameters} fewer parameters than the LeViT of the slides (printed: "
+    "{hovit-fewer-parameters} fewer parameters than the LeViT of the deck (printed: "
     "{hovit-fewer-parameters:printed}). It takes {hovit-faster-size-b32} less time at batch 32 and "
-    "{hovit-faster-size-b1} at batch 1 (printed: {hovit-faster-size-b32:printed}). A fifth of the "
-    "weights of that LeViT are never used: of the parameters that an output depends on, HoViT "
-    "saves {hovit-fewer-live-parameters}.",
-    "**The five-fold slowdown of Jaccard attention belongs to an implementation.** LeViT with "
-    "Jaccard attention takes {levit-jaccard-slower-b32} as long as LeViT at batch 32 (printed: "
-    "{levit-jaccard-slower-b32:printed}). Euclidean attention is as slow as printed: "
-    "{levit-euclidean-slower-b32} (printed: {levit-euclidean-slower-b32:printed}).",
-    "**SkipViT saves more than it reports.** The schedule `6(55%)+11` trains "
+    "{hovit-faster-size-b1} at batch 1 (printed: {hovit-faster-size-b32:printed}; "
+    "{hovit-faster-size-b32:n}). A fifth of the weights of that LeViT are never used: of the "
+    "parameters that an output depends on, HoViT saves {hovit-fewer-live-parameters}.",
+    "**The slowdown of Jaccard and Euclidean attention depends on implementation and device.** "
+    "At batch 32 on a GPU, LeViT with Jaccard attention takes {levit-jaccard-slower-b32} as long "
+    "as LeViT (printed: {levit-jaccard-slower-b32:printed}) if matrix products compute it, and "
+    "{levit-minmax-slower} as a sum of minima over a sum of maxima. Euclidean attention takes "
+    "{levit-euclidean-slower-b32} (printed: {levit-euclidean-slower-b32:printed}). On a CPU, in "
+    "blocks that fit the cache, they take {levit-jaccard-slower-cpu} and "
+    "{levit-euclidean-slower-cpu}.",
+    "**SkipViT trains faster than reported.** The schedule `6(55%)+11` trains "
     "{skipvit-gain-d6-55-r11} as fast as the baseline (printed: "
-    "{skipvit-gain-d6-55-r11:printed}).",
+    "{skipvit-gain-d6-55-r11:printed}; {skipvit-gain-d6-55-r11:n}).",
     "**The speed of EfficientViT-M5 depends on the device.** Its throughput over that of "
     "MobileNetV3-Large is {efficientvit-m5-mobilenetv3-large-cpu} on a CPU (printed: "
-    "{efficientvit-m5-mobilenetv3-large-cpu:printed}) and "
-    "{efficientvit-m5-mobilenetv3-large-gpu} on a GPU (printed: "
-    "{efficientvit-m5-mobilenetv3-large-gpu:printed}).",
+    "{efficientvit-m5-mobilenetv3-large-cpu:printed}; {efficientvit-m5-mobilenetv3-large-cpu:n}) "
+    "and {efficientvit-m5-mobilenetv3-large-gpu} on a GPU (printed: "
+    "{efficientvit-m5-mobilenetv3-large-gpu:printed}; {efficientvit-m5-mobilenetv3-large-gpu:n}).",
     "**The Launcher can lose class information; how much depends on the backbone and the front.** "
     "On pet photographs, behind a frozen EfficientNet-Lite0 with ImageNet weights, L_HoViT has a "
     "top-1 of {imagenet-l-hovit-frozen-keeps-frozen} for a linear head on the same features "
     "({imagenet-l-hovit-frozen-keeps-frozen:verdict}), L_LeViT (fixed) has "
     "{imagenet-l-levit-deck-fixed-frozen-keeps-frozen} "
-    "({imagenet-l-levit-deck-fixed-frozen-keeps-frozen:verdict}), and L_LeViT + FLA has "
-    "{imagenet-l-focused-frozen-keeps-frozen} "
+    "({imagenet-l-levit-deck-fixed-frozen-keeps-frozen:verdict}), and L_LeViT with focused linear "
+    "attention has {imagenet-l-focused-frozen-keeps-frozen} "
     "({imagenet-l-focused-frozen-keeps-frozen:verdict}). With the front trained as well, as in the "
     "deck, L_LeViT has {imagenet-l-levit-deck-keeps} for the front with a linear head "
-    "({imagenet-l-levit-deck-keeps:verdict}). "
-    "Behind a ResNet50 that was trained on few images, L_LeViT has "
-    "{launcher-keeps-class-information} for that ResNet50.",
+    "({imagenet-l-levit-deck-keeps:verdict}), and L_HoViT has {imagenet-l-hovit-keeps} "
+    "({imagenet-l-hovit-keeps:verdict}). Behind a ResNet50 that was pretrained on Tiny ImageNet at "
+    "64 px, L_LeViT has {launcher-keeps-class-information} for that ResNet50 "
+    "({launcher-keeps-class-information:verdict}).",
 )
 # Of the picture: claims whose number is a ratio or a reduction in per cent.
 DRAWN = {
@@ -86,17 +91,21 @@ DRAWN = {
 
 
 class _Number:
-    """A claim's number in a finding: as measured, or with `printed` as the paper has it."""
+    """A claim's number in a finding; the format is `printed`, `n`, `verdict` or empty."""
 
     def __init__(self, verdict: Verdict) -> None:
         self.verdict = verdict
 
     def __format__(self, spec: str) -> str:
         v = self.verdict
-        if spec == "verdict":
-            return v.label
         if spec == "printed":
             return f"{v.reported} {v.unit}".strip()
+        if spec == "verdict" and v.verdict != "provisional":
+            return f"{v.label}, {v.n}" if v.n else v.label
+        if spec:
+            return {"verdict": v.label, "n": v.n}[spec]
+        if v.noise and v.reported:
+            return f"{v.shown.removesuffix(v.unit)}± {significant(v.noise)} {v.unit}"
         return v.shown or "(not measured)"
 
 
@@ -129,8 +138,8 @@ def results_section(sources: Sources) -> str:
     claims = _claims(sources.plan)
     verdicts = [check_claim(sources, *claims[name]) for name in HEADLINES]
     lines = [
-        "| | statement | printed | measured | verdict | from |",
-        "| :-- | :-- | --: | --: | :-- | :-- |",
+        "| | statement | printed | measured | noise (n) | verdict | from |",
+        "| :-- | :-- | --: | --: | :-- | :-- | :-- |",
         *(_line(verdict) for verdict in verdicts),
     ]
     return "\n".join(
@@ -138,7 +147,9 @@ def results_section(sources: Sources) -> str:
             "",
             *lines,
             "",
-            "*Added here* marks a statement that no paper makes. Accuracies are test top-1 on "
+            "*Added here* marks a statement that no paper makes. Noise is that of the measured "
+            "number, or of the difference of two: half the inter-quartile range over rounds, or "
+            "half a 95 % interval over random seeds and test images. Accuracies are test top-1 on "
             "stand-in images at small size with few epochs, so their verdicts hold for these "
             "images only. `results/claims.md` has all claims, and explains the verdicts.",
             "",
@@ -151,8 +162,9 @@ def results_section(sources: Sources) -> str:
 
 def _line(v: Verdict) -> str:
     says = v.says + " (*added here*)" * (v.group == "own")
+    noise = f"± {significant(v.noise)} {v.unit} ({v.n})" if v.noise else ""
     return (
-        f"| {NAMES[v.seed]} | {says} | {v.reported or ''} | {v.shown or '—'} | {v.label} "
+        f"| {NAMES[v.seed]} | {says} | {v.reported or ''} | {v.shown or '—'} | {noise} | {v.label} "
         f"| {v.source or v.why} |"
     )
 
@@ -178,6 +190,8 @@ def checklist_section(sources: Sources) -> str:
             command = f"make table T={v.study} SCALE={scale} DATA=…"
         device = records[0].provenance.device.name
         equal = f"± {significant(v.margin)} {v.unit}" if v.margin else "exact"
+        if v.noise:
+            equal += f" (noise: {significant(v.noise)})"
         rounded = f"{minutes:.0f}" if minutes >= 0.5 else "< 1"
         taken = "1" if counted else f"{rounded} ({device})"
         lines.append(

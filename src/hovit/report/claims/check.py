@@ -47,6 +47,8 @@ class Verdict:
         why: the reason.
         source: origin of the numbers: counted now, this run, or committed results.
         records: paths of the records that the verdict is based on.
+        noise: of the measured number, or of the difference of the two, in `unit`; 0 if exact.
+        n: how many rounds or random seeds the numbers have, in words.
         margin: largest difference that counts as equal, in `unit`; 0 if the number must be exact.
     """
 
@@ -65,6 +67,8 @@ class Verdict:
     why: str
     source: str
     records: tuple[str, ...]
+    noise: float = 0.0
+    n: str = ""
     margin: float = 0.0
 
     @property
@@ -109,6 +113,8 @@ def _decided(results: Results, claim: Claim, paper: str, values: list[Value]) ->
         why=". ".join(filter(None, notes)),
         source=_source(results, claim, values),
         records=tuple(sorted({str(path) for value in values for path in value.paths})),
+        noise=outcome.noise,
+        n=outcome.n,
         margin=outcome.margin,
     )
 
@@ -124,6 +130,8 @@ def _verdict(
     shown: str = "",
     source: str = "",
     records: tuple[str, ...] = (),
+    noise: float = 0.0,
+    n: str = "",
     margin: float = 0.0,
 ) -> Verdict:
     return Verdict(
@@ -142,6 +150,8 @@ def _verdict(
         why=why,
         source=source,
         records=records,
+        noise=noise,
+        n=n,
         margin=margin,
     )
 

@@ -47,6 +47,8 @@ class Outcome:
         why: the reason, with the numbers.
         shown: the measured number, or both numbers of a comparison, with the unit.
         detail: `larger` or `smaller` effect, or the verdict that one random seed suggests.
+        noise: of the number or of the difference, in its unit; 0 if exact.
+        n: how many rounds or random seeds there are, in words.
         margin: largest difference that counts as equal, in the unit of `measured`; 0 if exact.
     """
 
@@ -55,6 +57,8 @@ class Outcome:
     why: str
     shown: str
     detail: str = ""
+    noise: float = 0.0
+    n: str = ""
     margin: float = 0.0
 
 
@@ -153,8 +157,26 @@ def compare(results: Results, claim: Claim, values: list[Value]) -> Outcome:
     if verdict in DECIDED and _has_one_seed(results, claim, values, paired):
         detail = f"{verdict} ({detail})" if detail else verdict
         verdict = "provisional"
-    shown = _shown(claim, number, values)
-    return Outcome(verdict, number, why, shown, detail, _margin(claim, noise))
+    exact = is_exact(claim)
+    return Outcome(
+        verdict,
+        number,
+        why,
+        _shown(claim, number, values),
+        detail,
+        noise=0.0 if exact else noise * (1.0 if claim.reported else _factor(claim)),
+        n="" if exact else _counts(claim, values),
+        margin=_margin(claim, noise),
+    )
+
+
+def _counts(claim: Claim, values: list[Value]) -> str:
+    """The number of rounds or random seeds of each side; empty for an analysis of one model."""
+    if split_ref(claim.of)[0]:
+        return ""
+    what = "rounds" if values[0].samples else "random seeds"
+    counts = list(dict.fromkeys(value.n for value in values))
+    return " and ".join(map(str, counts)) + f" {what}" if counts[1:] else plural(counts[0], what[:-1])
 
 
 def tolerance(claim: Claim) -> float:
@@ -240,9 +262,8 @@ def _compare_two(
     if not noise:
         return verdict, ""
     why = f"differences up to {significant(noise * factor)}{symbol} are noise"
-    what = "rounds" if a.samples else "random seeds"
-    counts = f"{a.n} and {b.n} {what}" if a.n != b.n else plural(a.n, what[:-1])
-    return verdict, why + ("" if split_ref(claim.of)[0] else f" ({counts})")
+    counts = _counts(claim, [a, b])
+    return verdict, why + (f" ({counts})" if counts else "")
 
 
 def _compare_reported(claim: Claim, number: float, noise: float) -> tuple[str, str, str]:
