@@ -22,7 +22,7 @@ def provenance(device: Device, code: str) -> Provenance:
     return make_provenance(device, 1.0, 1.0, code).model_copy(update={"dirty": False})
 
 
-def made_up_predictions(top1: float, images: int = 200) -> pd.DataFrame:
+def made_up_predictions(top1: float, images: int = 1103) -> pd.DataFrame:
     """So many predictions, about this per cent of them right."""
     right = round(images * top1 / 100)
     return pd.DataFrame(
@@ -37,7 +37,12 @@ def made_up_predictions(top1: float, images: int = 200) -> pd.DataFrame:
 
 def train_record(run: Run, top1: float) -> Record:
     history = [
-        {"epoch": e, "train_loss": 3.0 / e, "val_loss": 3.2 / e, "val_top1": top1 * e / 3}
+        {
+            "epoch": e,
+            "train_loss": 3.0 / e,
+            "val_loss": 3.2 / e,
+            "val_top1": min(top1, 100.0) * e / 3,
+        }
         for e in (1, 2, 3)
     ]
     if run.is_detector:
@@ -45,7 +50,7 @@ def train_record(run: Run, top1: float) -> Record:
     predictions = made_up_predictions(top1)
     results = {
         "top1": metrics(predictions)[1], "loss": metrics(predictions)[0],
-        "val_top1": min(top1, 100.0),
+        "val_top1": history[-1]["val_top1"],
         "best_epoch": 3, "epochs": 3,
         "images_train": 5144, "images_val": 1102, "images_test": 1103, "history": history,
         "predictions_sha256": predictions_digest(predictions),

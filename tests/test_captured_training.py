@@ -365,6 +365,19 @@ def test_a_failed_compilation_is_one_line(
     assert "\n" not in str(error.value)
 
 
+def test_too_little_gpu_memory_is_one_line(
+    plan: Plan, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
+
+    monkeypatch.setattr(ClassificationTrainer, "compute_loss", full)
+    run = skipvit_run(plan, epochs=1, model_args=VIT)
+    with pytest.raises(HovitError, match=r"seed 0: not enough memory on the GPU") as error:
+        trained(run, packed, "cpu", capture=False)
+    assert "\n" not in str(error.value)
+
+
 # On a card only
 
 

@@ -18,7 +18,13 @@ from hovit.config.load import load_config
 from hovit.config.plan import Plan, load_plan
 from hovit.config.schema import Config
 from hovit.pipeline.evidence import CODE, EVIDENCE, add, records_in, verify
-from hovit.records.predictions import metrics, predictions_digest, write_predictions
+from hovit.records.evidence import evidence_digest
+from hovit.records.predictions import (
+    metrics,
+    predictions_digest,
+    read_predictions,
+    write_predictions,
+)
 from hovit.records.record import read_record, write_record
 from hovit.report.claims.check import check_all
 from hovit.report.sources import load_sources
@@ -140,7 +146,18 @@ def not_predictions(folder: Path) -> None:
     (folder / "predictions.csv.gz").write_bytes(gzip.compress(b"a,b\n1,2\n"))
 
 
+def only_correct_predictions(path: Path) -> None:
+    table = read_predictions(path.parent / "predictions.csv.gz")
+    table = table[table["label"] == table["predicted"]]
+    loss, top1 = metrics(table)
+    write_predictions(path.parent / "predictions.csv.gz", table)
+    mutate(path, loss=loss, top1=top1, predictions_sha256=predictions_digest(table))
+
+
 MUTATIONS = {
+    "correct predictions alone": (only_correct_predictions, "not one line for each of the test im"),
+    "a better validation": (lambda p: mutate(p, val_top1=99.0), "does not match its history"),
+    "another epoch": (lambda p: mutate(p, best_epoch=2), "does not match its history"),
     "a digit of a record": (flip_a_digit, "sha256 does not match"),
     "a better accuracy, sealed again": (lambda p: mutate(p, top1=99.0), "does not match the pred"),
     "two labels of the test set": (lambda p: swap_two_labels(p.parent), "not the predictions"),
@@ -181,11 +198,23 @@ def test_evidence_in_another_devices_folder_is_red(config: Config, here: Path) -
 def test_another_record_of_the_same_run_is_not_overwritten(config: Config, here: Path) -> None:
     add(config, [here / "elsewhere"], here)
     path = here / "elsewhere" / RUN
+    new = here / EVIDENCE / "test-cpu" / RUN.replace("hovit.", "levit_deck.")
+    shutil.rmtree(new.parent)  # would be taken before the other one
     table = made_up_predictions(read_record(path).results["top1"] + 5)
     write_predictions(path.parent / "predictions.csv.gz", table)
     mutate(path, top1=metrics(table)[1], predictions_sha256=predictions_digest(table))
+    before = evidence_digest(here)
     with pytest.raises(HovitError, match="there is another record of this run"):
         add(config, [here / "elsewhere"], here)
+    assert not new.exists()
+    assert evidence_digest(here) == before
+
+
+def test_reports_depend_on_predictions_too(config: Config, here: Path) -> None:
+    add(config, [here / "elsewhere"], here)
+    before = evidence_digest(here)
+    (here / EVIDENCE / "test-cpu" / RUN).with_name("predictions.csv.gz").unlink()
+    assert evidence_digest(here) != before
 
 
 def test_a_commit_that_is_not_known_is_looked_for(config: Config, here: Path) -> None:

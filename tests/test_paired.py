@@ -100,6 +100,14 @@ def test_an_image_that_two_seeds_test_is_one_cluster() -> None:
     assert apart.image_noise == pytest.approx(196 * math.sqrt(squares) / 10)
 
 
+def test_an_image_that_several_seeds_test_counts_once() -> None:
+    first, second = predictions("11110"), predictions("01100")
+    pairs = paired(*((seed, first, second) for seed in range(3)))
+    assert (pairs.better, pairs.worse) == (2, 0)
+    mixed = paired((0, first, second), (1, second, first), (2, first, first))
+    assert (mixed.better, mixed.worse) == (0, 0)
+
+
 def test_other_images_or_labels_are_not_paired() -> None:
     assert pair([]) is None
     assert pair([(0, predictions("11"), predictions("111"))]) is None
@@ -147,12 +155,11 @@ def test_a_difference_to_the_baseline_over_two_seeds(plan: Plan, runs: Path) -> 
     value = difference(plan, runs)
     assert value is not None
     assert (value.mean, value.n, value.better, value.worse) == (-25.0, 2, 1, 5)
+    assert value.sides == (50.0, 75.0)
     assert value.spread == pytest.approx(50 / 2**0.5)  # of -50 and 0
     assert value.p == pytest.approx(2 * 7 / 64)
     images = (4 + 1 + 1 + 1 + 1 - 18 * (-4 / 18) ** 2) ** 0.5 / 18  # 16 pairs and two more
-    # Over seeds: 100, 50 and 50, 50 % are pooled; each seed draws its own 8 images, whose
-    # binomial variance (0 and three times 312.5) is in the noise over images already.
-    variance = 1250 / 2 - 3 / 4 * 312.5
+    variance = 1250 / 2  # over seeds: 100, 50 and 50, 50 % are pooled
     assert value.seed_noise == pytest.approx(math.hypot(*[student(2) * (variance / 2) ** 0.5] * 2))
     assert value.noise == pytest.approx(math.hypot(value.seed_noise, 196 * images))
     assert {path.parts[-3] for path in value.paths} == {
@@ -182,7 +189,7 @@ def test_one_common_seed_keeps_the_noise_of_the_others(plan: Plan, tmp_path: Pat
     assert value is not None
     assert (value.mean, value.n) == (-50.0, 1)
     images = 196 * (4 + 2 - 10 * 0.4**2) ** 0.5 / 10
-    variance = 1250 - 2 / 3 * 312.5  # pooled over 100, 50 and 50 %, less the drawn images
+    variance = 1250  # of 100 and 50 %
     assert value.seed_noise == pytest.approx(math.hypot(*[student(1) * variance**0.5] * 2))
     assert value.noise == pytest.approx(math.hypot(value.seed_noise, images))
 

@@ -71,16 +71,16 @@ def _unpack(sources: list[Path], folder: Path) -> list[Path]:
 def _take(config: Config, found: list[Path], root: Path) -> list[Path]:
     """Verify all of these records, then copy those that are not there yet."""
     plans = {name: Plan(config, scale) for name, scale in config.scales.items()}
+    new = []
     for path in found:
-        check(plans, path, root)
-    taken = []
-    for path in found:
-        record = read_record(path)
+        record = check(plans, path, root)
         place = root / EVIDENCE / slug(record.provenance.device) / location(record)
-        if place.exists():
-            if place.read_bytes() != path.read_bytes():
-                raise HovitError(f"{place}: there is another record of this run; remove it first")
-            continue
+        if not place.exists():
+            new.append((path, record, place))
+        elif place.read_bytes() != path.read_bytes():
+            raise HovitError(f"{place}: there is another record of this run; remove it first")
+    taken = []
+    for path, record, place in new:
         if record.kind == "train":
             name = _predictions(record)
             _copy(path.parent / name, place.parent / name)
@@ -182,6 +182,13 @@ def _check_predictions(path: Path, record: Record) -> None:
     loss, top1 = metrics(table)
     if (loss, top1) != (record.results.get("loss"), record.results.get("top1")):
         raise HovitError(f"{path}: loss or top1 does not match the predictions")
+    if len(table) != record.results["images_test"] or table["index"].duplicated().any():
+        raise HovitError(f"{file}: not one line for each of the test images of {path.name}")
+    history = record.results["history"]
+    best = max(history, key=lambda epoch: epoch["val_top1"])  # the first of equal epochs
+    stated = record.results["best_epoch"], record.results["val_top1"]
+    if stated != (best["epoch"], best["val_top1"]):
+        raise HovitError(f"{path}: best_epoch or val_top1 does not match its history")
 
 
 def _check_code(path: Path, record: Record, root: Path) -> None:

@@ -123,7 +123,8 @@ def _state_files(root: Path, task: TrainTask) -> list[Path]:
             history = json.loads((file.metadata() or {}).get("hovit", "{}")).get("history", [])
     except (OSError, SafetensorError, ValueError):
         return []
-    best = max(history, key=lambda epoch: epoch.get("val_top1", 0.0), default=None)
+    validated = [epoch for epoch in history if "val_top1" in epoch]  # detectors keep no best
+    best = max(validated, key=lambda epoch: epoch["val_top1"], default=None)
     weights = [folder / f"best-{best['epoch']:.0f}.safetensors"] if best else []
     return [folder / STATE, *weights]
 

@@ -106,7 +106,11 @@ def serve() -> None:
 
     def reap(*_: object) -> None:
         for job in tuple(jobs):
-            if os.waitpid(job, os.WNOHANG)[0]:
+            try:
+                ended = os.waitpid(job, os.WNOHANG)[0] == job
+            except ChildProcessError:  # this handler has interrupted itself, and reaped it there
+                ended = True
+            if ended:
                 jobs.discard(job)
 
     signal.signal(signal.SIGCHLD, reap)

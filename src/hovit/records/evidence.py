@@ -12,8 +12,13 @@ FOLDERS = ("measure", "evaluation", "analysis")  # records that are files of suc
 
 
 def evidence_digest(root: Path = Path()) -> str:
-    """sha256, in hex, over all evidence: reports depend on it besides the runs."""
-    paths = records_in(root / EVIDENCE)
+    """sha256, in hex, over all evidence: reports depend on it besides the runs.
+
+    Paired comparisons also read the predictions, which lie beside the record of a run.
+    """
+    paths = set(records_in(root / EVIDENCE))
+    for folder in [path.parent for path in paths if path.name == "record.json"]:
+        paths |= set(folder.glob("[!.]*"))
     return digest({path.relative_to(root).as_posix(): file_digest(path) for path in paths})
 
 

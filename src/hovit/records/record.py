@@ -21,7 +21,6 @@ from ..utils.git import git, is_repository
 from ..utils.strict import Strict
 from ..utils.yaml_file import explain
 
-SCHEMA_VERSION = 1
 Kind = Literal["train", "measure", "evaluation", "analysis"]
 PACKAGES = (
     "torch",

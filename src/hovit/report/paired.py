@@ -19,8 +19,8 @@ class Pairs:
     """Outcomes of two classifiers, with one row per test image and random seed.
 
     Args:
-        table: columns `seed`, `index` (of the image) and `difference`: 1 if only the first
-            classifier is right, -1 if only the second is, 0 if they agree.
+        table: columns `seed`, `index` (of the image), `first` and `second`: whether each classifier
+            is right, 0 or 1.
     """
 
     table: pd.DataFrame
@@ -28,17 +28,35 @@ class Pairs:
     @property
     def differences(self) -> list[float]:
         """Top-1 of the first minus that of the second in points, one number per seed."""
-        return [100.0 * float(x) for x in self.table.groupby("seed")["difference"].mean()]
+        return [100.0 * float(x) for x in self._difference.groupby(self.table["seed"]).mean()]
+
+    @property
+    def accuracies(self) -> tuple[float, float]:
+        """Top-1 of each classifier in percent, the mean over seeds."""
+        first, second = self.table.groupby("seed")[["first", "second"]].mean().mean() * 100
+        return float(first), float(second)
 
     @property
     def better(self) -> int:
-        """Number of pairs in which only the first is right."""
-        return int((self.table["difference"] > 0).sum())
+        """Number of images on which the first is right in more seeds than the second.
+
+        Each image counts once, because its outcomes in several seeds depend on each other.
+        """
+        return int((self._by_image > 0).sum())
 
     @property
     def worse(self) -> int:
-        """Number of pairs in which only the second is right."""
-        return int((self.table["difference"] < 0).sum())
+        """Number of images on which the second is right in more seeds than the first."""
+        return int((self._by_image < 0).sum())
+
+    @property
+    def _difference(self) -> pd.Series:
+        """1 if only the first classifier is right, -1 if only the second is, 0 if they agree."""
+        return self.table["first"] - self.table["second"]
+
+    @property
+    def _by_image(self) -> pd.Series:
+        return self._difference.groupby(self.table["index"]).sum()
 
     @property
     def image_noise(self) -> float:
@@ -48,7 +66,7 @@ class Pairs:
         not 0 for few or no discordant pairs. An image that several seeds test counts as one
         cluster.
         """
-        values = np.append(self.table["difference"].to_numpy(float), [1.0, -1.0])
+        values = np.append(self._difference.to_numpy(float), [1.0, -1.0])
         images = np.append(self.table["index"].to_numpy(), [-1, -2])  # indices of real images: >= 0
         sums = pd.Series(values - values.mean()).groupby(images).sum()
         return 196.0 * math.sqrt(float((sums**2).sum())) / len(values)
@@ -70,7 +88,9 @@ def pair(tables: Sequence[tuple[int, pd.DataFrame, pd.DataFrame]]) -> Pairs | No
             return None
         right = [(each["label"] == each["predicted"]).astype(int) for each in (first, second)]
         found.append(
-            pd.DataFrame({"seed": seed, "index": first["index"], "difference": right[0] - right[1]})
+            pd.DataFrame(
+                {"seed": seed, "index": first["index"], "first": right[0], "second": right[1]}
+            )
         )
     return Pairs(pd.concat(found, ignore_index=True)) if found else None
 

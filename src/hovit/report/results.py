@@ -9,10 +9,12 @@ from typing import Any
 import pandas as pd
 
 from ..config.metrics import Quantity, quantity
+from ..config.runs import Run
 from ..config.schema import Row, Study
+from ..records.record import Record
 from ..utils.errors import HovitError, one_line
 from ..utils.files import read_json
-from .noise import NORMAL, binomial_noise, binomial_variance, pooled_variance, seed_noise
+from .noise import NORMAL, binomial_noise, pooled_variance, seed_noise
 from .paired import mcnemar, pair
 from .record_source import RecordSource
 
@@ -55,16 +57,18 @@ class PairedValue(Value):
     Its `noise` is half the width of a 95 % interval over random seeds and test images.
 
     Args:
-        better, worse: test images that only this row, or only the other row, classifies correctly,
-            counted over all seeds.
+        sides: top-1 of the row and of the other one, over the seeds that both have.
+        better, worse: test images that this row, or the other row, classifies correctly in more
+            seeds; with one seed, those that only this row or only the other is right on.
     """
 
+    sides: tuple[float, float] = (0.0, 0.0)
     better: int = 0
     worse: int = 0
 
     @property
     def p(self) -> float:
-        """p of the exact McNemar test over the test images of these trained models."""
+        """p of the exact McNemar test, with one outcome for each test image."""
         return mcnemar(self.better, self.worse)
 
 
@@ -110,9 +114,8 @@ class Results(RecordSource):
         n = len(values)
         over_seeds = seed_noise(*self.seed_variance(study, row, metric), n)
         over_images = 0.0
-        if metric in ("top1", "val_top1"):  # all seeds share the images: more seeds do not help
-            images = runs[0][1].results["images_val" if metric == "val_top1" else "images_test"]
-            over_images = binomial_noise(mean, images)
+        if metric in ("top1", "val_top1"):
+            over_images = binomial_noise(mean, self._distinct_images(runs, metric))
         if metric == "loss":
             errors = [float(r.results.get("loss_error", 0.0)) for _, r in runs]
             over_images = NORMAL * sum(errors) / n
@@ -120,13 +123,23 @@ class Results(RecordSource):
         noise = math.hypot(over_seeds, over_images)
         return Value(mean, spread, n, noise, over_seeds, paths=paths)
 
+    def _distinct_images(self, runs: list[tuple[Run, Record]], metric: str) -> int:
+        """The number of different images behind an accuracy: more seeds help only with more."""
+        run, record = runs[0]
+        if metric == "val_top1":
+            return int(record.results["images_val"])
+        tested = {run.seed: self.predictions(run) for run, _ in runs}
+        if not run.dataset.split.per_run or any(table is None for table in tested.values()):
+            return int(record.results["images_test"])
+        return len(set().union(*(table["index"] for table in tested.values() if table is not None)))
+
     def seed_variance(self, study: Study, row: Row, metric: str) -> tuple[float, int]:
         """The variance of a metric over random seeds, and its degrees of freedom.
 
         It is pooled over the rows of the study that share the row's recipe and images. A row with
         one seed therefore has the seed noise of the others, and one with two is not judged by two
-        numbers alone. Where each seed draws its own test images, the variance that this causes is
-        left out: the noise over test images contains it.
+        numbers alone. Where each seed draws its own test images, it contains the variance that
+        this causes, so that the noise is too large rather than too small.
         """
         key = study.id, row.id, metric
         if key not in self._seed_variances:
@@ -143,15 +156,7 @@ class Results(RecordSource):
                 records = [record for _, record in self.trained(study, other)]
                 numbers = [r.results[metric] for r in records if metric in r.results]
                 groups[runs[0].id] = [float(number) for number in numbers]
-        variance, freedom = pooled_variance(groups.values())
-        if metric == "top1" and own[0].dataset.split.per_run:
-            drawn = [
-                binomial_variance(float(r.results["top1"]), r.results["images_test"])
-                for other in study.rows
-                for _, r in self.trained(study, other)
-            ]
-            variance = max(variance - statistics.fmean(drawn), 0.0) if drawn else variance
-        return variance, freedom
+        return pooled_variance(groups.values())
 
     def paired_difference(
         self, study: Study, row: Row, other_study: Study, other: Row
@@ -185,7 +190,7 @@ class Results(RecordSource):
         noise = math.hypot(over_seeds, pairs.image_noise)
         return PairedValue(
             mean, spread, n, noise, over_seeds, paths=tuple(paths),
-            better=pairs.better, worse=pairs.worse,
+            sides=pairs.accuracies, better=pairs.better, worse=pairs.worse,
         )  # fmt: skip
 
     def _evaluated_value(self, study: Study, row: Row) -> Value | None:

@@ -180,15 +180,21 @@ class Trainer(ABC):
         """Train the remaining epochs.
 
         Raises:
-            HovitError: for a loss that is not finite, or if `torch.compile` fails.
+            HovitError: for a loss that is not finite, too little GPU memory, or if `torch.compile`
+                fails.
         """
         try:
             with benchmark_convolutions(self.fabric.device):
                 while self.state.epoch < self.recipe.epochs:
                     self.train_epoch()
                     self.end_epoch()
+        except torch.OutOfMemoryError as error:
+            raise HovitError(
+                f"run {self.run.id} seed {self.run.seed}: not enough memory on the GPU for a batch "
+                f"of {self.recipe.batch_size} ({one_line(error)}); run fewer jobs at once"
+            ) from None
         except RuntimeError as error:
-            if type(error).__module__.startswith("torch._dynamo"):
+            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 reason = one_line(getattr(error, "inner_exception", error))
                 raise HovitError(
                     f"run {self.run.id}: torch.compile failed ({reason}); train without --compile"

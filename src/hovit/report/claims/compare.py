@@ -149,7 +149,7 @@ def compare(results: Results, claim: Claim, values: list[Value]) -> Outcome:
     paired = _paired(results, claim)
     number, noise = (paired.mean, paired.noise) if paired else measured_number(claim, values)
     if claim.reported is None:
-        verdict, why = _compare_two(claim, number, noise, *values)
+        verdict, why = _compare_two(claim, number, noise, values, paired)
         detail = ""
     else:
         verdict, why, detail = _compare_reported(claim, number, noise)
@@ -162,21 +162,25 @@ def compare(results: Results, claim: Claim, values: list[Value]) -> Outcome:
         verdict,
         number,
         why,
-        _shown(claim, number, values),
+        _shown(claim, number, values, paired),
         detail,
         noise=0.0 if exact else noise * (1.0 if claim.reported else _factor(claim)),
-        n="" if exact else _counts(claim, values),
+        n="" if exact else _counts(claim, values, paired),
         margin=_margin(claim, noise),
     )
 
 
-def _counts(claim: Claim, values: list[Value]) -> str:
+def _counts(claim: Claim, values: list[Value], paired: PairedValue | None) -> str:
     """The number of rounds or random seeds of each side; empty for an analysis of one model."""
     if split_ref(claim.of)[0]:
         return ""
+    if paired:
+        return plural(paired.n, "random seed")
     what = "rounds" if values[0].samples else "random seeds"
     counts = list(dict.fromkeys(value.n for value in values))
-    return " and ".join(map(str, counts)) + f" {what}" if counts[1:] else plural(counts[0], what[:-1])
+    if len(counts) == 1:
+        return plural(counts[0], what[:-1])
+    return f"{' and '.join(map(str, counts))} {what}"
 
 
 def tolerance(claim: Claim) -> float:
@@ -214,9 +218,10 @@ def _paired(results: Results, claim: Claim) -> PairedValue | None:
 
 def _pairs(paired: PairedValue) -> str:
     """The number of test images that two rows classify differently, and the p value."""
+    only, seeds = ("only ", "") if paired.n == 1 else ("", " in more seeds")
     return (
-        f"on the same test images, only the first is right for {paired.better:,} and only the "
-        f"second for {paired.worse:,} ({format_p(paired.p)}, exact McNemar test)"
+        f"on the same test images, {only}the first is right{seeds} for {paired.better:,} and "
+        f"{only}the second for {paired.worse:,} ({format_p(paired.p)}, exact McNemar test)"
     )
 
 
@@ -245,7 +250,11 @@ def ratio_noise(a: Value, b: Value) -> float:
 
 
 def _compare_two(
-    claim: Claim, difference: float, noise: float, a: Value, b: Value
+    claim: Claim,
+    difference: float,
+    noise: float,
+    values: list[Value],
+    paired: PairedValue | None,
 ) -> tuple[str, str]:
     """(verdict, why) of a claim that says which of two is larger."""
     if claim.kind == "keeps":
@@ -262,7 +271,7 @@ def _compare_two(
     if not noise:
         return verdict, ""
     why = f"differences up to {significant(noise * factor)}{symbol} are noise"
-    counts = _counts(claim, [a, b])
+    counts = _counts(claim, values, paired)
     return verdict, why + (f" ({counts})" if counts else "")
 
 
@@ -329,11 +338,12 @@ def units(claim: Claim) -> tuple[str, str]:
     return symbol, symbol if symbol != "%" or claim.kind == "value" else "points"
 
 
-def _shown(claim: Claim, number: float, values: list[Value]) -> str:
-    """The measured number with its unit; for a comparison, both numbers."""
+def _shown(claim: Claim, number: float, values: list[Value], paired: PairedValue | None) -> str:
+    """The measured number with its unit; for a comparison, the two numbers that it compares."""
     each, unit = units(claim)
     if claim.kind in COMPARISONS:
-        numbers = [value.mean * _factor(claim) for value in values]
+        sides = paired.sides if paired else [value.mean for value in values]
+        numbers = [side * _factor(claim) for side in sides]
         whole = is_exact(claim) and all(number == int(number) for number in numbers)
         pair = " against ".join(f"{n:,.0f}" if whole else significant(n) for n in numbers)
         return f"{pair} {each}".strip()
