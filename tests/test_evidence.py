@@ -275,7 +275,7 @@ def test_claims_use_it_where_this_run_cannot_tell(config: Config, here: Path, pl
     after = {v.id: v for v in check_all(load_sources(plan, here))}
     assert after["hovit-accuracy"].verdict != "not measured"
     assert after["hovit-accuracy"].source == (
-        "committed results (scale mini, Tiny-ImageNet-37, Test CPU, 2 threads)"
+        "committed results (scale mini, Tiny-ImageNet-37, Test CPU)"
     )
     assert all("evidence/test-cpu" in path for path in after["hovit-accuracy"].records)
     assert after["parameters-hovit"].source == "counted now"
