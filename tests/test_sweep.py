@@ -347,6 +347,20 @@ def stop_half_way(plan: Plan, root: Path, monkeypatch: pytest.MonkeyPatch) -> li
     return all_tasks(plan, [plan.study("tiny")])
 
 
+def test_the_state_of_a_detector_has_no_best_weights(tiny: Plan, tmp_path: Path) -> None:
+    task = next(
+        task for task in all_tasks(tiny, [tiny.study("tiny")]) if isinstance(task, TrainTask)
+    )
+    path = tmp_path / task.run.folder / "state.safetensors"
+    path.parent.mkdir(parents=True)
+    history = [{"epoch": 1, "train_loss": 2.0}, {"epoch": 2, "train_loss": 1.0}]
+    save_file({"x": torch.zeros(1).numpy()}, path, {"hovit": json.dumps({"history": history})})
+    file = tmp_path / "out.tgz"
+    assert Export(file, [task], tmp_path, states=True).write() == []
+    with tarfile.open(file) as tar:
+        assert tar.getnames() == [(task.run.folder / "state.safetensors").as_posix()]
+
+
 def test_states_travel_and_the_run_goes_on(
     tiny: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
