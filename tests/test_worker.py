@@ -177,3 +177,21 @@ def test_at_the_end_stands_where_to_look_and_what_was_found(tmp_path: Path) -> N
     assert lines[-2:] == [
         "results/index.html and results/tables/index.md show the results", "claims: 3 reproduced"
     ]  # fmt: skip
+
+
+def test_jobs_that_end_together_are_reaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGCHLD of one job may come while the handler for the other one runs."""
+    jobs = {os.posix_spawn(sys.executable, [sys.executable, "-c", ""], {}) for _ in range(2)}
+    for job in jobs:
+        os.waitid(os.P_PID, job, os.WEXITED | os.WNOWAIT)  # ended, not reaped
+    real, calls = os.waitpid, list[int]()
+
+    def interrupted(job: int, options: int) -> tuple[int, int]:
+        if not calls:
+            calls.append(job)
+            worker.reap(jobs)
+        return real(job, options)
+
+    monkeypatch.setattr(os, "waitpid", interrupted)
+    worker.reap(jobs)
+    assert jobs == set()

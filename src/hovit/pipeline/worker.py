@@ -98,22 +98,24 @@ def _connected(connection: socket.socket, path: str) -> bool:
             time.sleep(0.02)
 
 
+def reap(jobs: set[int]) -> None:
+    """Remove the ended jobs. A signal may interrupt this function and call it again."""
+    for job in tuple(jobs):
+        try:
+            ended = os.waitpid(job, os.WNOHANG)[0] == job
+        except ChildProcessError:  # the inner call has reaped it
+            ended = True
+        if ended:
+            jobs.discard(job)
+
+
 def serve() -> None:
     """Answer requests until standard input ends, that is, until the starter has ended."""
     gc.set_threshold(10_000)  # as in `hovit.__main__`; jobs inherit it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the jobs
     jobs: set[int] = set()  # process ids
 
-    def reap(*_: object) -> None:
-        for job in tuple(jobs):
-            try:
-                ended = os.waitpid(job, os.WNOHANG)[0] == job
-            except ChildProcessError:  # this handler has interrupted itself, and reaped it there
-                ended = True
-            if ended:
-                jobs.discard(job)
-
-    signal.signal(signal.SIGCHLD, reap)
+    signal.signal(signal.SIGCHLD, lambda *_: reap(jobs))
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(SOCKET)
         listener.listen(128)
@@ -125,7 +127,7 @@ def serve() -> None:
             with connection, suppress(OSError):  # of a command killed while it asks
                 if (job := _answer(connection, listener)) is not None:
                     jobs.add(job)
-                reap()  # of those that ended before they were noted
+                reap(jobs)  # of those that ended before they were noted
     os.unlink(SOCKET)
     print(cpu_line(), flush=True)
 
