@@ -346,7 +346,7 @@ def test_noise_is_that_of_the_seeds_and_of_their_images(plan: Plan, root: Path) 
     )  # each right in x, x + 1 %
     seeds = student(rows) * 0.5**0.5 / 2**0.5
     share = value.mean / 100
-    images = 196 * (share * (1 - share) / 1103) ** 0.5  # the same 1,103 images for every seed
+    images = 196 * (share * (1 - share) / 1100) ** 0.5  # the same 1,100 images for every seed
     assert value.seed_noise == pytest.approx(seeds)
     assert value.noise == pytest.approx((seeds**2 + images**2) ** 0.5)
     for seed, error in enumerate((0.02, 0.04)):
