@@ -16,6 +16,7 @@ import zipfile
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from ..config.plan import Plan
 from ..config.runs import DETECTIONS, PREDICTIONS, Run
@@ -182,13 +183,20 @@ def _check_predictions(path: Path, record: Record) -> None:
     loss, top1 = metrics(table)
     if (loss, top1) != (record.results.get("loss"), record.results.get("top1")):
         raise HovitError(f"{path}: loss or top1 does not match the predictions")
-    if len(table) != record.results["images_test"] or table["index"].duplicated().any():
+    if len(table) != record.results.get("images_test") or table["index"].duplicated().any():
         raise HovitError(f"{file}: not one line for each of the test images of {path.name}")
-    history = record.results["history"]
-    best = max(history, key=lambda epoch: epoch["val_top1"])  # the first of equal epochs
-    stated = record.results["best_epoch"], record.results["val_top1"]
-    if stated != (best["epoch"], best["val_top1"]):
+    if not _states_best_epoch(record.results):
         raise HovitError(f"{path}: best_epoch or val_top1 does not match its history")
+
+
+def _states_best_epoch(results: dict[str, Any]) -> bool:
+    """Whether `best_epoch` and `val_top1` are those of the best epoch of a well-formed history."""
+    try:
+        best = max(results["history"], key=lambda epoch: epoch["val_top1"])  # the first of equals
+        stated = results["best_epoch"], results["val_top1"]
+        return bool(stated == (best["epoch"], best["val_top1"]))
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def _check_code(path: Path, record: Record, root: Path) -> None:
