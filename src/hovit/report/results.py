@@ -128,10 +128,11 @@ class Results(RecordSource):
         run, record = runs[0]
         if metric == "val_top1":
             return int(record.results["images_val"])
-        tested = {run.seed: self.predictions(run) for run, _ in runs}
-        if not run.dataset.split.per_run or any(table is None for table in tested.values()):
+        tables = [self.predictions(run) for run, _ in runs] if run.dataset.split.per_run else [None]
+        tested = [set(table["index"]) for table in tables if table is not None]
+        if len(tested) < len(tables):  # the same images for all seeds, or a file is missing
             return int(record.results["images_test"])
-        return len(set().union(*(table["index"] for table in tested.values() if table is not None)))
+        return len(set[int]().union(*tested))
 
     def seed_variance(self, study: Study, row: Row, metric: str) -> tuple[float, int]:
         """The variance of a metric over random seeds, and its degrees of freedom.
