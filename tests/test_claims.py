@@ -29,7 +29,7 @@ from hovit.report.claims.write import write_claims
 from hovit.report.noise import pooled_variance, seed_noise, student
 from hovit.report.number import significant
 from hovit.report.order import PAPERS, in_order, paper_of
-from hovit.report.results import Results, Value
+from hovit.report.results import Results
 from hovit.report.sources import Sources, load_sources
 
 CONFIG = ROOT / "config"
@@ -71,7 +71,7 @@ def test_more_seeds_never_weaken_a_verdict() -> None:
             row = [width * x / norm for x in pattern]
             variance, freedom = pooled_variance([row, row, *others])
             noise = (2 * seed_noise(variance, freedom, n) ** 2 + over_images**2) ** 0.5
-            verdict, _ = _compare_two(greater, gap, noise, Value(gap, n=n), Value(0.0, n=n))
+            verdict, _ = _compare_two(greater, gap, noise, f"n = {n}")
             strong = verdict != "within noise"
             strengths.append(STRENGTH["provisional" if strong and n == 1 else verdict])
         assert strengths == sorted(strengths), (spread, gap, strengths)

@@ -234,6 +234,20 @@ def test_the_table_shows_interval_difference_and_p(plan: Plan, runs: Path) -> No
     assert [format_p(p) for p in (1.0, 0.0312, 0.0004)] == ["p = 1", "p = 0.031", "p < 0.001"]
 
 
+def test_more_seeds_help_with_more_images(plan: Plan, runs: Path) -> None:
+    """Each of the two seeds tests 8 images of its own."""
+    study = plan.study("launcher_imagenet")
+    both = Results(plan, runs).value(study, study.row(ROW), "top1")
+    assert both is not None
+    images = (both.noise**2 - both.seed_noise**2) ** 0.5
+    assert images == pytest.approx(196 * (0.5 * 0.5 / 16) ** 0.5)
+    write_run(plan, runs, ROW, 1, "11100001").unlink()
+    unknown = Results(plan, runs).value(study, study.row(ROW), "top1")
+    assert unknown is not None
+    images = (unknown.noise**2 - unknown.seed_noise**2) ** 0.5
+    assert images == pytest.approx(196 * (0.5 * 0.5 / 8) ** 0.5)
+
+
 def test_an_interval_ends_at_0_and_100_percent(plan: Plan, runs: Path) -> None:
     study = plan.study("launcher_imagenet")
     value = Results(plan, runs).value(study, study.row(ROW), "top1_interval")

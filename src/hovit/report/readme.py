@@ -66,8 +66,8 @@ FINDINGS = (
     "top-1 of {imagenet-l-hovit-frozen-keeps-frozen} for a linear head on the same features "
     "({imagenet-l-hovit-frozen-keeps-frozen:verdict}), L_LeViT (fixed) has "
     "{imagenet-l-levit-deck-fixed-frozen-keeps-frozen} "
-    "({imagenet-l-levit-deck-fixed-frozen-keeps-frozen:verdict}), and L_LeViT-256, the LeViT of "
-    "its authors, has {imagenet-l-levit-256-frozen-keeps-frozen} "
+    "({imagenet-l-levit-deck-fixed-frozen-keeps-frozen:verdict}), and L_LeViT-256 (from timm) "
+    "has {imagenet-l-levit-256-frozen-keeps-frozen} "
     "({imagenet-l-levit-256-frozen-keeps-frozen:verdict}). With the front trained as well, as in "
     "the deck, L_LeViT has {imagenet-l-levit-deck-keeps} for the front with a linear head "
     "({imagenet-l-levit-deck-keeps:verdict}), and L_HoViT has {imagenet-l-hovit-keeps} "
@@ -100,10 +100,11 @@ class _Number:
         v = self.verdict
         if spec == "printed":
             return f"{v.reported} {v.unit}".strip()
-        if spec == "verdict" and v.verdict != "provisional":
-            return f"{v.label}, {v.n}" if v.n else v.label
-        if spec:
-            return {"verdict": v.label, "n": v.n}[spec]
+        if spec == "n":
+            return v.n
+        if spec == "verdict":
+            n = "" if v.verdict == "provisional" else v.n  # its label says that there is one seed
+            return ", ".join(filter(None, (v.label, n)))
         if v.noise and v.reported:
             return f"{v.shown.removesuffix(v.unit)}± {significant(v.noise)} {v.unit}"
         return v.shown or "(not measured)"

@@ -58,8 +58,8 @@ class PairedValue(Value):
 
     Args:
         sides: top-1 of the row and of the other one, over the seeds that both have.
-        better, worse: test images that this row, or the other row, classifies correctly in more
-            seeds; with one seed, those that only this row or only the other is right on.
+        better: test images that this row classifies correctly in more seeds than the other row.
+        worse: test images that it classifies correctly in fewer seeds.
     """
 
     sides: tuple[float, float] = (0.0, 0.0)
@@ -128,11 +128,12 @@ class Results(RecordSource):
         run, record = runs[0]
         if metric == "val_top1":
             return int(record.results["images_val"])
-        tables = [self.predictions(run) for run, _ in runs] if run.dataset.split.per_run else [None]
-        tested = [set(table["index"]) for table in tables if table is not None]
-        if len(tested) < len(tables):  # the same images for all seeds, or a file is missing
-            return int(record.results["images_test"])
-        return len(set[int]().union(*tested))
+        images: set[int] = set()
+        if run.dataset.split.per_run:
+            for each, _ in runs:
+                if (table := self.predictions(each)) is not None:
+                    images.update(table["index"])
+        return max(len(images), int(record.results["images_test"]))
 
     def seed_variance(self, study: Study, row: Row, metric: str) -> tuple[float, int]:
         """The variance of a metric over random seeds, and its degrees of freedom.

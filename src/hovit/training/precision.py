@@ -1,4 +1,4 @@
-"""Autocast on a CPU without PyTorch's slow bfloat16 kernels."""
+"""Autocast on a CPU, with depthwise convolutions in float32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -148,8 +148,9 @@ def compare(results: Results, claim: Claim, values: list[Value]) -> Outcome:
     """Compare the numbers of a claim with the paper; return the verdict and the reason."""
     paired = _paired(results, claim)
     number, noise = (paired.mean, paired.noise) if paired else measured_number(claim, values)
+    counts = _counts(claim, values, paired)
     if claim.reported is None:
-        verdict, why = _compare_two(claim, number, noise, values, paired)
+        verdict, why = _compare_two(claim, number, noise, counts)
         detail = ""
     else:
         verdict, why, detail = _compare_reported(claim, number, noise)
@@ -157,17 +158,12 @@ def compare(results: Results, claim: Claim, values: list[Value]) -> Outcome:
     if verdict in DECIDED and _has_one_seed(results, claim, values, paired):
         detail = f"{verdict} ({detail})" if detail else verdict
         verdict = "provisional"
-    exact = is_exact(claim)
-    return Outcome(
-        verdict,
-        number,
-        why,
-        _shown(claim, number, values, paired),
-        detail,
-        noise=0.0 if exact else noise * (1.0 if claim.reported else _factor(claim)),
-        n="" if exact else _counts(claim, values, paired),
-        margin=_margin(claim, noise),
-    )
+    shown = _shown(claim, number, values, paired)
+    if is_exact(claim):
+        return Outcome(verdict, number, why, shown, detail)
+    noise *= 1.0 if claim.reported else _factor(claim)
+    margin = tolerance(claim) + noise
+    return Outcome(verdict, number, why, shown, detail, noise, counts, margin)
 
 
 def _counts(claim: Claim, values: list[Value], paired: PairedValue | None) -> str:
@@ -186,13 +182,6 @@ def _counts(claim: Claim, values: list[Value], paired: PairedValue | None) -> st
 def tolerance(claim: Claim) -> float:
     """Tolerance of a claim; by default one unit of the last digit of the reported number."""
     return claim.tolerance if claim.tolerance is not None else last_digit(claim.reported or "")
-
-
-def _margin(claim: Claim, noise: float) -> float:
-    """Largest difference that counts as equal: the tolerance and the noise."""
-    if is_exact(claim):
-        return 0.0
-    return tolerance(claim) + noise * (1.0 if claim.reported else _factor(claim))
 
 
 def measured_number(claim: Claim, values: list[Value]) -> tuple[float, float]:
@@ -249,13 +238,7 @@ def ratio_noise(a: Value, b: Value) -> float:
     return abs(a.mean / b.mean) * math.hypot(a.noise / a.mean, b.noise / b.mean)
 
 
-def _compare_two(
-    claim: Claim,
-    difference: float,
-    noise: float,
-    values: list[Value],
-    paired: PairedValue | None,
-) -> tuple[str, str]:
+def _compare_two(claim: Claim, difference: float, noise: float, counts: str) -> tuple[str, str]:
     """(verdict, why) of a claim that says which of two is larger."""
     if claim.kind == "keeps":
         lost = -difference - (claim.tolerance or 0.0)
@@ -271,7 +254,6 @@ def _compare_two(
     if not noise:
         return verdict, ""
     why = f"differences up to {significant(noise * factor)}{symbol} are noise"
-    counts = _counts(claim, values, paired)
     return verdict, why + (f" ({counts})" if counts else "")
 
 
