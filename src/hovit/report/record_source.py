@@ -307,11 +307,12 @@ class RecordSource:
         return f"run {upstream.id} ({how})"
 
     def where(self, study: Study) -> str:
-        """Scale, images and devices of a study's results, in one line."""
+        """Scale, images and devices of a study's results, in one line; threads belong to times."""
         rows = self.plan.rows_run(study)
         found = [run.dataset.title for row in rows for run in self.plan.runs_of(study, row)[:1]]
-        devices = {str(r.provenance.device) for row in rows for _, r in self.trained(study, row)}
+        devices = {r.provenance.device.name for row in rows for _, r in self.trained(study, row)}
         if measured := self.measured(study):
-            devices.add(str(measured.provenance.device))
+            timed = measured.provenance.device
+            devices = devices - {timed.name} | {str(timed)}
         name = "committed results" if self.is_evidence else "this run"
         return ", ".join([f"{name}: {self.plan.scale.id}", *dict.fromkeys(found), *sorted(devices)])
