@@ -29,6 +29,7 @@ from hovit.config.plan import Plan, load_plan
 from hovit.config.schema import Study
 from hovit.config.tasks import Task, TrainTask
 from hovit.data.pack import prepare
+from hovit.pipeline import pool
 from hovit.pipeline.export import Export, parse_size, unpack_records
 from hovit.pipeline.schedule import Schedule, finished_steps, order_tasks, total_steps
 from hovit.pipeline.sweep import all_tasks, sweep
@@ -114,6 +115,25 @@ def test_what_is_done_is_not_done_again(tiny: Plan, tmp_path: Path) -> None:
     assert run_sweep(tiny, tmp_path, time.monotonic() + 600, log) == []
     assert log == []
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.json")} == times
+
+
+def test_an_error_fails_its_task_only(
+    tiny: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+    first = tiny.train_task(next(iter(tiny.runs.values()))[0])
+    do_task = pool.do_task
+
+    def fail_first(task: Task, *args: Any) -> str:
+        if task == first:
+            raise RuntimeError("one line\nand more")
+        return do_task(task, *args)
+
+    monkeypatch.setattr(pool, "do_task", fail_first)
+    todo = run_sweep(tiny, tmp_path, time.monotonic() + 600, log)
+    assert f"{first} (failed)" in todo
+    assert [name.split()[0] for name in todo] == ["train"]  # the other tasks are done
+    assert any(line.strip().startswith("failed: RuntimeError: one line") for line in log)
 
 
 def test_no_time_left_does_nothing_and_says_what_is_to_do(tiny: Plan, tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def check(plans: dict[str, Plan], path: Path, root: Path = Path()) -> Record:
     if record.kind == "train" and _predictions(record) == DETECTIONS:
         _check_detections(path, plan.run(record.id, record.spec["seed"]), record, root)
     elif record.kind == "train":
-        _check_predictions(path, record)
+        _check_predictions(path, plan.run(record.id, record.spec["seed"]), record)
     return record
 
 
@@ -175,7 +175,7 @@ def _check_detections(path: Path, run: Run, record: Record, root: Path) -> None:
         raise HovitError(f"{path}: AP does not match the detections")
 
 
-def _check_predictions(path: Path, record: Record) -> None:
+def _check_predictions(path: Path, run: Run, record: Record) -> None:
     file = path.parent / PREDICTIONS
     table = read_predictions(file)
     if predictions_digest(table) != record.results.get("predictions_sha256"):
@@ -185,6 +185,9 @@ def _check_predictions(path: Path, record: Record) -> None:
         raise HovitError(f"{path}: loss or top1 does not match the predictions")
     if len(table) != record.results.get("images_test") or table["index"].duplicated().any():
         raise HovitError(f"{file}: not one line for each of the test images of {path.name}")
+    classes = run.dataset.num_classes
+    if not table[["label", "predicted"]].isin(range(classes)).all(axis=None):
+        raise HovitError(f"{file}: not all classes are between 0 and {classes - 1}")
     if not _states_best_epoch(record.results):
         raise HovitError(f"{path}: best_epoch or val_top1 does not match its history")
 

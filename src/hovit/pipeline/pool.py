@@ -166,22 +166,31 @@ def _work(connection: Connection, settings: Settings) -> None:
     try:
         while True:
             task = connection.recv()
-            connection.send(_do_safely(task, connection, settings))
+            connection.send(do_safely(task, settings, connection.send))
     except (EOFError, ConnectionError):  # the sweep has ended
         return
 
 
-def _do_safely(task: Task, connection: Connection, settings: Settings) -> tuple[str, str, str]:
-    """Run a task and return (end or crash; done, stopped or failed; one line)."""
+def do_safely(
+    task: Task,
+    settings: Settings,
+    send: Callable[[tuple[Any, ...]], object],
+    on_epoch: Callable[[dict[str, float]], None] = lambda _: None,
+) -> tuple[str, str, str]:
+    """Run a task as `do_task` does; an error fails this task only.
+
+    Returns:
+        end or crash (an error without a message of its own); done, stopped or failed; one line.
+    """
     try:
-        return "end", "done", do_task(task, settings, connection.send)
+        return "end", "done", do_task(task, settings, send, on_epoch)
     except OutOfTime:
         return "end", "stopped", ""
     except HovitError as error:
         return "end", "failed", str(error)
-    except ConnectionError:
+    except ConnectionError:  # the sweep has ended
         raise
-    except Exception as error:  # the process is replaced: a CUDA error may have broken it
+    except Exception as error:  # a worker is replaced: a CUDA error may have broken its process
         traceback.print_exc()
         return "crash", "failed", f"{type(error).__name__}: {one_line(error)}"
     finally:

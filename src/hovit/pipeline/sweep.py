@@ -13,9 +13,9 @@ from pathlib import Path
 from ..config.plan import Plan
 from ..config.schema import Study
 from ..config.tasks import Task
-from ..utils.errors import HovitError, OutOfTime
+from ..utils.errors import HovitError
 from .export import Export
-from .pool import Settings, do_task, run_in_processes
+from .pool import Settings, do_safely, run_in_processes
 from .schedule import Schedule, order_tasks
 
 
@@ -120,14 +120,8 @@ def _run_here(
             log(f"      epoch {entry['epoch']}: {format_epoch(entry)}")
             refresh()
 
-        outcome = "done"
-        try:
-            if text := do_task(task, settings, send, on_epoch):
-                log(f"      {text}")
-        except OutOfTime:
-            outcome = "stopped"
-        except HovitError as error:  # the other tasks go on
-            log(f"      failed: {error}")
-            outcome = "failed"
+        _, outcome, text = do_safely(task, settings, send, on_epoch)
+        if text:
+            log(f"      {'failed: ' if outcome == 'failed' else ''}{text}")
         schedule.end(task, outcome, time.monotonic())
         refresh()
