@@ -47,6 +47,25 @@ def changed(package: Path, file: str, old: str, new: str) -> set[str]:
     return {name for name in before if before[name] != after[name]}
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("config/metrics.py", "RATIO_DECIMALS = ", "RATIO_DECIMALS = 1 + "),
+        ("report/number.py", "return", "yield"),
+        ("records/predictions.py", "100.0 *", "1.0 *"),
+    ],
+)
+def test_what_a_report_shows_is_in_its_hash(package: Path, file: str, old: str, new: str) -> None:
+    def reports() -> list[str]:
+        hashes(package)  # clears the caches
+        return [code_hash(purpose, package=package) for purpose in ("report", "page")]
+
+    before, text = reports(), (package / file).read_text()
+    assert old in text
+    (package / file).write_text(text.replace(old, new, 1))
+    assert all(old != new for old, new in zip(before, reports(), strict=True))
+
+
 def test_a_copy_hashes_alike(package: Path) -> None:
     assert hashes(package) == hashes(PACKAGE)
 

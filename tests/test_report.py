@@ -11,6 +11,7 @@ from conftest import ROOT
 from pydantic import ValidationError
 from synthetic import CPU, GPU, measure_record, train_record
 
+from hovit.config.metrics import quantity
 from hovit.config.plan import Plan, load_plan
 from hovit.config.schema import Claim
 from hovit.records.record import read_record, write_record
@@ -26,6 +27,7 @@ from hovit.report.claims.check import (
 from hovit.report.claims.write import write_claims
 from hovit.report.figures.draw import FIGURES, draw
 from hovit.report.noise import student
+from hovit.report.paper.variables import Variable, by_scale, resolve
 from hovit.report.results import Results, Value
 from hovit.report.sources import Sources, load_sources
 from hovit.report.tables.view import view
@@ -119,9 +121,25 @@ def test_rows_of_a_table_come_from_one_source_where_possible(plan: Plan, root: P
     for run in proxy.runs_of(study, study.row("hovit")):
         place = run.folder.relative_to("results/runs") / "record.json"
         write_record(root / "results/evidence/test-gpu" / place, train_record(run, 77.0))
-    text = "\n".join(view(load_sources(plan, root), study))
+    sources = load_sources(plan, root)
+    text = "\n".join(view(sources, study))
     assert "77.0" not in text
     assert "committed results, scale mini" in text
+    write_table_from(sources, study, root)
+    table = pd.read_csv(root / "results/tables/hovit.csv", index_col="row")
+    folders = set(table["evidence_top1_from"].dropna())
+    assert folders == {"results/evidence/test-cpu/mini"}
+    variables = [Variable(of=f"hovit/{row}/top1") for row in ("hovit", "levit_deck")]
+    found = [resolve(by_scale(sources), row.of, row) for row in variables]
+    assert {each["scale"] for each in found} == {"mini"}
+
+
+def test_without_evidence_no_cell_has_evidence(plan: Plan, root: Path) -> None:
+    study = plan.study("hovit")
+    number = quantity("top1")
+    assert number is not None
+    sources = Sources(Results(plan, root), ())
+    assert sources.best(study, number) == [None] * len(study.rows)
 
 
 def timed_text(plan: Plan, root: Path, device, protocol: str | None, **more) -> str:

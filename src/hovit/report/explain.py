@@ -84,7 +84,7 @@ def _evidence(sources: Sources, study: Study, row: Row, number: Quantity) -> Ite
     """The committed results that the table shows: for times of each device, else the best."""
     if number.is_timed:
         return [r for r in sources.timed(study) if r.value(study, row, number)]
-    best = sources.best(study, row, number)
+    best = sources.best(study, number)[study.rows.index(row)]
     return [best[0]] if best else []
 
 

@@ -20,6 +20,10 @@ from ..utils.errors import HovitError
 # What a row of a measurement has besides exact counts.
 TIMED_KEYS = ("latency", "captured", "peak_memory_mb", "device")
 
+# Records of this commit were counted with PyTorch 2.11, which leaves fused attention out of the
+# multiply-adds. Since then, counts do not depend on the version.
+MISCOUNTED = "873d4071e2db2a4c36a7d5a5cbc5499450958056"
+
 
 def plural(n: int, noun: str) -> str:
     """`1 epoch`, `2 epochs`."""
@@ -152,6 +156,11 @@ class RecordSource:
     def measured(self, study: Study) -> Record | None:
         """The record of a study's measurements."""
         return self.record(self.plan.measure_task(study))
+
+    def miscounts(self, study: Study) -> bool:
+        """Whether the multiply-adds of a study's record leave fused attention out."""
+        record = self.measured(study)
+        return record is not None and record.provenance.commit == MISCOUNTED
 
     def measured_rows(self, study: Study) -> dict[str, dict[str, Any]]:
         """A study's measurements, row by row.

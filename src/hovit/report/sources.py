@@ -14,8 +14,8 @@ from .results import Results, Value
 class Sources:
     """This run and the evidence, the largest scale first.
 
-    Tables choose evidence for each cell. A ratio, a claim and a figure take all their numbers from
-    one source, so that they never mix devices or data sets.
+    A column of a table takes as many numbers as possible from one source. A ratio, a claim and a
+    figure take all their numbers from one source, so that they never mix devices or data sets.
     """
 
     run: Results
@@ -31,12 +31,35 @@ class Sources:
         """This run, then the evidence."""
         return self.run, *self.evidence
 
-    def best(self, study: Study, row: Row, number: Quantity) -> tuple[Results, Value] | None:
-        """The evidence for one cell: of the largest scale that has it."""
-        for results in self.evidence:
-            if value := results.value(study, row, number):
-                return results, value
-        return None
+    def best(
+        self, study: Study, number: Quantity, of_run: list[Value | None] | None = None
+    ) -> list[tuple[Results, Value] | None]:
+        """The source and value of each cell of a column, as many as possible from one source.
+
+        Only numbers of one source can be compared: another scale trains on other images, or for
+        longer. The source with the most values is preferred; among equals, the larger scale.
+
+        Args:
+            study: its rows are the cells.
+            number: what the column shows.
+            of_run: this run's value for each row, if they count as well, after the evidence.
+        """
+        found = {r: [r.value(study, row, number) for row in study.rows] for r in self.evidence}
+        if of_run:
+            found[self.run] = of_run
+        ranked = sorted(found, key=lambda results: sum(map(bool, found[results])), reverse=True)
+        return [
+            next(((results, v) for results in ranked if (v := found[results][i])), None)
+            for i in range(len(study.rows))
+        ]
+
+    def count(self, study: Study, row: Row, number: Quantity) -> tuple[Results, Value] | None:
+        """A count of a row, with its source: of the row's own model, and counted right, if any is.
+
+        Counts are the same on every device.
+        """
+        found = [(r, value) for r in self.all if (value := r.value(study, row, number))]
+        return min(found, key=lambda cell: _doubts(cell[0], study, row, number), default=None)
 
     def timed(self, study: Study) -> list[Results]:
         """The evidence that has times of a study: for each device, of its largest scale."""
@@ -52,8 +75,7 @@ class Sources:
         for metric in study.columns:
             number = quantity(metric)
             if number and number.is_trained:
-                cells = [self.best(study, row, number) for row in study.rows]
-                shown += [cell[0] for cell in cells if cell]
+                shown += [cell[0] for cell in self.best(study, number) if cell]
         return [results for results in self.evidence if results in shown]
 
     def for_figure(
@@ -82,6 +104,11 @@ class Sources:
         ]
         most = max(counts, default=0)
         return found[counts.index(most)] if most else self.run
+
+
+def _doubts(results: Results, study: Study, row: Row, number: Quantity) -> tuple[bool, bool]:
+    stands_in = results.plan.scale.measured_model(row) != str(row.model)
+    return stands_in, number.metric.name == "macs" and results.miscounts(study)
 
 
 def load_sources(plan: Plan, root: Path = Path()) -> Sources:

@@ -121,7 +121,9 @@ def resolve(sources: list[Results], name: str, variable: Variable) -> dict[str, 
 
     Args:
         sources: the first that has all cells of the variable, at a scale that checks them, gives
-            the number.
+            the number. For an accuracy or loss, the source with the most rows of the study is the
+            first, as in tables, so that sentences compare numbers of one source. For
+            multiply-adds, sources that leave fused attention out are the last.
         name: name of the variable, for messages.
         variable: the variable.
 
@@ -129,7 +131,7 @@ def resolve(sources: list[Results], name: str, variable: Variable) -> dict[str, 
         HovitError: if the variable names a row or metric that its study does not have.
     """
     reasons = []
-    for results in sources:
+    for results in _best_first(sources, variable):
         cells = _cells(results, name, variable)
         if not isinstance(cells, Missing):
             return _entry(results, variable, cells)
@@ -137,6 +139,21 @@ def resolve(sources: list[Results], name: str, variable: Variable) -> dict[str, 
     nothing = {"text": MISSING, "why": reasons[0], "of": _meaning(variable), "records": [],
                "inexact": False}  # fmt: skip
     return nothing | dict.fromkeys(("field", "where", *CIRCUMSTANCES), "")
+
+
+def _best_first(sources: list[Results], variable: Variable) -> list[Results]:
+    """Sort the sources of a variable that is an accuracy, a loss or a count; see `resolve`."""
+    study_id, _, metric = variable.of.split("/")
+    study = sources[0].plan.config.studies.get(study_id)
+    number = quantity(metric)
+    if study is None or number is None or number.reported:
+        return sources
+    if number.is_trained:
+        rows = {r: sum(bool(r.value(study, row, number)) for row in study.rows) for r in sources}
+        return sorted(sources, key=lambda results: rows[results], reverse=True)
+    if number.metric.name == "macs":
+        return sorted(sources, key=lambda results: results.miscounts(study))
+    return sources
 
 
 def _entry(results: Results, variable: Variable, cells: list[Cell]) -> dict[str, Any]:

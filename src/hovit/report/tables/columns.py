@@ -137,7 +137,7 @@ class _Builder:
 
     def trained(self, number: Quantity) -> list[Column]:
         """Evidence for each cell, and this run's number."""
-        best = [self.sources.best(self.study, row, number) for row in self.study.rows]
+        best = self.sources.best(self.study, number)
         cells = tuple(format_value(cell[1], number.metric) if cell else NOTHING for cell in best)
         whose = tuple(cell[0] if cell else None for cell in best)
         marks = tuple(self._letter(results) for results in whose)

@@ -5,12 +5,12 @@ CSV has all columns. Results of this run appear only if its scale checks such nu
 accuracy of a smoke run next to a reported one would look like a reproduction.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...config.metrics import METRICS, PRECISION, Metric, Quantity, quantity
 from ...config.runs import protocol
-from ...config.schema import Row, Study
+from ...config.schema import Study
 from ..number import significant
 from ..results import PairedValue, Results, Value
 from ..sources import Sources
@@ -124,22 +124,24 @@ def _reported(study: Study, metric: Metric) -> list[str]:
 
 def _counts(sources: Sources, study: Study, numbers: list[Quantity]) -> Part:
     """Reported and counted numbers; counts are the same on every device."""
-    blocks = []
+    blocks, miscounted = [], False
     for number in numbers:
         metric = number.metric
-        values = [_first(sources.all, study, row, number) for row in study.rows]
-        counted = [_count(value, metric) for value in values]
+        cells = [sources.count(study, row, number) for row in study.rows]
+        wrong = [metric.name == "macs" and c is not None and c[0].miscounts(study) for c in cells]
+        miscounted |= any(wrong)
+        counted = [
+            _count(cell and cell[1], metric) + MARKS[0] * flag
+            for cell, flag in zip(cells, wrong, strict=True)
+        ]
         blocks.append([(f"{metric.heading}, reported", _reported(study, metric)),
                        (metric.heading, counted)])  # fmt: skip
     size = "each row's own size" if any(row.image_size for row in study.rows) else ""
     size = size or (f"{study.image_size} px" if study.image_size else "")
     at = ", ".join(filter(None, (size, f"{study.num_classes} classes")))
     title = "Images" if study.kind == "data" else f"Counted at {at}"
-    return Part(title, blocks, _labels(study))
-
-
-def _first(every: Iterable[Results], study: Study, row: Row, number: Quantity) -> Value | None:
-    return next((v for results in every if (v := results.value(study, row, number))), None)
+    notes = (f"{MARKS[0]} Without fused attention, which PyTorch 2.11 does not count",)
+    return Part(title, blocks, _labels(study), notes * miscounted)
 
 
 def _count(value: Value | None, metric: Metric) -> str:
@@ -173,27 +175,17 @@ def _trained(sources: Sources, study: Study, numbers: list[Quantity]) -> Part:
 
 
 def _best(sources: Sources, study: Study, number: Quantity) -> list[tuple[Results, Value] | None]:
-    """Source and value of each row, with as many rows as possible from one source.
-
-    Only rows of one source can be compared. The source with the most rows is preferred, and among
-    equals the one of the larger scale. Committed results come before this run, which counts only if
-    its scale checks the metric.
-    """
-    every, run = list(sources.evidence), sources.run
+    """As `Sources.best`; this run counts only if its scale checks the metric."""
+    run, plan = sources.run, sources.plan
+    of_run = [run.value(study, row, number) for row in study.rows]
     accuracy = "top1" if number.metric.name in PRECISION else number.metric.recorded
-    counts = accuracy in sources.plan.scale.judges
-    evaluated = sources.plan.evaluate_task(study) if run.evaluated(study) else None
-    if counts or evaluated:
-        every.append(run)
-    found = {r: [r.value(study, row, number) for row in study.rows] for r in every}
-    if evaluated and not counts:  # given weights on ImageNet count at every scale
-        path = run.place(evaluated.path)
-        found[run] = [value if value and path in value.paths else None for value in found[run]]
-    ranked = sorted(every, key=lambda r: sum(map(bool, found[r])), reverse=True)
-    return [
-        next(((r, value) for r in ranked if (value := found[r][i])), None)
-        for i in range(len(study.rows))
-    ]
+    if accuracy not in plan.scale.judges:
+        evaluated = plan.evaluate_task(study) if run.evaluated(study) else None
+        if evaluated is None:
+            return sources.best(study, number)
+        path = run.place(evaluated.path)  # given weights on ImageNet count at every scale
+        of_run = [value if value and path in value.paths else None for value in of_run]
+    return sources.best(study, number, of_run)
 
 
 def _stands_in(results: Results, study: Study) -> bool:

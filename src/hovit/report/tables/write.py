@@ -9,7 +9,7 @@ from ...config.plan import Plan
 from ...config.schema import Row, Study
 from ...utils.files import write_text
 from ..order import PAPERS, in_order, paper_of
-from ..results import PairedValue, Results
+from ..results import PairedValue, Results, Value
 from ..sources import Sources, load_sources
 from .columns import Table, make_table
 from .facts import describe
@@ -63,8 +63,10 @@ def to_csv(sources: Sources, table: Table, facts: dict[str, str]) -> str:
     table may have evidence from several devices.
     """
     study = table.study
+    numbers = {name: number for name in study.columns if (number := quantity(name))}
+    best = {n: sources.best(study, number) for n, number in numbers.items() if number.is_trained}
     lines = []
-    for row in study.rows:
+    for i, row in enumerate(study.rows):
         runs = sources.plan.runs_of(study, row)
         line: dict[str, object] = {
             "row": row.id,
@@ -74,11 +76,12 @@ def to_csv(sources: Sources, table: Table, facts: dict[str, str]) -> str:
             "ours": row.ours,
             "weights": sources.run.weights_from(study, row),
         }
-        for name in study.columns:
-            number = quantity(name)
-            assert number is not None
+        for name, number in numbers.items():
             line[f"{name}_reported"] = row.reported.get(name, "")
-            line |= _evidence_numbers(sources, study, row, number)
+            if number.is_timed:
+                line |= _evidence_times(sources, study, row, number)
+            elif number.is_trained:
+                line |= _evidence_accuracy(best[name][i], study, row, number)
             line |= _numbers(sources.run, study, row, number, "")
         line |= {name.lower().replace(" ", "_"): facts.get(name, "") for name in IN_CSV}
         line["evidence"] = "; ".join(str(results.folder) for results in table.evidence.values())
@@ -86,18 +89,20 @@ def to_csv(sources: Sources, table: Table, facts: dict[str, str]) -> str:
     return pd.DataFrame(lines, dtype=object).to_csv(index=False)  # integers stay integers
 
 
-def _evidence_numbers(
+def _evidence_times(
     sources: Sources, study: Study, row: Row, number: Quantity
 ) -> dict[str, object]:
-    """The best evidence for an accuracy, with its folder; the times of every device."""
-    if number.is_timed:
-        found: dict[str, object] = {}
-        for results in sources.timed(study):
-            found |= _numbers(results, study, row, number, f"evidence_{results.base.name}_")
-        return found
-    if not number.is_trained:
-        return {}
-    best = sources.best(study, row, number)
+    """The times of every device."""
+    found: dict[str, object] = {}
+    for results in sources.timed(study):
+        found |= _numbers(results, study, row, number, f"evidence_{results.base.name}_")
+    return found
+
+
+def _evidence_accuracy(
+    best: tuple[Results, Value] | None, study: Study, row: Row, number: Quantity
+) -> dict[str, object]:
+    """The chosen evidence for an accuracy or a loss, with its folder."""
     if best is None:
         return {f"evidence_{number}": "", f"evidence_{number}_from": ""}
     numbers = _numbers(best[0], study, row, number, "evidence_")
