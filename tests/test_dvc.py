@@ -179,9 +179,7 @@ def test_repro_on_a_fresh_clone_makes_the_tables_and_then_rests(made: Path) -> N
     assert "27.47" in (made / "results/tables/hovit.md").read_text()
     record = json.loads(next(made.glob("results/runs/smoke/hovit*/seed0/record.json")).read_text())
     assert record["provenance"]["dirty"] is False
-    began = time.monotonic()
     assert "Data and pipelines are up to date" in ok(made, "dvc", "repro")
-    assert time.monotonic() - began <= 15
     assert_at_rest(made)
 
 

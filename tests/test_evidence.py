@@ -74,10 +74,14 @@ def elsewhere(history: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(history: Path, elsewhere: Path, tmp_path: Path) -> Path:
-    """A clone of the repository, with the records of the other machine in `elsewhere`."""
+    """A clone of the repository, with some records of the other machine in `elsewhere`."""
     root = tmp_path / "clone"
     subprocess.run(["git", "clone", "-q", str(history), str(root)], check=True)
-    shutil.copytree(elsewhere, root / "elsewhere")
+    for name in ("hovit.pets.deck", "levit_deck.pets.deck"):
+        shutil.copytree(elsewhere / "mini" / name, root / "elsewhere/mini" / name)
+    for name in ("measure/hovit.json", "analysis/attention_maps.json"):
+        (root / "elsewhere/mini" / name).parent.mkdir()
+        shutil.copy(elsewhere / "mini" / name, root / "elsewhere/mini" / name)
     return root
 
 
@@ -92,7 +96,10 @@ def verify_copied(config: Config, root: Path) -> tuple[int, list[str]]:
     return count, [line for line in problems if not line.startswith(f"{CODE}: out of date")]
 
 
-def test_what_verifies_is_taken_byte_for_byte_and_once(config: Config, here: Path) -> None:
+def test_what_verifies_is_taken_byte_for_byte_and_once(
+    config: Config, here: Path, elsewhere: Path
+) -> None:
+    shutil.copytree(elsewhere, here / "elsewhere", dirs_exist_ok=True)  # all records
     taken = add(config, [here / "elsewhere"], here)
     assert len(taken) == len(records_in(here / "elsewhere")) > 60
     assert (here / EVIDENCE / "test-cpu" / RUN).read_bytes() == (
@@ -192,7 +199,7 @@ def test_every_mutation_turns_it_red(config: Config, here: Path, mutation: str) 
     assert len(problems) == 1
     assert says in problems[0]
     assert "hovit.pets.deck/seed0" in problems[0]
-    assert count > 60
+    assert count > 4
 
 
 def test_evidence_in_another_devices_folder_is_red(config: Config, here: Path) -> None:
@@ -212,10 +219,25 @@ def test_another_record_of_the_same_run_is_not_overwritten(config: Config, here:
     write_predictions(path.parent / "predictions.csv.gz", table)
     mutate(path, top1=metrics(table)[1], predictions_sha256=predictions_digest(table))
     before = evidence_digest(here)
-    with pytest.raises(HovitError, match="there is another record of this run"):
+    with pytest.raises(HovitError, match="is another record of this run"):
         add(config, [here / "elsewhere"], here)
     assert not new.exists()
     assert evidence_digest(here) == before
+
+
+def test_two_sources_with_other_records_of_one_run_are_refused(
+    config: Config, here: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree((here / "elsewhere" / RUN).parent, (other / RUN).parent)
+    assert len(add(config, [other, other], here)) == 1  # the same record twice is one record
+    shutil.rmtree(here / EVIDENCE)
+    table = made_up_predictions(read_record(other / RUN).results["top1"] + 5)
+    write_predictions((other / RUN).parent / "predictions.csv.gz", table)
+    mutate(other / RUN, top1=metrics(table)[1], predictions_sha256=predictions_digest(table))
+    with pytest.raises(HovitError, match="is another record of this run"):
+        add(config, [here / "elsewhere", other], here)
+    assert not (here / EVIDENCE).exists()
 
 
 def test_reports_depend_on_predictions_too(config: Config, here: Path) -> None:
@@ -260,6 +282,13 @@ def test_code_hashes_of_another_tree_are_out_of_date(config: Config, here: Path)
 def test_nothing_to_add_is_said(config: Config, tmp_path: Path) -> None:
     with pytest.raises(HovitError, match="no records in it"):
         add(config, [tmp_path], tmp_path)
+
+
+def test_a_source_without_records_is_named(config: Config, here: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(HovitError, match="empty: no records in it"):
+        add(config, [here / "elsewhere", tmp_path / "empty"], here)
+    assert not (here / EVIDENCE).exists()
 
 
 def test_tables_show_it_beside_this_run(config: Config, here: Path, plan: Plan) -> None:

@@ -22,6 +22,7 @@ from hovit.utils.code_hash import ENTRIES
 
 pytestmark = pytest.mark.xdist_group("evidence")  # the tests share a clone
 HOVIT = "amd-epyc/mini/hovit.pets.deck/seed0"
+OTHER = "amd-epyc/mini/levit_deck.pets.deck/seed0"
 PACKAGE = Path("src/hovit")
 
 
@@ -193,23 +194,22 @@ def test_a_table_keeps_its_evidence_beside_a_new_row(clone: Path) -> None:
 # Forgeries ----------------------------------------------------------------------------------------
 
 
-def test_a_changed_digit_of_a_record_is_caught(clone: Path) -> None:
-    path = clone / EVIDENCE / HOVIT / "record.json"
+def test_a_changed_digit_and_swapped_labels_are_caught(clone: Path) -> None:
+    records = records_in(clone / EVIDENCE)
+    path = clone / EVIDENCE / OTHER / "record.json"
     top1 = str(read_record(path).results["top1"])
     edit(path, f'"top1": {top1}', f'"top1": {top1[:-1]}{(int(top1[-1]) + 1) % 10}')
-    said = refused(clone, "evidence", "verify")
-    assert f"{HOVIT}/record.json: sha256 does not match" in said
-    assert f"1 of {len(records_in(clone / EVIDENCE))} records" in said
 
-
-def test_two_swapped_labels_are_caught(clone: Path) -> None:
     path = clone / EVIDENCE / HOVIT / "predictions.csv.gz"
     table = read_predictions(path)
     other = int((table["label"] != table.loc[0, "label"]).to_numpy().argmax())
     table.loc[[0, other], "label"] = table.loc[[other, 0], "label"].to_numpy()
     write_predictions(path, table)
+
     said = refused(clone, "evidence", "verify")
+    assert f"{OTHER}/record.json: sha256 does not match" in said
     assert f"{HOVIT}/predictions.csv.gz: not the predictions" in said
+    assert f"2 of {len(records)} records" in said
 
 
 def test_a_changed_reported_number_is_caught(clone: Path) -> None:

@@ -183,11 +183,11 @@ def test_json_that_python_will_not_read_is_one_line(tmp_path, data):
 @given(data=st.binary(max_size=60) | st.text('[]{}",:0123456789eE+-.\\utrfalsn ').map(str.encode))
 @example(data=b'"\\ud800"')
 @example(data=b"NaN")
-def test_bytes_give_a_value_or_one_line(tmp_path, data):
+def test_bytes_give_an_object_or_one_line(tmp_path, data):
     path = tmp_path / "a.json"
     path.write_bytes(data)
     with contextlib.suppress(HovitError):  # anything else fails
-        assert isinstance(read_json(path), dict | list | str | int | float | None)
+        assert isinstance(read_json(path), dict)
 
 
 def test_what_is_no_file_is_one_line(tmp_path):

@@ -38,7 +38,7 @@ from hovit.pipeline.timing_process import time_in_processes
 from hovit.records.record import Device, read_record
 from hovit.utils.device import describe_device, keep_freed_memory, pick_device
 from hovit.utils.errors import HovitError, OutOfTime
-from hovit.utils.files import digest, read_json, read_sealed, write_sealed
+from hovit.utils.files import alone, digest, read_json, read_sealed, write_sealed
 
 CPU = torch.device("cpu")
 
@@ -751,6 +751,28 @@ def test_processes_share_the_rounds(tiny_plan, tmp_path):
         assert found["processes"][1] == pytest.approx(found["ms"][2], abs=1e-4)
         assert Device(**row["device"]) == describe_device(CPU)
     assert [path.name for path in (tmp_path / task.path).parent.iterdir()] == ["depth.json"]
+
+
+def test_a_timing_process_ends_with_its_parent(tiny_plan, tmp_path):
+    plan, study = tiny_plan
+    path = tmp_path / "x.partial.json"
+    job = {"spec": plan.measure_task(study).spec, "begun": {"spec_hash": "a", "code": "b"},
+           "partial": str(path), "rounds": 10**6, "left": None}  # fmt: skip
+    command = [sys.executable, "-m", "hovit.pipeline.timing_process"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as process:
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+        while not path.exists() and process.poll() is None:
+            time.sleep(0.05)
+        assert process.poll() is None
+        process.stdin.close()  # as the system does for a killed parent
+        assert process.wait(timeout=60) == 1
+
+
+def test_two_processes_do_not_measure_one_study(tiny_plan, tmp_path):
+    task = tiny_plan[0].measure_task(tiny_plan[1])
+    with alone(tmp_path / task.path.with_suffix("")), pytest.raises(HovitError, match="in use by"):
+        measure_study(task, CPU, root=tmp_path)
 
 
 def test_a_process_that_fails_is_one_line(tmp_path):

@@ -257,13 +257,8 @@ def test_every_parameter_except_unused_ones_gets_a_gradient(name):
 
 
 @pytest.mark.parametrize("name", DECK + LAUNCHERS)
-def test_cfg_names_existing_layers(name):
-    model = on_meta(name)
-    cfg = model.pretrained_cfg
-    assert isinstance(model.get_submodule(cfg["first_conv"]), nn.Conv2d)
-    heads = cfg["classifier"] if isinstance(cfg["classifier"], tuple) else (cfg["classifier"],)
-    assert all(isinstance(model.get_submodule(head), nn.Linear) for head in heads)
-    assert cfg["fixed_input_size"] == (name in LAUNCHERS)
+def test_only_the_launcher_has_a_fixed_size(name):
+    assert on_meta(name).pretrained_cfg["fixed_input_size"] == (name in LAUNCHERS)
 
 
 @pytest.mark.parametrize("name", ["levit_deck", "levit_deck_fixed", "hovit", "l_hovit"])

@@ -4,12 +4,9 @@ import dataclasses
 import io
 import itertools
 import json
-import multiprocessing
-import os
 import pickle
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
@@ -333,26 +330,22 @@ def test_processes_share_the_work_and_export_it(tiny: Plan, tmp_path: Path) -> N
         assert (tmp_path / "unpacked" / path).read_bytes() == (there / path).read_bytes()
 
 
-@pytest.mark.exhaustive
-def test_a_worker_that_dies_fails_its_task_only(tiny: Plan, tmp_path: Path) -> None:
+def test_a_worker_that_dies_fails_its_task_only(
+    tiny: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send, killed = pool._send, []
+
+    def send_and_kill(worker: pool.Worker, task: Task, settings: pool.Settings) -> pool.Worker:
+        worker = send(worker, task, settings)
+        if not killed:
+            worker.process.kill()
+            killed.append(f"{task} (failed)")
+        return worker
+
+    monkeypatch.setattr(pool, "_send", send_and_kill)
     log: list[str] = []
-    killed: list[int] = []
-
-    def kill_the_first(line: str) -> None:
-        log.append(line)
-        if line.startswith("start train") and not killed:
-            victim = multiprocessing.active_children()[0]
-            killed.append(victim.pid or 0)
-            os.kill(victim.pid or 0, signal.SIGKILL)
-
-    todo = sweep(
-        tiny, [tiny.study("tiny")], data_root=tmp_path, deadline=time.monotonic() + 600,
-        accelerator="cpu", root=tmp_path, jobs=2, log=kill_the_first,
-    )  # fmt: skip
-    assert len(killed) == 1
-    assert len(todo) <= 1  # its task, if it had been sent to it
-    assert all("failed" in name for name in todo)
-    assert run_sweep(tiny, tmp_path, time.monotonic() + 600, []) == []
+    assert run_sweep(tiny, tmp_path, time.monotonic() + 600, log, jobs=2) == killed
+    assert any("its process died (out of memory?)" in line for line in log)
 
 
 # Export ----------------------------------------------------------------------------------------
@@ -379,6 +372,32 @@ def test_the_state_of_a_detector_has_no_best_weights(tiny: Plan, tmp_path: Path)
     assert Export(file, [task], tmp_path, states=True).write() == []
     with tarfile.open(file) as tar:
         assert tar.getnames() == [(task.run.folder / "state.safetensors").as_posix()]
+
+
+def test_samples_of_all_processes_travel(tiny: Plan, tmp_path: Path) -> None:
+    task = tiny.measure_task(tiny.study("tiny"))
+    assert task is not None
+    names = {"tiny.partial.json", "tiny.process0.partial.json", "tiny.process1.partial.json"}
+    (tmp_path / task.path).parent.mkdir(parents=True)
+    for name in names | {"tiny_2.partial.json"}:
+        (tmp_path / task.path).with_name(name).write_text("{}")
+    file = tmp_path / "out.tgz"
+    assert Export(file, [task], tmp_path, states=True).write() == []
+    with tarfile.open(file) as tar:
+        assert set(tar.getnames()) == {task.path.with_name(n).as_posix() for n in names}
+
+
+def test_an_export_that_cannot_be_written_stops_nothing(
+    tiny: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    export = Export(tmp_path / "file/out.tgz", [], tmp_path)
+    export.refresh()
+    export._last = 0.0
+    export.refresh()
+    assert capsys.readouterr().err.count("warning: no export yet: ") == 1  # said once
+    with pytest.raises(HovitError, match="cannot be written"):
+        export.write()
 
 
 def test_states_travel_and_the_run_goes_on(

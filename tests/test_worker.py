@@ -4,8 +4,10 @@ import io
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -73,33 +75,67 @@ def test_a_log_ends_with_the_cpu_time(folder: Path) -> None:
     assert (folder / "log").read_text().splitlines()[-1].startswith("cpu ")
 
 
-def test_a_killed_command_ends_its_fork(folder: Path) -> None:
-    """A fork that waits on a pipe nobody writes to ends with the command that asked for it."""
+def forks(folder: Path) -> set[int]:
+    """Process ids of the worker of a folder and of its forks."""
+    listed = subprocess.run(["pgrep", "-f", "hovit.pipeline.worker"], capture_output=True)
+    here = set()
+    for pid in listed.stdout.decode().split():
+        with suppress(FileNotFoundError):  # a worker of another test may have ended since
+            if os.readlink(f"/proc/{pid}/cwd") == str(folder):
+                here.add(int(pid))
+    return here
+
+
+def waiting_command(folder: Path, until: float) -> tuple[subprocess.Popen[str], int]:
+    """A command whose fork waits on a pipe that nobody writes to, and the fork's process id."""
     os.mkfifo(folder / "pipe.safetensors")
     env = os.environ | {worker.VARIABLE: worker.SOCKET, "HOVIT_WEIGHTS": "pipe.safetensors"}
     command = [sys.executable, "-m", "hovit", "train", "l_hovit.pets.deck"]
-    process = subprocess.Popen(command, cwd=folder, env=env)
-
-    def forks() -> list[str]:
-        listed = subprocess.run(["pgrep", "-f", "hovit.pipeline.worker"], capture_output=True)
-        here = []
-        for pid in listed.stdout.decode().split():
-            with suppress(FileNotFoundError):  # a worker of another test may have ended since
-                if os.readlink(f"/proc/{pid}/cwd") == str(folder):
-                    here.append(pid)
-        return here
-
-    until = time.monotonic() + 60
-    while len(forks()) < 2:
+    while not (server := forks(folder)):
+        assert time.monotonic() < until
+    process = subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
+    while not (fork := forks(folder) - server):
         assert time.monotonic() < until
         time.sleep(0.1)
     time.sleep(1)
     assert process.poll() is None
+    return process, fork.pop()
+
+
+def test_a_killed_command_ends_its_fork(folder: Path) -> None:
+    until = time.monotonic() + 60
+    process, fork = waiting_command(folder, until)
     process.send_signal(signal.SIGTERM)
-    process.wait(timeout=20)
-    while len(forks()) > 1:
+    process.communicate(timeout=20)
+    while fork in forks(folder):
         assert time.monotonic() < until
         time.sleep(0.1)
+
+
+def test_a_killed_fork_is_one_line(folder: Path) -> None:
+    process, fork = waiting_command(folder, time.monotonic() + 60)
+    os.kill(fork, signal.SIGKILL)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert said == "error: the process of this command was killed (out of memory?)\n"
+
+
+def test_a_worker_that_ends_before_the_start_leaves_the_command_to_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(worker.VARIABLE, "here.sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("here.sock")
+        listener.listen()
+
+        def accept_and_end() -> None:
+            listener.accept()[0].close()
+
+        thread = threading.Thread(target=accept_and_end)
+        thread.start()
+        assert worker.hand_over(["list"]) is None
+        thread.join()
 
 
 def test_without_a_worker_a_command_runs_by_itself(

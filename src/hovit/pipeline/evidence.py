@@ -50,10 +50,12 @@ def add(config: Config, sources: list[Path], root: Path = Path()) -> list[Path]:
     """
     with tempfile.TemporaryDirectory() as folder:
         folders = _unpack(sources, Path(folder))
-        found = [path for source in folders for path in records_in(source)]
-        if not found:
-            kinds = ", ".join(f"{kind}/*.json" for kind in FOLDERS)
-            raise HovitError(f"{sources[0]}: no records in it (record.json, {kinds})")
+        found = []
+        for source, unpacked in zip(sources, folders, strict=True):
+            if not (records := records_in(unpacked)):
+                kinds = ", ".join(f"{kind}/*.json" for kind in FOLDERS)
+                raise HovitError(f"{source}: no records in it (record.json, {kinds})")
+            found += records
         return _take(config, found, root)
 
 
@@ -72,16 +74,17 @@ def _unpack(sources: list[Path], folder: Path) -> list[Path]:
 def _take(config: Config, found: list[Path], root: Path) -> list[Path]:
     """Verify all of these records, then copy those that are not there yet."""
     plans = {name: Plan(config, scale) for name, scale in config.scales.items()}
-    new = []
+    new: dict[Path, tuple[Path, Record]] = {}  # by place
     for path in found:
         record = check(plans, path, root)
         place = root / EVIDENCE / slug(record.provenance.device) / location(record)
-        if not place.exists():
-            new.append((path, record, place))
-        elif place.read_bytes() != path.read_bytes():
-            raise HovitError(f"{place}: there is another record of this run; remove it first")
+        other = new[place][0] if place in new else place
+        if not other.exists():
+            new[place] = path, record
+        elif other.read_bytes() != path.read_bytes():
+            raise HovitError(f"{path}: {other} is another record of this run; remove one of them")
     taken = []
-    for path, record, place in new:
+    for place, (path, record) in new.items():
         if record.kind == "train":
             name = _predictions(record)
             _copy(path.parent / name, place.parent / name)

@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import re
+import sys
 import tarfile
 import time
 from collections.abc import Iterable
@@ -63,11 +64,23 @@ class Export:
     upstreams: frozenset[str] = frozenset()
     _last: float = 0.0  # time of the last export
     _took: float = 0.0  # seconds it took
+    _failed: str = ""  # why the last one failed
 
     def refresh(self) -> None:
-        """Write the file, unless it was just written or would take over 5 % of the time."""
-        if time.monotonic() - self._last > max(EVERY, self._took / SHARE):
+        """Write the file, unless it was just written or would take over 5 % of the time.
+
+        A file that cannot be written does not stop the sweep: it is reported, and tried again.
+        """
+        if time.monotonic() - self._last <= max(EVERY, self._took / SHARE):
+            return
+        try:
             self.write()
+            self._failed = ""
+        except HovitError as error:
+            self._last = time.monotonic()
+            if str(error) != self._failed:
+                print(f"warning: no export yet: {error}", file=sys.stderr, flush=True)
+            self._failed = str(error)
 
     def write(self) -> list[str]:
         """Write the file and return the states that the limit leaves out.
@@ -101,8 +114,9 @@ class Export:
         for task in self.tasks:
             done = (self.root / task.path).exists()
             if not isinstance(task, TrainTask):
-                if (self.root / task.path.with_suffix(".partial.json")).exists():
-                    yield str(task), [task.path.with_suffix(".partial.json")]
+                folder = self.root / task.path.parent  # one file of counts, one of each process
+                if begun := sorted(folder.glob(f"{task.path.stem}.*partial.json")):
+                    yield str(task), [path.relative_to(self.root) for path in begun]
             elif done and task.run.id in self.upstreams and (self.root / task.weights).exists():
                 yield f"weights of {task.run.id}", [task.weights]
             elif not done and (self.root / task.run.folder / STATE).exists():

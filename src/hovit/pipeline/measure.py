@@ -31,7 +31,7 @@ from ..utils import device as device_module
 from ..utils.create_model import create_model
 from ..utils.device import describe_device, keep_freed_memory, peak_memory_mb
 from ..utils.errors import HovitError, OutOfTime
-from ..utils.files import read_sealed, write_sealed
+from ..utils.files import alone, read_sealed, write_sealed
 from .timing_process import partial_files, time_in_processes
 
 
@@ -52,9 +52,15 @@ def measure_study(
 
     Raises:
         OutOfTime: at the deadline; the same call resumes.
-        HovitError: if an interrupted measurement started on another device, its file changed, or
-            this process already keeps freed memory and the study wants it returned.
+        HovitError: if an interrupted measurement started on another device, its file changed,
+            another process measures the study, or this process already keeps freed memory and the
+            study wants it returned.
     """
+    with alone(root / task.path.with_suffix("")):
+        return _measure(task, device, root, deadline)
+
+
+def _measure(task: MeasureTask, device: torch.device, root: Path, deadline: float) -> Record:
     begin = time.monotonic()
     study, spec = task.study, task.spec
     device = torch.device("cpu") if study.workload == "onnx" else device

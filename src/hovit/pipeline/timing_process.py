@@ -4,7 +4,7 @@ The speed of each model depends on the memory layout of its process, so ratios b
 by up to 15 % between processes, which is more than between rounds. The processes divide the rounds
 among them. Each has its own file of samples, and resumes like a single process.
 
-    python -m hovit.pipeline.timing_process < job.json
+Standard input has the job in its first line. A process ends with its parent, which closes it.
 """
 
 import json
@@ -12,7 +12,9 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +49,21 @@ def time_in_processes(
         left = None if deadline == math.inf else deadline - time.monotonic()
         job = {"spec": spec, "begun": begun, "partial": str(path), "rounds": share, "left": left}
         paths = os.pathsep.join(filter(None, (str(PACKAGE_ROOT), os.environ.get("PYTHONPATH"))))
-        done = subprocess.run(
-            [sys.executable, "-m", __name__], input=json.dumps(job), text=True, check=False,
-            stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": paths},
-        )  # fmt: skip
-        if done.returncode == OUT_OF_TIME:
+        with subprocess.Popen(
+            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env=os.environ | {"PYTHONPATH": paths},
+        ) as process:  # fmt: skip
+            assert process.stdin is not None
+            assert process.stderr is not None
+            with suppress(BrokenPipeError):  # it has failed at once, and says why
+                process.stdin.write(json.dumps(job) + "\n")
+                process.stdin.flush()
+            lines = process.stderr.read().strip().splitlines()
+        if process.returncode == OUT_OF_TIME:
             raise OutOfTime
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise HovitError(f"{path.name}: {lines[-1].removeprefix('error: ')}")
+        if process.returncode:
+            reason = lines[-1] if lines else f"exit code {process.returncode}"
+            raise HovitError(f"{path.name}: {reason.removeprefix('error: ')}")
         found.append(read_sealed(path)["samples"])
     return found
 
@@ -82,7 +90,7 @@ def _shares(latency: dict[str, Any]) -> list[int]:
 
 
 def main() -> int:
-    """Run one process: read the job from stdin and write the samples to its file."""
+    """Run one process: read the job from standard input and write the samples to its file."""
     import torch
 
     import hovit.models  # noqa: F401 (registers)
@@ -90,7 +98,8 @@ def main() -> int:
     from ..utils.device import keep_freed_memory
     from .measure import time_models
 
-    job = json.load(sys.stdin)
+    job = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     latency = job["spec"]["latency"]
     torch.manual_seed(0)
     torch.set_num_threads(latency["threads"])
@@ -108,6 +117,12 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent has ended, even if that was killed."""
+    sys.stdin.read()
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from contextlib import suppress
 VARIABLE = "HOVIT_WORKER"
 SOCKET = ".snakemake/hovit.sock"  # relative: a socket's path has at most 107 bytes
 LOG = "logs/worker.log"
+STARTED = b"s"  # what a fork sends first; its exit code follows
 PATIENCE = 10.0  # seconds until a worker that was just started must listen
 TORCH = ("hovit.models", "hovit.training.classification", "hovit.pipeline.train")
 REPORT = ("hovit.report.tables.write", "hovit.report.figures.draw", "hovit.report.claims.write")
@@ -64,7 +65,7 @@ def hand_over(arguments: list[str]) -> int | None:
     """Have the worker run `hovit ARGUMENTS`, with this process's files, folder and environment.
 
     Returns:
-        its exit code; None if no worker answers.
+        its exit code; None if no worker answers, or if it ends before it has started the command.
     """
     path = os.environ.get(VARIABLE)
     if not path:
@@ -76,9 +77,16 @@ def hand_over(arguments: list[str]) -> int | None:
         message = json.dumps(request).encode()
         files = array.array("i", [0, 1, 2])
         header = len(message).to_bytes(8, "big")
-        connection.sendmsg([header], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
-        connection.sendall(message)
-        code = connection.recv(1)
+        try:
+            connection.sendmsg([header], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
+            connection.sendall(message)
+            if connection.recv(1) != STARTED:
+                return None
+        except ConnectionError:
+            return None
+        code = b""
+        with suppress(ConnectionError):
+            code = connection.recv(1)
     if not code:
         print("error: the process of this command was killed (out of memory?)", file=sys.stderr)
         return 1
@@ -172,6 +180,7 @@ def _read(connection: socket.socket, size: int) -> bytes:
 
 def _run(connection: socket.socket, request: dict[str, object], files: list[int]) -> None:
     """In the fork: run the command as a process of its own would, and leave."""
+    connection.sendall(STARTED)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number, file in enumerate(files):

@@ -226,7 +226,7 @@ def against(kind: str, a: Value, b: Value) -> tuple[float, float]:
 
 def _same_rounds(a: Value, b: Value) -> bool:
     """Whether both were timed in the same rounds, so that drift of the machine cancels."""
-    return bool(a.samples) and len(a.samples) == len(b.samples)
+    return bool(a.samples) and a.paths == b.paths and len(a.samples) == len(b.samples)
 
 
 def ratio_noise(a: Value, b: Value) -> float:
