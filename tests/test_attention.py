@@ -407,6 +407,18 @@ def test_small_gates_in_bfloat16() -> None:
         assert error(out, expected(*(t.double() for t in inputs), (7, 7))) <= 2e-2
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+def test_a_trace_holds_for_smaller_gates_than_its_example() -> None:
+    q, k, v = torch.randn(3, 1, 64, 8).unbind()
+    gates = [torch.full((1, 64, 8), gate) for gate in (-0.01, -4.0)]
+    traced = torch.jit.trace(
+        lambda *t: gated_chunks(*t), (q[None], k[None], v[None], *[gates[0][None]] * 2)
+    )
+    inputs = (q[None], k[None], v[None], *[gates[1][None]] * 2)
+    torch.testing.assert_close(traced(*inputs), gated_recurrence(*inputs))
+
+
 def test_float64_is_used_for_small_products_of_gates_only() -> None:
     least = LEAST_PRODUCT[torch.float32] / 49
     for gate, fits in ((0.0, True), (0.99 * least, True), (1.01 * least, False)):

@@ -29,7 +29,7 @@ from hovit.detection.batches import DetectionDataset, make_loader, mirror
 from hovit.detection.coco import Annotations, read_annotations, read_image
 from hovit.detection.dataset import evaluation_set, open_coco, prepare
 from hovit.detection.evaluate import METRICS, evaluate, read_detections, write_detections
-from hovit.detection.model import STRIDES, make_backbone, retinanet
+from hovit.detection.model import PRETRAINED_SIZE, STRIDES, make_backbone, retinanet
 from hovit.pipeline import evidence
 from hovit.records.record import read_record, write_record
 from hovit.training.checkpoint import load_weights, save_weights
@@ -63,10 +63,10 @@ def run(paper: Plan, data: Path) -> Run:
     return small_detector(paper, dataset)
 
 
-def tiny(num_classes: int = 3) -> nn.Module:
+def tiny(num_classes: int = 3, **args: bool) -> nn.Module:
     torch.manual_seed(0)
     body = make_backbone("efficientvit_paper_m4", **TINY)
-    return retinanet(body, num_classes, 128, 128, channels=32)
+    return retinanet(body, num_classes, 128, 128, channels=32, **args)
 
 
 # The model ---------------------------------------------------------------------------------------
@@ -122,6 +122,35 @@ def test_weights_of_the_classifier_start_the_backbone(run: Run, tmp_path: Path) 
     assert load_pretrained(body, run, tmp_path, tmp_path) == file_digest(path)
     for name, tensor in body.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def test_the_detector_starts_from_weights_of_224_pixels(
+    run: Run, data: Path, tmp_path: Path
+) -> None:
+    given = make_backbone("efficientvit_paper_m4", PRETRAINED_SIZE, **TINY)
+    given.reset_classifier(11)
+    path = tmp_path / "efficientvit_m4.safetensors"
+    save_weights(path, given)
+    run = run.model_copy(update={"weights": Weights(sha256=file_digest(path))})
+    prepare(run.pack, data, data / run.pack.folder)
+    fabric = make_fabric("32-true", accelerator="cpu")
+    trainer = DetectionTrainer(run, fabric, data, Options(weights_file=path))
+    assert trainer.module.backbone.frozen_norms
+    trained = trainer.module.backbone.state_dict()
+    for name, tensor in given.state_dict().items():
+        if name.startswith("stages.2") and name.endswith("attention_biases"):
+            assert (tensor.shape[1], trained[name].shape[1]) == (4**2, 7**2)
+        elif not name.startswith("head"):
+            assert torch.equal(tensor, trained[name]), name
+
+
+def test_batch_norms_keep_the_statistics_of_the_weights() -> None:
+    model = tiny(frozen_norms=True).train()
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms
+    assert not any(norm.training for norm in norms)
+    assert model.training
+    assert model.backbone.fpn.training
 
 
 # The recipe --------------------------------------------------------------------------------------

@@ -165,7 +165,7 @@ def _fits_float32(log_alpha: Tensor, log_beta: Tensor, chunk: int) -> bool:
     """Whether no product of gates over a chunk is too small for float32; False if unknown."""
     if isinstance(log_alpha, FakeTensor) or log_alpha.is_meta:
         return True  # no values, only shapes
-    if log_alpha.device.type != "cpu" or torch.compiler.is_compiling():
+    if log_alpha.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if torch._C._are_functorch_transforms_active() or torch.onnx.is_in_onnx_export():
         return False

@@ -25,7 +25,8 @@ ANCHOR_SCALES = (
     2 ** (1 / 3),
     2 ** (2 / 3),
 )  # three per octave; times 4 strides
-PRETRAINED_SIZE = 224  # pixels; sets the attention windows of the pretrained weights
+PRETRAINED_SIZE = 224  # pixels; the attention windows of these weights are 7, 7 and 4
+FULL_SIZE = 448  # pixels; the windows are 7 in all stages, as upstream
 
 
 class Pyramid(FeaturePyramidNetwork):
@@ -56,13 +57,29 @@ class Pyramid(FeaturePyramidNetwork):
 
 
 class PyramidBackbone(nn.Module):
-    """Stem and stages of a backbone, followed by the feature pyramid."""
+    """Stem and stages of a backbone, followed by the feature pyramid.
 
-    def __init__(self, body: Any, channels: int = 256) -> None:
+    Args:
+        body: backbone from `make_backbone`.
+        channels: channels of the pyramid.
+        frozen_norms: whether batch norms keep their statistics in training, as upstream does with
+            those of pretrained weights, because batches are small.
+    """
+
+    def __init__(self, body: Any, channels: int = 256, frozen_norms: bool = False) -> None:
         super().__init__()
+        self.frozen_norms = frozen_norms
         self.patch_embed, self.stages = body.patch_embed, body.stages
         self.fpn = Pyramid([info["num_chs"] for info in body.feature_info], channels)
         self.out_channels = channels  # RetinaNet reads it
+
+    def train(self, mode: bool = True) -> "PyramidBackbone":
+        """Set the mode of all modules; frozen batch norms stay in evaluation mode."""
+        super().train(mode)
+        for module in self.modules() if self.frozen_norms else ():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         """Images [B, 3, H, W], H and W multiples of 128 -> five levels, finest first."""
@@ -80,17 +97,18 @@ def anchors() -> AnchorGenerator:
     return AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
 
 
-def make_backbone(name: str, **args: Any) -> Any:
+def make_backbone(name: str, image_size: int = FULL_SIZE, **args: Any) -> Any:
     """Create a registered backbone with three stages at strides 16, 32, 64, without classifier.
 
     Args:
         name: model name: `efficientvit_paper_m0` to `_m5`.
+        image_size: sets the attention windows, in pixels.
         args: arguments of the model.
 
     Raises:
         HovitError: for an unknown model, or one with other strides.
     """
-    body = create_model(name, num_classes=0, image_size=PRETRAINED_SIZE, **args)
+    body = create_model(name, num_classes=0, image_size=image_size, **args)
     strides = [info["reduction"] for info in getattr(body, "feature_info", [])]
     if strides != [16, 32, 64] or not hasattr(body, "stages"):
         raise HovitError(
@@ -100,7 +118,12 @@ def make_backbone(name: str, **args: Any) -> Any:
 
 
 def retinanet(
-    body: Any, num_classes: int, short_side: int = 800, long_side: int = 1333, channels: int = 256
+    body: Any,
+    num_classes: int,
+    short_side: int = 800,
+    long_side: int = 1333,
+    channels: int = 256,
+    frozen_norms: bool = False,
 ) -> RetinaNet:
     """torchvision's RetinaNet on a backbone from `make_backbone`, with focal and L1 loss.
 
@@ -115,9 +138,10 @@ def retinanet(
         short_side: length of the shorter side after resizing, in pixels.
         long_side: maximum length of the longer side, in pixels.
         channels: channels of the pyramid and the heads.
+        frozen_norms: whether the batch norms of the backbone keep their statistics in training.
     """
     return RetinaNet(
-        PyramidBackbone(body, channels),
+        PyramidBackbone(body, channels, frozen_norms),
         num_classes,
         min_size=short_side,
         max_size=long_side,

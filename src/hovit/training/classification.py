@@ -97,7 +97,9 @@ class ClassificationTrainer(Trainer):
         if self.recipe.frozen_front:
             freeze_front(model, run)
         self.setup(model, make_optimizer)
-        self.captured_predict = self.capture(self.predict_batch) if self.captures else None
+        self.captured_predict = (
+            self.capture(self.predict_batch, self.tested) if self.captures else None
+        )
         if self.recipe.frozen_front:
             assert isinstance(self.images, PackedImages)  # no such recipe trains on files
             self.images = FrontFeatures(self.module, self.images, run.image_size, fabric.device)

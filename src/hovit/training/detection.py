@@ -27,7 +27,8 @@ from ..detection.evaluate import (
     to_coco,
     write_detections,
 )
-from ..detection.model import make_backbone, retinanet
+from ..detection.model import PRETRAINED_SIZE, make_backbone, retinanet
+from ..models.efficientvit import resize_biases
 from ..records.record import Record
 from ..utils.errors import OutOfTime
 from ..utils.files import file_digest
@@ -75,9 +76,14 @@ class DetectionTrainer(Trainer):
         torch.manual_seed(run.seed)
         body = make_backbone(run.model, **run.model_args)
         if run.weights:
-            self.pretrained_sha256 = load_pretrained(body, run, root, options.weights_file)
+            given = make_backbone(run.model, PRETRAINED_SIZE, **run.model_args)
+            self.pretrained_sha256 = load_pretrained(given, run, root, options.weights_file)
+            body.load_state_dict(resize_biases(given.state_dict(), body))
         sides = (run.image_size, self.detection.long_side)
-        model = retinanet(body, run.dataset.num_classes, *sides, self.detection.channels)
+        model = retinanet(
+            body, run.dataset.num_classes, *sides, self.detection.channels,
+            frozen_norms=run.weights is not None,
+        )  # fmt: skip
         self.setup(model, make_optimizer)
 
     def load_batches(self, batches: list[np.ndarray]) -> Iterable[Sequence[Sample]]:

@@ -149,7 +149,7 @@ class Trainer(ABC):
             self.checkpoint_path, made_by, model, self.optimizer, self.scaler, self.ema
         )
         self.rate = share_learning_rate(optimizer, device) if self.captures else None
-        self.captured_step = self.capture(self.optimize) if self.captures else None
+        self.captured_step = self.capture(self.optimize, model) if self.captures else None
         self.run_ahead = RunAhead(device)
 
     def can_capture(self) -> bool:
@@ -166,9 +166,9 @@ class Trainer(ABC):
             self.warn(f"no CUDA graph: {reason}")
         return wanted and not reason
 
-    def capture(self, fn: Callable[..., Tensor]) -> CapturedStep:
-        """The function as a CUDA graph, or eager with a line that says why."""
-        return CapturedStep(fn, self.module, self.warn)
+    def capture(self, fn: Callable[..., Tensor], model: nn.Module) -> CapturedStep:
+        """A function that uses a model as a CUDA graph, or eager with a line that says why."""
+        return CapturedStep(fn, model, self.warn)
 
     def warn(self, line: str) -> None:
         """Print a line about this run to stderr, once for all processes."""
