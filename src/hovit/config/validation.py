@@ -104,7 +104,7 @@ def _check_ref(config: Config, ref: str, where: str, must: Must) -> None:
         must(config.analyses[analysis_id].of, row_ref, where)
         return
     row = _check_row_ref(config, row_ref, where, must)
-    must(_claimable(config.studies[study_id], row), metric, where)
+    must(_claimable(config, config.studies[study_id], row), metric, where)
 
 
 def _check_rows(config: Config, root: Path, study: Study, must: Must) -> None:
@@ -166,11 +166,13 @@ def _check_model(config: Config, where: str, row: Row) -> None:
         check_tag(row.model, row.tag, f"{where}.tag")
 
 
-def _claimable(study: Study, row: Row) -> list[str]:
+def _claimable(config: Config, study: Study, row: Row) -> list[str]:
     """Numbers of a row that a claim may refer to: metrics, latency by batch, reported numbers."""
     metrics: list[str] = [m for m in study.columns if m != "latency"]
     if "latency" in study.columns:
-        metrics += [f"latency_{batch}" for batch in study.batches or (1, 32)]
+        timed = [scale for scale in config.scales.values() if "latency" in scale.judges]
+        batches = sorted({batch for scale in timed for batch in scale.latency.batches})
+        metrics += [f"latency_{batch}" for batch in study.batches or batches]
     if study.kind == "models":
         metrics += ["parameters", "parameters_used", "parameters_unused"]
     return [*dict.fromkeys(metrics), *(f"reported_{name}" for name in row.reported)]

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..config.plan import Plan
-from .claims.write import write_claims
+from .claims.write import write_claims_from
 from .figures.draw import FIGURES, draw_from
-from .page.write import write_page
-from .paper.write import write_paper
+from .page.write import write_page_from
+from .paper.write import write_paper_from
 from .sources import load_sources
 from .tables.write import write_index, write_table_from
 
@@ -44,10 +44,10 @@ def write_everything(
     for name in FIGURES:
         draw_from(sources, name, root)
     log(f"{len(FIGURES)} figures: figures/")
-    log(f"claims: results/claims.md: {write_claims(plan, root).splitlines()[0]}")
-    write_page(plan, root)
+    log(f"claims: results/claims.md: {write_claims_from(sources, root).splitlines()[0]}")
+    write_page_from(sources, root)
     log("page: results/index.html")
-    write_paper(plan, root)
+    write_paper_from(sources, root)
     log("paper: paper/paper.pdf")
     date_before_inputs(root)
 

@@ -1,6 +1,6 @@
 """Every source of records, read once for each command: this run, and all evidence."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..config.metrics import Quantity, quantity
@@ -8,6 +8,8 @@ from ..config.plan import Plan
 from ..config.schema import Row, Study
 from ..records.evidence import EVIDENCE
 from .results import Results, Value
+
+NO_RUN = Path("results/no-run")  # no folder has this name
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +32,11 @@ class Sources:
     def all(self) -> tuple[Results, ...]:
         """This run, then the evidence."""
         return self.run, *self.evidence
+
+    def evidence_alone(self) -> "Sources":
+        """The evidence without this run, and without the images of this machine."""
+        run = Results(self.plan, self.run.root, NO_RUN, with_packs=False)
+        return Sources(run, tuple(replace(each, with_packs=False) for each in self.evidence))
 
     def best(
         self, study: Study, number: Quantity, of_run: list[Value | None] | None = None

@@ -7,7 +7,7 @@ from pathlib import Path
 from ...config.plan import Plan
 from ...utils.files import write_json, write_text
 from ..order import PAPERS, in_order, paper_of
-from ..sources import load_sources
+from ..sources import Sources, load_sources
 from ..tables.columns import format_printed
 from .check import GROUPS, Verdict, check_all, counts, tally, tally_of
 from .coverage import coverage, coverage_lines, coverage_tally
@@ -30,8 +30,12 @@ compared only by ratio and rank, because the device differs from that of the pap
 
 def write_claims(plan: Plan, root: Path = Path()) -> str:
     """Write `results/claims.json` and `.md`; return the tally."""
-    sources = load_sources(plan, root)
-    verdicts = check_all(sources)
+    return write_claims_from(load_sources(plan, root), root)
+
+
+def write_claims_from(sources: Sources, root: Path = Path()) -> str:
+    """As `write_claims`, from sources that are read already."""
+    plan, verdicts = sources.plan, check_all(sources)
     rest = coverage(sources)
     scale = {"id": plan.scale.id, "title": plan.scale.title}
     claims = [asdict(verdict) | {"label": verdict.label} for verdict in verdicts]

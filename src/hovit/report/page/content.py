@@ -115,8 +115,7 @@ class _Collector:
         """The findings of the README, from committed records alone; none without such records."""
         if not self.sources.evidence:
             return []
-        nothing = Results(self.sources.plan, self.sources.run.root, Path("results/no-run"))
-        return findings(Sources(nothing, self.sources.evidence))
+        return findings(self.sources.evidence_alone())
 
     # Claims
 

@@ -15,7 +15,7 @@ from ...config.plan import Plan
 from ...utils.code_hash import code_hash
 from ...utils.files import digest, file_digest, write_text
 from ..readme import PICTURE
-from ..sources import load_sources
+from ..sources import Sources, load_sources
 from .content import collect
 
 PAGE = Path("results/index.html")
@@ -35,9 +35,14 @@ def write_page(plan: Plan, root: Path = Path()) -> None:
 
     The page lists records that cannot be used and omits them. It states why a table is refused.
     """
+    write_page_from(load_sources(plan, root), root)
+
+
+def write_page_from(sources: Sources, root: Path = Path()) -> None:
+    """As `write_page`, from sources that are read already."""
     picture = root / PICTURE
     front = base64.b64encode(picture.read_bytes()).decode() if picture.exists() else ""
-    write_text(root / PAGE, render(collect(load_sources(plan, root)) | {"front": front}))
+    write_text(root / PAGE, render(collect(sources) | {"front": front}))
 
 
 def render(content: dict[str, Any]) -> str:

@@ -41,8 +41,12 @@ def write_paper(plan: Plan, root: Path = Path()) -> None:
         HovitError: if a variable names something that config does not have, or the text names
             something that `paper/variables.yaml` does not have.
     """
-    sources = load_sources(plan, root)
-    verdicts = check_all(sources)
+    write_paper_from(load_sources(plan, root), root)
+
+
+def write_paper_from(sources: Sources, root: Path = Path()) -> None:
+    """As `write_paper`, from sources that are read already."""
+    plan, verdicts = sources.plan, check_all(sources)
     costs = [line for results in by_scale(sources) for line in _costs(results)]
     rest = coverage(sources)
     tables = {study.id: paper_table(sources, study) for study in plan.config.studies.values()}
