@@ -46,8 +46,7 @@ class LevitDeck(nn.Module):
         checkerboard: `'mask'` or `'drop'` for the attention of the second stage (idea 2).
         drop_rate: dropout in MLPs and heads (idea 5).
         global_pool: `'avg'`, or `''` to return tokens.
-        attention: attention form of every block. The shrink blocks keep dot-product
-            attention.
+        attention: attention form of every block. Shrink blocks keep dot-product attention.
         device, dtype: of parameters and buffers.
         attention_options: options of the attention form (`power` of `focused`, for example).
 

@@ -43,7 +43,8 @@ class Attention(nn.Module):
     Args:
         dim: channels.
         form: name of another attention form (`hovit.attention`). A form that gates its own output
-            has no Hardswish.
+            has no Hardswish. `focused` adds no position embedding to k, unlike in Swin, because the
+            number of tokens is not fixed; its convolution of v is the only position term.
         options: options of the form.
     """
 
