@@ -1,7 +1,7 @@
 """The image that the Launcher generates from the pooled features of its front.
 
-Source: the Launcher of the HoViT slide deck (seeds/000), "03 Launcher Architecture", which does not
-show this image. The pictures are our addition.
+Source: the Launcher of the HoViT slides, "03 Launcher Architecture", which do not show this image.
+The pictures are our addition.
 """
 
 from base64 import b64encode

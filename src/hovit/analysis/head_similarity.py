@@ -2,8 +2,8 @@
 
 Paper: `EfficientViT: Memory Efficient Vision Transformer with Cascaded Group Attention`
     - https://arxiv.org/abs/2305.07027, section 2.2 and figure 4.
-Source: seeds/002, on computation redundancy. The paper leaves two details open. We take as a map
-the whole attention matrix of an image (in Swin all of its windows), and the maximum per image.
+The paper leaves two details open. We take as a map the whole attention matrix of an image (in Swin
+all of its windows), and the maximum per image.
 """
 
 from typing import Any

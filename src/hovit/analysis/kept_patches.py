@@ -1,7 +1,6 @@
 """Patches that SkipViT keeps, layer by layer.
 
-Source: the SkipViT poster (seeds/001), "Identifying Important Patches". The pictures are our
-addition.
+Source: the SkipViT poster, "Identifying Important Patches". The pictures are our addition.
 """
 
 from typing import Any

@@ -2,10 +2,9 @@
 
 Paper: `EfficientViT: Memory Efficient Vision Transformer with Cascaded Group Attention`
     - https://arxiv.org/abs/2305.07027, section 2.1: reshaping, element-wise addition, copying and
-normalisation are memory-bound. Source: seeds/002, on memory access. We count softmax and activation
-functions as element-wise. Fused attention is a single operator that includes softmax; timm's ViTs
-use it and its Swin does not. It is disabled during the analysis, so that softmax counts alike in
-all models.
+normalisation are memory-bound. We count softmax and activation functions as element-wise. Fused
+attention is a single operator that includes softmax; timm's ViTs use it and its Swin does not. It
+is disabled during the analysis, so that softmax counts alike in all models.
 """
 
 from collections.abc import Iterator

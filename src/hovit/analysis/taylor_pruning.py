@@ -5,8 +5,8 @@ Paper: `EfficientViT: Memory Efficient Vision Transformer with Cascaded Group At
 Paper: `Importance Estimation for Neural Network Pruning` - https://arxiv.org/abs/1906.10771
     - first-order criterion on a gate: removing a channel changes the loss by about
       d loss / d gate = sum of gradient * weight.
-Source: seeds/002, on parameter efficiency. The paper leaves two details open. We rank the channels
-of all blocks together regardless of their cost, and our budget counts parameters.
+The paper leaves two details open. We rank the channels of all blocks together regardless of their
+cost, and our budget counts parameters.
 
 Channel c of Q and of K are pruned together, because only their product matters. Pruned channels are
 set to zero, which gives the outputs of a model without them.

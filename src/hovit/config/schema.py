@@ -205,6 +205,9 @@ class Recipe(InSpec):
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] | None = None
+    # `crop_flip` depends on the images. Packed: a square of 60 to 100 % of each side, bilinear (our
+    # choice, data/loader.py). ImageNet's files: 8 to 100 % of the area, aspect ratio 3/4 to 4/3,
+    # bicubic, as in timm (data/augmented.py). `randaugment` always crops as for ImageNet's files.
     augment: Literal["none", "crop_flip", "randaugment"] = "none"
     # The settings from here to `min_lr` are timm's (hovit/data/augmented.py, training/averaged.py).
     mixup: Annotated[float, Field(ge=0)] = 0.0  # alpha of the beta distribution; 0: no mixup

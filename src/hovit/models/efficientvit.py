@@ -2,7 +2,6 @@
 
 Paper: `EfficientViT: Memory Efficient Vision Transformer with Cascaded Group Attention`
     - https://arxiv.org/abs/2305.07027 (Table 1: the family; Table 6 and Fig. 7: the ablation)
-Source: the article on EfficientViT (seeds/002).
 Upstream: https://github.com/microsoft/Cream/tree/main/EfficientViT
 
 With the default switches, the state dict has the names and shapes of timm's `efficientvit_m0` ...

@@ -2,7 +2,6 @@
 
 Paper: `EfficientViT: Memory Efficient Vision Transformer with Cascaded Group Attention`
     - https://arxiv.org/abs/2305.07027 (section 3; Table 6 and Fig. 7: the ablation)
-Source: the article on EfficientViT (seeds/002).
 Upstream: https://github.com/microsoft/Cream/tree/main/EfficientViT
 
 Table 6 describes each row in a few words. `Switches` documents the details that we chose.

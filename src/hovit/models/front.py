@@ -1,7 +1,7 @@
 """Pretrained networks in front of a backbone, and alone with a new classifier.
 
-Paper: none; the Launcher of the HoViT slide deck (seeds/000) puts ResNet50 in front. Any other
-network of timm is our addition, for example EfficientNet-Lite0:
+Paper: none; the Launcher of the HoViT slides puts ResNet50 in front. Any other network of timm is
+our addition, for example EfficientNet-Lite0:
 `EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks`
     - https://arxiv.org/abs/1905.11946
 Upstream: the networks are timm's.

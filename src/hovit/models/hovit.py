@@ -1,12 +1,12 @@
 """HoViT: the Highly shrunk and Optimized Vision Transformer.
 
-Paper: none; the HoViT slide deck (seeds/000), slides "05 Conclusion". It builds on LeViT
+Paper: none; the HoViT slides, "05 Conclusion". HoViT builds on LeViT
     - https://arxiv.org/abs/2104.01136
 Upstream: none is published.
 
-Combines three of the deck's ideas on its LeViT: two blocks per stage, convolutions for
-downsampling, and one 1 x 1 convolution in place of the last shrink and stage. It has 4,937,962
-parameters at 37 classes.
+Combines three of the deck's ideas on its LeViT: two blocks per stage, a convolution in place of the
+first shrink block, and one 1 x 1 convolution in place of the second shrink block and the last
+stage. It has 4,937,962 parameters at 37 classes.
 """
 
 from typing import Any

@@ -2,11 +2,11 @@
 
 Paper: `LeViT: a Vision Transformer in ConvNet's Clothing for Faster Inference`
     - https://arxiv.org/abs/2104.01136
-Source: the HoViT slide deck (seeds/000), slides "02 LeViT Based Approach" and "04 New Ideas".
+Source: the HoViT slides, "02 LeViT Based Approach" and "04 New Ideas".
 Upstream: none is published; the stem and the heads are timm's (timm/models/levit.py).
 
 The deck's model differs from LeViT (timm's `levit_256`): one Linear produces q, k and v, heads are
-64 wide, there is no attention bias, and the "shrink" blocks between the stages compute keys and
+64 wide, there is no attention bias, and the shrink blocks between the stages compute keys and
 values that they do not use. `levit_deck` keeps all of this, because the deck's numbers describe it.
 `levit_deck_fixed` is our corrected version. `attention="jaccard"`, for example, puts another form
 of `hovit.attention` into every block (slides "LeViT + ...").
@@ -41,12 +41,12 @@ class LevitDeck(nn.Module):
         in_chans: channels of the image.
         embed_dim: channels of each stage, multiples of 64.
         depth: blocks of each stage.
-        shrink: `'deck'`, `'fixed'` or `'conv'`, between the stages.
+        shrink: the blocks between the stages: `'deck'`, `'fixed'` or `'conv'`.
         conv_stages: stages, counted from 0, that are 1 x 1 convolutions instead (idea 1).
         checkerboard: `'mask'` or `'drop'` for the attention of the second stage (idea 2).
         drop_rate: dropout in MLPs and heads (idea 5).
         global_pool: `'avg'`, or `''` to return tokens.
-        attention: attention form of every block. The shrinks keep dot-product attention.
+        attention: attention form of every block. Shrink blocks keep dot-product attention.
         device, dtype: of parameters and buffers.
         attention_options: options of the attention form (`power` of `focused`, for example).
 
@@ -287,13 +287,13 @@ def levit_deck_conv1(pretrained: bool = False, **kwargs: Any) -> LevitDeck:
 
 @register_model
 def levit_deck_conv2(pretrained: bool = False, **kwargs: Any) -> LevitDeck:
-    """Idea 1: the second stage and its shrink as 1 x 1 convolutions."""
+    """Idea 1: the second stage with its shrink block as 1 x 1 convolutions."""
     return create_levit_deck("levit_deck_conv2", pretrained, **kwargs)
 
 
 @register_model
 def levit_deck_conv3(pretrained: bool = False, **kwargs: Any) -> LevitDeck:
-    """Idea 1: the third stage and its shrink as 1 x 1 convolutions."""
+    """Idea 1: the third stage with its shrink block as 1 x 1 convolutions."""
     return create_levit_deck("levit_deck_conv3", pretrained, **kwargs)
 
 

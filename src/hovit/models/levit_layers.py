@@ -1,8 +1,8 @@
-"""Layers of the HoViT deck's LeViT: attention blocks, the shrinks between stages, conv stages.
+"""Layers of the HoViT deck's LeViT: attention, shrink blocks between stages, conv stages.
 
 Paper: `LeViT: a Vision Transformer in ConvNet's Clothing for Faster Inference`
     - https://arxiv.org/abs/2104.01136
-Source: the HoViT slide deck (seeds/000), slides "02 LeViT Based Approach" and "04 New Ideas".
+Source: the HoViT slides, "02 LeViT Based Approach" and "04 New Ideas".
 Upstream: none is published; LinearNorm is timm's (timm/models/levit.py).
 """
 
@@ -43,7 +43,8 @@ class Attention(nn.Module):
     Args:
         dim: channels.
         form: name of another attention form (`hovit.attention`). A form that gates its own output
-            has no Hardswish.
+            has no Hardswish. `focused` adds no position embedding to k, unlike in Swin, because the
+            number of tokens is not fixed; its convolution of v is the only position term.
         options: options of the form.
     """
 
@@ -120,7 +121,7 @@ class Block(nn.Module):
 
 
 class DeckShrink(nn.Module):
-    """Downsampling as published in the deck: [B, H*W, i] -> [B, (H//2)*(W//2), o].
+    """Shrink block as published in the deck: [B, H*W, i] -> [B, (H//2)*(W//2), o].
 
     Two faults of the published code are kept: the result of `kv` is not used, and the tokens are
     reshaped instead of transposed into the grid that the convolution reads.
@@ -144,7 +145,7 @@ class DeckShrink(nn.Module):
 
 
 class FixedShrink(DeckShrink):
-    """Downsampling without the two faults (our fix): the queries attend to k and v."""
+    """Shrink block without the two faults (our fix): the queries attend to k and v."""
 
     def __init__(self, dim: int, out_dim: int, heads: int, drop: float) -> None:
         super().__init__(dim, out_dim, heads, drop)
@@ -171,7 +172,7 @@ SHRINKS = {"deck": DeckShrink, "fixed": FixedShrink, "conv": ConvShrink}
 
 
 class AttentionStage(nn.Module):
-    """A shrink (none in the first stage) and its attention blocks."""
+    """A shrink block (none in the first stage) and its attention blocks."""
 
     def __init__(self, shrink: nn.Module | None, blocks: list[Block]) -> None:
         super().__init__()
@@ -187,9 +188,9 @@ class AttentionStage(nn.Module):
 
 
 class ConvStage(nn.Module):
-    """Idea 1: a stage and its shrink as `depth` 1 x 1 convolutions with bias, then BN and ReLU.
+    """Idea 1: a stage with its shrink block as `depth` 1 x 1 convolutions, then BN and ReLU.
 
-    It keeps the resolution.
+    The convolutions have a bias, and the resolution stays the same.
     """
 
     def __init__(self, dim: int, out_dim: int, depth: int) -> None:

@@ -2,7 +2,6 @@
 
 Paper: `EfficientViT: Memory Efficient Vision Transformer with Cascaded Group Attention`
     - https://arxiv.org/abs/2305.07027, sections 2.1 and 2.2 (figures 3 and 4).
-Source: seeds/002, on memory and computation.
 Upstream: none is published for this analysis; Swin and DeiT are timm's.
 
 How the attention layers are placed is our choice: evenly over the depth, attention first. A share

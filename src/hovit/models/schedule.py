@@ -2,7 +2,7 @@
 
 Paper: `SkipViT: Speeding Up Vision Transformers with a Token-Level Skip Connection`
     - https://arxiv.org/abs/2401.15293
-Source: the SkipViT poster (seeds/001), Table 1, column "Dropping": `6(45%)+11`,
+Source: the SkipViT poster, Table 1, column "Dropping": `6(45%)+11`,
 `4,7(30%,30%)+10`, `6(45%)+fused token`.
 Upstream: none is published.
 """

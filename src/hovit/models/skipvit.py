@@ -2,7 +2,7 @@
 
 Paper: `SkipViT: Speeding Up Vision Transformers with a Token-Level Skip Connection`
     - https://arxiv.org/abs/2401.15293
-Source: the SkipViT poster (seeds/001).
+Source: the SkipViT poster.
 Upstream: no code is published; the ViT is timm's (timm/models/vision_transformer.py).
 
 The algorithm is in `token_skipping`, the notation in `schedule`; this file connects them to timm.

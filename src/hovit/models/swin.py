@@ -4,8 +4,8 @@ Paper: `Swin Transformer: Hierarchical Vision Transformer using Shifted Windows`
     - https://arxiv.org/abs/2103.14030
 `FLatten Transformer: Vision Transformer using Focused Linear Attention`
     - https://arxiv.org/abs/2308.00442
-Source: the HoViT slide deck (seeds/000), slides "01 Swin Based Approach": Swin + FLatten
-Transformer, and Swin + Similarity on CIFAR-10.
+Source: the HoViT slides, "01 Swin Based Approach": Swin + FLatten Transformer, and Swin +
+Similarity on CIFAR-10.
 Upstream: timm/models/swin_transformer.py; everything but the attention is unchanged.
 
 With `attention="dot"` the model is timm's Swin. A form without a softmax (`focused`, `gated`) takes

@@ -2,9 +2,9 @@
 
 Paper: `SkipViT: Speeding Up Vision Transformers with a Token-Level Skip Connection`
     - https://arxiv.org/abs/2401.15293
-Source: the SkipViT poster (seeds/001), "Identifying Important Patches" and "Skip Connection For
-Tokens". Where it is silent (mean of the softmax row over heads, order of the kept tokens, weights
-of the fused token) we follow EViT, on which it builds
+Source: the SkipViT poster, "Identifying Important Patches" and "Skip Connection For Tokens". Where
+it is silent (mean of the softmax row over heads, order of the kept tokens, weights of the fused
+token) we follow EViT, on which it builds
     - https://arxiv.org/abs/2202.07800
 Upstream: none is published.
 

@@ -46,6 +46,6 @@ def seed_noise(variance: float, freedom: int, n: int) -> float:
 
 
 def half_iqr(numbers: Sequence[float]) -> float:
-    """Half the inter-quartile range."""
+    """Half the interquartile range."""
     low, _, high = statistics.quantiles(numbers, n=4)
     return (high - low) / 2

@@ -25,12 +25,12 @@ class Value:
 
     Args:
         mean: mean over random seeds; for latency the median over rounds.
-        spread: standard deviation over seeds (0 for one seed), or the inter-quartile range.
+        spread: standard deviation over seeds (0 for one seed), or the interquartile range.
         n: seeds, or rounds; 1 for an exact number.
         noise: how far the number may be off. For training: half the width of a 95 % interval over
             random seeds, combined with one over test images for accuracy and loss. The variance
             over seeds is pooled over the rows of the study (`Results.seed_variance`). For latency:
-            half the inter-quartile range. For an analysis: as its record states.
+            half the interquartile range. For an analysis: as its record states.
         seed_noise: the part of the noise that random seeds cause.
         samples: latency of each round, in the order that all rows of a record share.
         paths: the records behind the number.

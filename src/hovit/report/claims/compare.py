@@ -230,7 +230,7 @@ def _same_rounds(a: Value, b: Value) -> bool:
 
 
 def ratio_noise(a: Value, b: Value) -> float:
-    """Half the inter-quartile range of the rounds' ratios; without rounds, from both noises."""
+    """Half the interquartile range of the rounds' ratios; without rounds, from both noises."""
     if _same_rounds(a, b):
         return half_iqr([x / y for x, y in zip(a.samples, b.samples, strict=True)])
     if not a.mean:

@@ -23,7 +23,7 @@ ABOUT = """\
 - **not measured**: there is no record; the reason is stated.
 
 Noise is a 95 % interval over random seeds and test images (accuracy and loss), or half the
-inter-quartile range of the ratios over rounds (times). The variance over seeds is pooled over the
+interquartile range of the ratios over rounds (times). The variance over seeds is pooled over the
 rows of a study. Models that were tested on the same images are compared image by image. Times are
 compared only by ratio and rank, because the device differs from that of the paper."""
 
