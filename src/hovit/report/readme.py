@@ -50,10 +50,10 @@ FINDINGS = (
     "{hovit-fewer-parameters} fewer parameters than the LeViT of the deck (printed: "
     "{hovit-fewer-parameters:printed}). It takes {hovit-faster-size-b32} less time at batch 32 and "
     "{hovit-faster-size-b1} at batch 1 (printed: {hovit-faster-size-b32:printed}; "
-    "{hovit-faster-size-b32:n}). LeViT takes as long for 32 images as for one, so these times are "
-    "those of kernel launches; at batch 256, HoViT takes {hovit-faster-size-b256} less time. A "
-    "fifth of the weights of that LeViT are never used: of the parameters that an output depends "
-    "on, HoViT saves {hovit-fewer-live-parameters}.",
+    "{hovit-faster-size-b32:n}). These times are those of kernel launches: LeViT takes "
+    "{levit-32-images-as-one} as long for 32 images as for one. At batch 256, HoViT takes "
+    "{hovit-faster-size-b256} less time. A fifth of the weights of that LeViT are never used: of "
+    "the parameters that an output depends on, HoViT saves {hovit-fewer-live-parameters}.",
     "**The slowdown of Jaccard and Euclidean attention depends on implementation and device.** "
     "At batch 32 on a GPU, LeViT with Jaccard attention takes {levit-jaccard-slower-b32} as long "
     "as LeViT (printed: {levit-jaccard-slower-b32:printed}) with matrix products, and "
