@@ -340,7 +340,7 @@ def test_tables_from_evidence_alone_in_seconds_without_torch(config: Config, her
     subprocess.run([sys.executable, "-c", code], cwd=here, check=True)
     assert time.monotonic() - began < 60  # about two seconds; a hang guard, not a speed test
     assert (
-        "**Committed results a**: scale: `mini`"
+        "- **Committed results a**: `results/evidence/test-cpu/mini`\n  - Scale: `mini`"
         in (here / "results/tables/launcher.md").read_text()
     )
 

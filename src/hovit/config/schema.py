@@ -101,12 +101,13 @@ class Dataset(InSpec):
             "native_size",
         }
     )
-    never = frozenset({"id", "title", "about", "stands_for", "listed"})
+    never = frozenset({"id", "title", "about", "stands_for", "is_part", "listed"})
 
     id: Name
     title: Text
     about: Text
     stands_for: Text | None = None  # images of the paper that these replace
+    is_part: bool = False  # whether they are some of those images
     # Number of images to split, without a published test set; for estimates before the files exist.
     listed: Annotated[int, Field(ge=1)] | None = None
     reader: Literal[
@@ -135,6 +136,13 @@ class Dataset(InSpec):
     def reads_files(self) -> bool:
         """Whether images for a classifier are read in place instead of from a pack."""
         return self.reader == "imagenet"
+
+    @property
+    def relation(self) -> str:
+        """`stands in for X` or `part of X`, the images of the paper; empty if these are those."""
+        if self.stands_for is None:
+            return ""
+        return f"{'part of' if self.is_part else 'stands in for'} {self.stands_for}"
 
     @model_validator(mode="after")
     def _pairs(self) -> "Dataset":

@@ -157,10 +157,10 @@ class RecordSource:
         """The record of a study's measurements."""
         return self.record(self.plan.measure_task(study))
 
-    def miscounts(self, study: Study) -> bool:
-        """Whether the multiply-adds of a study's record leave fused attention out."""
-        record = self.measured(study)
-        return record is not None and record.provenance.commit == MISCOUNTED
+    def miscounts(self, paths: Iterable[Path]) -> bool:
+        """Whether one of these records, once read, counts multiply-adds without fused attention."""
+        read = (self._read.get(path) for path in paths)
+        return any(record and record.provenance.commit == MISCOUNTED for record in read)
 
     def measured_rows(self, study: Study) -> dict[str, dict[str, Any]]:
         """A study's measurements, row by row.

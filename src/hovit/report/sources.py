@@ -66,7 +66,7 @@ class Sources:
         Counts are the same on every device.
         """
         found = [(r, value) for r in self.all if (value := r.value(study, row, number))]
-        return min(found, key=lambda cell: _doubts(cell[0], study, row, number), default=None)
+        return min(found, key=lambda cell: _doubts(cell[0], cell[1], row, number), default=None)
 
     def timed(self, study: Study) -> list[Results]:
         """The evidence that has times of a study: for each device, of its largest scale."""
@@ -113,9 +113,9 @@ class Sources:
         return found[counts.index(most)] if most else self.run
 
 
-def _doubts(results: Results, study: Study, row: Row, number: Quantity) -> tuple[bool, bool]:
+def _doubts(results: Results, value: Value, row: Row, number: Quantity) -> tuple[bool, bool]:
     stands_in = results.plan.scale.measured_model(row) != str(row.model)
-    return stands_in, number.metric.name == "macs" and results.miscounts(study)
+    return stands_in, number.metric.name == "macs" and results.miscounts(value.paths)
 
 
 def load_sources(plan: Plan, root: Path = Path()) -> Sources:

@@ -103,7 +103,8 @@ def _other_images(results: Results, study: Study, row: Row, how: str) -> Missing
     images = runs[0].dataset
     top1 = results.value(study, row, "top1")
     accuracy = f" ({row.label}: {top1.mean:.1f} % top-1)" if top1 and how != "measured on" else ""
-    why = f"{how} {images.title}, which stands in for {images.stands_for}{accuracy}"
+    relation = images.relation if images.is_part else f"which {images.relation}"
+    why = f"{how} {images.title}, {relation}{accuracy}"
     return Missing(why, verdict="not comparable")
 
 

@@ -174,7 +174,7 @@ class _Collector:
         for row in study.rows:
             if found := plan.runs_of(study, row):
                 images = found[0].dataset
-                stands = f" (stands in for {images.stands_for})" if images.stands_for else ""
+                stands = f" ({images.relation})" if images.relation else ""
                 data[row.id] = f"{images.title}{stands}, {found[0].image_size} px"
                 if images.stands_for:
                     stand_ins[row.id] = f"{images.title}{stands}"

@@ -143,7 +143,7 @@ def resolve(sources: list[Results], name: str, variable: Variable) -> dict[str, 
 
 def _best_first(sources: list[Results], variable: Variable) -> list[Results]:
     """Sort the sources of a variable that is an accuracy, a loss or a count; see `resolve`."""
-    study_id, _, metric = variable.of.split("/")
+    study_id, row_id, metric = variable.of.split("/")
     study = sources[0].plan.config.studies.get(study_id)
     number = quantity(metric)
     if study is None or number is None or number.reported:
@@ -152,7 +152,10 @@ def _best_first(sources: list[Results], variable: Variable) -> list[Results]:
         rows = {r: sum(bool(r.value(study, row, number)) for row in study.rows) for r in sources}
         return sorted(sources, key=lambda results: rows[results], reverse=True)
     if number.metric.name == "macs":
-        return sorted(sources, key=lambda results: results.miscounts(study))
+        row = next((row for row in study.rows if row.id == row_id), study.rows[0])
+        values = [(r, r.value(study, row, number)) for r in sources]
+        miscounts = {r: value is not None and r.miscounts(value.paths) for r, value in values}
+        return sorted(sources, key=lambda results: miscounts[results])
     return sources
 
 

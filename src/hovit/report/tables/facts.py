@@ -99,8 +99,8 @@ def _recipe(runs: list[Run]) -> str:
 
 
 def _images_of(run: Run) -> str:
-    """The images of a run, and what they stand in for."""
-    stands = f"; stands in for {run.dataset.stands_for}" if run.dataset.stands_for else ""
+    """The images of a run, and those of the paper that they replace."""
+    stands = f"; {run.dataset.relation}" if run.dataset.relation else ""
     return f"{run.dataset.title} — {run.dataset.about}{stands}"
 
 

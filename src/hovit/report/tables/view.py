@@ -6,7 +6,7 @@ accuracy of a smoke run next to a reported one would look like a reproduction.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...config.metrics import METRICS, PRECISION, Metric, Quantity, quantity
 from ...config.runs import protocol
@@ -31,12 +31,14 @@ class Part:
         blocks: columns that stay together, left to right.
         labels: labels of the rows.
         footnotes: sources of marked cells.
+        compact: leave out rows without a number.
     """
 
     title: str
     blocks: list[list[Shown]]
     labels: list[str]
     footnotes: tuple[str, ...] = ()
+    compact: bool = False
 
     def lines(self) -> list[str]:
         """The part as Markdown; empty columns are left out, and wide tables are split."""
@@ -44,10 +46,19 @@ class Part:
         blocks = [block for block in filled if block]
         if not blocks:
             return []
+        if self.compact:
+            return replace(self._filled(blocks), compact=False).lines()
         lines = [f"**{self.title}**", ""]
         for columns in self._tables(blocks):
             lines += [*_table(self.labels, columns), ""]
         return lines + [*self.footnotes, ""] * bool(self.footnotes)
+
+    def _filled(self, blocks: list[list[Shown]]) -> "Part":
+        """The part with the rows that have a number."""
+        columns = [cells for block in blocks for _, cells in block]
+        rows = [i for i in range(len(self.labels)) if any(c[i] != NOTHING for c in columns)]
+        kept = [[(head, [cells[i] for i in rows]) for head, cells in block] for block in blocks]
+        return replace(self, blocks=kept, labels=[self.labels[i] for i in rows])
 
     def _tables(self, blocks: list[list[Shown]]) -> list[list[Shown]]:
         """Blocks in tables that fit the width; each table repeats the labels."""
@@ -76,6 +87,8 @@ def view(sources: Sources, study: Study) -> list[str]:
     for number in numbers:
         if number.is_timed:
             parts += _timed(sources, study, number)
+    if study.cites:
+        parts = [replace(part, compact=True) for part in parts]
     lines = [line for part in parts for line in part.lines()]
     if not sources.run.is_evidence and not sources.plan.scale.judges:
         lines += [_not_shown(sources, study), ""] if _hides(sources, study, numbers) else []
@@ -128,7 +141,8 @@ def _counts(sources: Sources, study: Study, numbers: list[Quantity]) -> Part:
     for number in numbers:
         metric = number.metric
         cells = [sources.count(study, row, number) for row in study.rows]
-        wrong = [metric.name == "macs" and c is not None and c[0].miscounts(study) for c in cells]
+        is_macs = metric.name == "macs"
+        wrong = [is_macs and c is not None and c[0].miscounts(c[1].paths) for c in cells]
         miscounted |= any(wrong)
         counted = [
             _count(cell and cell[1], metric) + MARKS[0] * flag
@@ -159,8 +173,10 @@ def _trained(sources: Sources, study: Study, numbers: list[Quantity]) -> Part:
     blocks = []
     for number, cells in shown:
         heading = number.metric.heading
+        several = any(cell and cell[1].n > 1 for cell in cells)
         texts = [
-            _accuracy(c[1], number.metric) + marks.get(c[0], "") if c else NOTHING for c in cells
+            _accuracy(c[1], number.metric, several) + marks.get(c[0], "") if c else NOTHING
+            for c in cells
         ]
         here = " on stand-ins" if any(_stands_in(results, study) for results in used) else ""
         blocks.append([(f"{heading}, reported", _reported(study, number.metric)),
@@ -190,31 +206,31 @@ def _best(sources: Sources, study: Study, number: Quantity) -> list[tuple[Result
 
 def _stands_in(results: Results, study: Study) -> bool:
     runs = [run for row in study.rows for run, _ in results.trained(study, row)[:1]]
-    return any(run.dataset.stands_for for run in runs)
+    return any(run.dataset.stands_for and not run.dataset.is_part for run in runs)
 
 
-def _accuracy(value: Value, metric: Metric) -> str:
-    """Mean ± standard deviation over seeds, and n."""
+def _accuracy(value: Value, metric: Metric, several: bool) -> str:
+    """Mean, ± standard deviation over seeds, and n if some row of the column has several seeds."""
     if isinstance(value, PairedValue) or metric.derived_from:
         return format_value(value, metric)
-    mean = significant(value.mean)
-    if value.n < 2:
-        return mean
-    decimals = len(mean.partition(".")[2])
-    return f"{mean} ± {value.spread:.{decimals}f} ({value.n})"
+    decimals = 2 if metric.name == "loss" else 1
+    mean = f"{value.mean:.{decimals}f}"
+    if value.n > 1:
+        return f"{mean} ± {value.spread:.{decimals}f} ({value.n})"
+    return f"{mean} (1)" if several else mean
 
 
 def _where(results: Results, study: Study) -> str:
     """Scale, images and size of the trained rows of one source, in short."""
     runs = [r for row in study.rows for r, _ in results.trained(study, row)[:1]]
     titles = dict.fromkeys(run.dataset.title for run in runs)
-    stands = dict.fromkeys(run.dataset.stands_for for run in runs if run.dataset.stands_for)
+    relations = dict.fromkeys(run.dataset.relation for run in runs if run.dataset.relation)
     size = f"{runs[0].image_size} px" if runs else ""
-    images = ", ".join(titles) + (
-        f" (stands in for {', '.join(map(str, stands))})" if stands else ""
-    )
+    images = ", ".join(titles) + (f" ({', '.join(relations)})" if relations else "")
     facts = ", ".join(filter(None, (f"scale {results.plan.scale.id}", images, size)))
-    seeds = ", mean ± standard deviation (random seeds)" if _has_seeds(results, study) else ""
+    seeds = (
+        ", mean ± standard deviation (number of random seeds)" if _has_seeds(results, study) else ""
+    )
     return f"{kind(results)}, {facts}{seeds}"
 
 

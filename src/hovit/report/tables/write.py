@@ -38,7 +38,7 @@ def write_table_from(sources: Sources, study: Study, root: Path = Path()) -> Non
     facts = table_facts(sources, table)
     stem = root / TABLES / study.id
     write_text(stem.with_suffix(".csv"), to_csv(sources, table, facts))
-    write_text(stem.with_suffix(".md"), to_markdown(sources, study, facts))
+    write_text(stem.with_suffix(".md"), to_markdown(sources, table))
     write_text(stem.with_suffix(".tex"), to_latex(table, facts))
 
 
@@ -50,10 +50,13 @@ def table_facts(sources: Sources, table: Table) -> dict[str, str]:
             f"{key.lower()}: {text}" for key, text in describe(results, table.study).items()
         )
         facts[f"Committed results {letter}"] = f"{told}; records: `{results.folder}`"
-    problems = [p for results in sources.all for p in results.problems_of(table.study)]
-    if problems:
-        facts["Not used"] = "; ".join(problems)
+    if problems := _problems(sources, table.study):
+        facts["Not used"] = problems
     return facts
+
+
+def _problems(sources: Sources, study: Study) -> str:
+    return "; ".join(p for results in sources.all for p in results.problems_of(study))
 
 
 def to_csv(sources: Sources, table: Table, facts: dict[str, str]) -> str:
@@ -131,19 +134,54 @@ def _numbers(
     return found
 
 
-def to_markdown(sources: Sources, study: Study, facts: dict[str, str]) -> str:
+def to_markdown(sources: Sources, table: Table) -> str:
     """The tables of at most 100 characters a line, then notes and full provenance."""
+    study = table.study
     notes = [f"- {note}" for note in table_notes(study)]
     if any(row.ours for row in study.rows):
         notes.append("- † added here: the paper has no such row.")
-    if any(row.baseline for row in study.rows):
-        notes.append("- × is the ratio to the row's baseline.")
+    notes += _baselines(study)
     notes.append(f"- All columns and digits: [{study.id}.csv]({study.id}.csv).")
-    about = [f"- **{key}**: {text}" for key, text in facts.items()]
     place = study.source.place.removeprefix("paper, ")
     source = f"Source: {PAPERS[study.source.seed]}, {place}."
     lines = [f"# {study.title}", "", source, "", *view(sources, study), *notes, ""]
-    return "\n".join([*lines, "## Provenance", "", *about, ""])
+    return "\n".join([*lines, "## Provenance", "", *_provenance(sources, table), ""])
+
+
+def _baselines(study: Study) -> list[str]:
+    """A note that names the baseline of each row; none without baselines."""
+    rows: dict[str, list[str]] = {}
+    for row in study.rows:
+        if row.baseline:
+            rows.setdefault(study.row(row.baseline).label, []).append(row.label)
+    if not rows:
+        return []
+    if len(rows) == 1:
+        return [f"- × is the ratio to {next(iter(rows))}."]
+    first, *others = rows
+    exceptions = "; for ".join(f"{', '.join(rows[base])}: to {base}" for base in others)
+    return [f"- × is the ratio to {first}; for {exceptions}."]
+
+
+def _provenance(sources: Sources, table: Table) -> list[str]:
+    """The facts of each source of numbers, one line for each fact."""
+    study, run = table.study, sources.run
+    told = {f"Committed results {key}": results for key, results in table.evidence.items()}
+    if study.kind == "data" or run.measured(study) or _is_trained(run, study):
+        told = {"This run": run} | told
+    lines = []
+    for name, results in told.items():
+        lines.append(f"- **{name}**" + f": `{results.folder}`" * results.is_evidence)
+        lines += [f"  - {key}: {text}" for key, text in describe(results, study).items()]
+    if "This run" not in told:
+        lines.append(f"- **This run** (scale `{run.plan.scale.id}`): no records of this table")
+    if problems := _problems(sources, study):
+        lines.append(f"- **Not used**: {problems}")
+    return lines
+
+
+def _is_trained(results: Results, study: Study) -> bool:
+    return any(results.trained(study, row) for row in study.rows)
 
 
 def table_notes(study: Study) -> list[str]:
