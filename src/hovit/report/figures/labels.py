@@ -1,8 +1,9 @@
 """Labels beside the points of a panel, away from points, lines and other labels."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cache
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +23,8 @@ SIDES = (
 NEAR = 5.0  # points between a mark and its label
 PAD = 1.5  # pixels that stay free around a label
 DASH = 1.5  # pixels: side of the boxes that cover a line
-TRIES = 500  # of a search for places
+PLACES = 40  # of a label that a search considers
+TRIES = 100  # of a search
 
 
 def label_points(
@@ -59,7 +61,8 @@ def label_points(
             note = ax.annotate(text, (x, y), (0, 0), **at, **style)
             box = np.array(note.get_window_extent().extents)
             note.remove()
-            places.append(list(_free_places(box, inside, marks, steps, scale)))
+            found = _free_places(box, inside, marks, steps, scale)
+            places.append(list(islice(found, PLACES)))
         for (x, y, text), place in zip(labels, _choose(places), strict=True):
             if place is None:
                 crowded.append(text)
@@ -93,38 +96,53 @@ def _choose(places: list[list[_Place]]) -> list[_Place | None]:
     Args:
         places: the places of each label that overlap no mark, the best first.
     """
-    free = {i: np.ones(len(own), bool) for i, own in enumerate(places) if own}
-    while (chosen := _search(places, free, {}, iter(range(TRIES)))) is None:
-        del free[min(free, key=lambda i: free[i].sum())]
-    return [places[i][chosen[i]] if i in chosen else None for i in range(len(places))]
+    every = [place for own in places for place in own]
+    if not every:
+        return [None] * len(places)
+    owner = np.repeat(np.arange(len(places)), [len(own) for own in places])  # [P]
+    boxes = np.concatenate([place.boxes for place in every])
+    first = np.cumsum([0, *(len(place.boxes) for place in every[:-1])])  # box of each place
+
+    @cache
+    def clashes(p: int) -> np.ndarray:
+        """Whether each place overlaps a place, bool [P]."""
+        hit = np.any([_touch(box, boxes) for box in every[p].boxes], axis=0)
+        return np.logical_or.reduceat(hit, first)
+
+    left = {i for i, own in enumerate(places) if own}
+    free = np.ones(len(every), bool)
+    while (chosen := _search(owner, clashes, free, left, {}, iter(range(TRIES)))) is None:
+        left.remove(min(left, key=lambda i: len(places[i])))
+    return [every[chosen[i]] if i in chosen else None for i in range(len(places))]
 
 
 def _search(
-    places: list[list[_Place]],
-    free: dict[int, np.ndarray],
+    owner: np.ndarray,
+    clashes: Callable[[int], np.ndarray],
+    free: np.ndarray,
+    left: set[int],
     chosen: dict[int, int],
     tries: Iterator[int],
 ) -> dict[int, int] | None:
     """Backtracking search for a place of each label; None if it finds no solution.
 
     Args:
-        places: the places of each label, the best first.
-        free: label -> whether each of its places is free, for the labels without a place.
-        chosen: label -> number of its place, for the others.
+        owner: the label of each place, int [P]; a label's best place comes first.
+        clashes: place -> whether it overlaps each place, bool [P].
+        free: whether each place overlaps no chosen one, bool [P].
+        left: the labels without a place.
+        chosen: label -> place, for the other labels.
         tries: those that are left.
     """
-    if not free:
+    if not left:
         return chosen
-    label = min(free, key=lambda i: free[i].sum())
-    for n, _ in zip(np.flatnonzero(free[label]), tries):  # noqa: B905
-        boxes = places[label][n].boxes
-        left = {
-            i: still & [not _overlap(boxes, each.boxes) for each in places[i]]
-            for i, still in free.items()
-            if i != label
-        }
-        if all(still.any() for still in left.values()):
-            found = _search(places, left, chosen | {label: int(n)}, tries)
+    label = min(sorted(left), key=lambda i: free[owner == i].sum())
+    others = left - {label}
+    for p, _ in zip(np.flatnonzero(free & (owner == label)), tries):  # noqa: B905
+        still = free & ~clashes(int(p))
+        if others <= set(owner[still]):
+            chosen_too = chosen | {label: int(p)}
+            found = _search(owner, clashes, still, others, chosen_too, tries)
             if found is not None:
                 return found
     return None

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 CURVES = {"train_loss": "Training loss", "val_loss": "Validation loss",
           "val_top1": "Validation top-1, %"}  # fmt: skip
-DIFFERENCE_BARS = "bars: 95 % interval of the difference to the baseline over the same test images"
+DIFFERENCE_BARS = (
+    "bars: 95 % interval of the difference to the baseline, over seeds and the same test images"
+)
 KEPT, LEFT_OUT = "#0072B2", "#C8C8C8"  # patches
 
 
@@ -63,7 +65,7 @@ def skipvit_speed(results: Results) -> "Canvas":
 def skipvit_accuracy(results: Results) -> "Canvas":
     """Accuracy against throughput, relative to the baseline: reported and measured points.
 
-    Error bars: 95 % interval of the difference to the baseline over the same test images.
+    Error bars: 95 % interval of the difference, over seeds and the same test images.
     """
     import matplotlib.pyplot as plt
 
