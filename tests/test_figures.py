@@ -15,7 +15,9 @@ from matplotlib.text import Text
 from hovit.config.plan import Plan, load_plan
 from hovit.pipeline.evidence import EVIDENCE
 from hovit.report.figures import style
+from hovit.report.figures.common import write_facts
 from hovit.report.figures.draw import FIGURES
+from hovit.report.figures.labels import label_points
 from hovit.report.results import Results
 from hovit.report.sources import load_sources
 
@@ -54,6 +56,8 @@ def test_a_figure_says_all_of_what_was_run(evidence: Path, name: str) -> None:
     box = footer.get_window_extent()
     assert box.x0 >= 0
     assert box.x1 <= canvas.bbox.x1
+    folders = {path.name for path in (evidence / EVIDENCE).iterdir() if path.is_dir()}
+    assert not [folder for folder in folders if folder in words(canvas)]  # `NVIDIA H200` instead
 
 
 @pytest.mark.parametrize("name", ["attention_maps", "kept_patches"])
@@ -134,27 +138,91 @@ def test_kept_patches_show_on_a_white_page(plan: Plan, root: Path) -> None:
         assert labels == ({"left out"} if packed else {"left out", "kept"})
 
 
-def test_every_point_has_its_noise(evidence: Path) -> None:
-    """Of one seed too: its test images alone leave several points open."""
+def test_every_difference_has_its_interval(evidence: Path) -> None:
+    """Of pairs of predictions over the same test images; the baseline has none."""
     plan = load_plan("smoke", ROOT / "config")
     canvas = drawn(plan, evidence, "skipvit_accuracy")
     found = Results(load_plan("mini", ROOT / "config"), evidence, EVIDENCE / "amd-epyc")
     study = found.plan.study("skipvit")
-    noise = {
-        row.label: value.noise
+    pairs = {
+        row.label: (value.mean, value.noise)
         for row in study.rows
-        if (value := found.value(study, row, "top1")) and found.value(study, row, "throughput")
+        if (value := found.value(study, row, "top1_difference"))
     }
     bars = {}
-    for point in canvas.axes[1].containers:
+    base, *points = canvas.axes[1].containers
+    for point in points:
         assert isinstance(point, ErrorbarContainer)
         (line,) = point.lines[2]
         ((_, low), (_, high)) = line.get_segments()[0]
-        bars[point.get_label()] = (high - low) / 2
-    assert bars == pytest.approx(noise)
-    assert min(noise.values()) > 1
-    assert "bars: 95 % interval" in canvas.get_supxlabel()
+        bars[point.get_label()] = (high + low) / 2, (high - low) / 2
+    assert bars.keys() == pairs.keys()
+    for label, bar in bars.items():
+        assert bar == pytest.approx(pairs[label])
+    assert not base.has_yerr
+    assert "interval of the difference" in canvas.get_supxlabel()
     assert not any(point.has_yerr for point in canvas.axes[0].containers)
+
+
+def test_the_figure_names_the_model_that_was_trained(evidence: Path) -> None:
+    """ViT-Ti stands in for the poster's ViT-S."""
+    canvas = drawn(load_plan("smoke", ROOT / "config"), evidence, "skipvit_accuracy")
+    poster, measured = canvas.axes
+    for text in (poster.get_xlabel(), poster.get_ylabel()):
+        assert "ViT-S" in text
+    for text in (measured.get_xlabel(), measured.get_ylabel()):
+        assert "ViT-Ti" in text
+    assert "ViT" not in "".join(text.get_text() for text in canvas.legends[0].get_texts())
+    assert "ViT-Ti stands in for ViT-S" in canvas.get_supxlabel()
+
+
+def test_a_fact_stays_in_one_line() -> None:
+    canvas = plt.figure(figsize=(2, 1))
+    facts = ["n = 1 seed", "a half-broken-fact of several words", "the same again"]
+    write_facts(canvas, facts, ["a paragraph"])
+    lines = canvas.get_supxlabel().split("\n")
+    assert len(lines) > 2
+    assert lines[-1] == "a paragraph"
+    assert [fact for line in lines[:-1] for fact in line.removesuffix(" ·").split(" · ")] == facts
+    plt.close(canvas)
+
+
+def test_labels_overlap_nothing() -> None:
+    """Neither each other nor marks and lines, and their own lines cross nothing."""
+    canvas, ax = plt.subplots(layout="constrained")
+    points = [(0.3 + 0.04 * i, 0.5 + 0.05 * (i % 3)) for i in range(8)]
+    for x, y in points:
+        ax.errorbar(x, y, 0.05, marker="o")
+    ax.plot([0, 1], [0.4, 0.7])
+    ax.margins(0.3)
+    labels = [(x, y, f"the label {i}") for i, (x, y) in enumerate(points)]
+    assert label_points(canvas, [(ax, labels)], fontsize=5) == []
+    canvas.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in ax.texts]  # without their lines
+    line = ax.lines[-1].get_transform().transform(ax.lines[-1].get_xydata())
+    along = np.linspace(*line, 500)
+    for i, box in enumerate(boxes):
+        assert box.count_overlaps(boxes) == 1, i
+        assert not box.count_contains(ax.transData.transform(points))
+        assert not box.count_contains(along)
+    paths = [
+        text.arrow_patch.get_transform().transform_path(text.arrow_patch.get_path())
+        for text in ax.texts
+        if text.arrow_patch
+    ]
+    assert paths
+    for i, path in enumerate(paths):
+        assert not any(path.intersects_path(other) for other in paths[:i])
+    plt.close(canvas)
+
+
+def test_a_label_without_room_is_named() -> None:
+    canvas, ax = plt.subplots(figsize=(1, 1))
+    ax.plot(0, 0, "o")
+    labels = [(0.0, 0.0, "a label wider than the panel"), (0.0, 0.0, "b")]
+    assert label_points(canvas, [(ax, labels)], fontsize=5) == ["a label wider than the panel"]
+    assert [text.get_text() for text in ax.texts] == ["b"]
+    plt.close(canvas)
 
 
 def test_a_fixed_layout_has_round_positions_and_stays() -> None:

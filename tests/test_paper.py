@@ -166,6 +166,8 @@ def test_nothing_measured_is_said_and_not_an_error(smoke: Plan, tmp_path: Path) 
     write_paper(smoke, tmp_path)
     assert read(tmp_path, "variables")["hovit-parameters"]["text"] == MISSING
     assert (tmp_path / PDF).stat().st_size > 10_000
+    assert "tab-hovit" in labels(tmp_path)  # with the numbers of the deck
+    assert "tab-attention_models" not in labels(tmp_path)  # without a number
 
 
 def test_every_cell_has_its_record_in_the_appendix(made: Path) -> None:

@@ -105,6 +105,25 @@ def test_the_legend_names_what_is_drawn() -> None:
     assert "SkipViT" not in named
 
 
+def test_a_panel_has_two_points_and_a_key_names_the_front() -> None:
+    """From the committed records: only one accuracy has a latency on the H200."""
+    sources = load_sources(load_plan("smoke", ROOT / "config"), ROOT)
+    study = sources.plan.study("pareto")
+    with FIGURES["pareto"].drawn(sources) as canvas:
+        shown = [ax for ax in canvas.axes if ax.get_visible()]
+        numbers = {text.get_text() for ax in shown for text in ax.texts}
+        note = canvas.get_supxlabel()
+        titles = [ax.get_xlabel() for ax in shown if ax.get_xlabel()]
+    assert len(canvas.axes) > len(shown) > 4
+    for ax in shown:
+        marks = [line for line in ax.lines if line.get_marker()]
+        assert len(marks) > 1
+    assert len(titles) == 4
+    key = dict(fact.split(": ") for fact in re.findall(r"\d+: [^·\n]*[^·\n ]", note))
+    assert numbers <= key.keys()
+    assert set(key.values()) <= {row.label for row in study.rows}
+
+
 @pytest.mark.parametrize(
     ("ref", "why"),
     [("hovit/nothing", "there is no row hovit/nothing"), ("datasets/pets", "must have a model")],

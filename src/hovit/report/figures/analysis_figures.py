@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...config.schema import Study
 from ..results import Results
-from .attention_figures import TOP1_BARS, say_unmeasured, state
+from .common import TOP1_BARS, say_unmeasured, source_name, state
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
@@ -40,7 +40,7 @@ def mhsa_share(results: Results) -> "Canvas":
         column[0].set_title(f"{title}-1.25×")
         column[1].set_xlabel("Attention layers, %")
     axes[0][0].set_ylabel("Top-1, %\npaper, ImageNet")
-    axes[1][0].set_ylabel(f"Top-1, %\n{results.name}")
+    axes[1][0].set_ylabel(f"Top-1, %\n{source_name(results, study)}")
     state(canvas, results, [study], [TOP1_BARS])
     return canvas
 
@@ -52,6 +52,7 @@ def head_similarity(results: Results) -> "Canvas":
     from . import style
 
     study, found, published = _of(results, "head_similarity")
+    source = source_name(results, study)
     canvas, axes = plt.subplots(1, 2, figsize=(style.WIDTH, 2.8), sharey=True)
     for ax, (name, title) in zip(axes, FAMILIES.items(), strict=True):
         for i, (row, label) in enumerate((("50", "whole features"), ("splits", "head splits"))):
@@ -60,7 +61,7 @@ def head_similarity(results: Results) -> "Canvas":
             if ref in found:
                 blocks = found[ref]["blocks"]
                 ax.plot([b["block"] for b in blocks], [b["similarity"] for b in blocks],
-                        linestyle="-", label=f"{results.name}: {label}", **look)  # fmt: skip
+                        linestyle="-", label=f"{source}: {label}", **look)  # fmt: skip
             ax.plot(range(1, len(published[ref]) + 1), published[ref], linestyle=":",
                     markerfacecolor="none", label=f"paper: {label}", **look)  # fmt: skip
         ax.set_title(f"{title}-1.25×")
@@ -79,12 +80,13 @@ def taylor_pruning(results: Results) -> "Canvas":
     from . import style
 
     study, found, published = _of(results, "taylor_pruning")
+    source = source_name(results, study)
     canvas, axes = plt.subplots(1, 3, figsize=(style.WIDTH, 2.6))
     for ax, (part, title) in zip(axes, PARTS.items(), strict=True):
         for i, (name, family) in enumerate(FAMILIES.items()):
             blocks = found.get(f"mhsa_share/{name}", {}).get("blocks", [])
             ax.plot([b["block"] for b in blocks], [b[part] for b in blocks],
-                    label=f"{results.name}: {family}-T", **style.look(2 * i))  # fmt: skip
+                    label=f"{source}: {family}-T", **style.look(2 * i))  # fmt: skip
         ax.plot(range(1, len(published[part]) + 1), published[part],
                 label="paper: Swin-T", **style.look(1))  # fmt: skip
         ax.axhline(4 if part == "ffn_ratio" else 1, color="black", linewidth=0.8)

@@ -1,16 +1,22 @@
 """Figures on attention variants: training curves, latency, and growth with the number of tokens."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...config.runs import Pack
 from ...config.schema import Row, Study
 from ..claims.compare import ratio_noise
-from ..record_source import plural
 from ..results import Results
 from ..tables.columns import baseline_ratio
+from .common import (
+    RATIO_BARS,
+    curve,
+    photograph,
+    photographs,
+    say_unmeasured,
+    source_name,
+    state,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,18 +41,14 @@ def attention_curves(results: Results) -> "Canvas":
     canvas, axes = plt.subplots(
         len(lines), 4, figsize=(style.WIDTH, 1.7 * len(lines)), sharex=True, squeeze=False
     )
+    first = {study.id: line[0] for (study, _), line in zip(lines[::-1], axes[::-1], strict=True)}
     for (study, rows), line in zip(lines, axes, strict=True):
         for ax, row in zip(line, rows, strict=False):
-            histories = [record.results["history"] for _, record in results.trained(study, row)]
             for i, (key, name) in enumerate(LOSSES.items()):
-                values = np.array([[epoch[key] for epoch in h] for h in histories])
-                if values.size:
-                    epochs = np.arange(1, values.shape[1] + 1)
-                    ax.plot(epochs, values.mean(0), label=name, **style.look(i))
-                    ax.fill_between(epochs, values.min(0), values.max(0), alpha=0.2, lw=0)
-            ax.set_title(row.label)
+                curve(ax, results, study, row, key, name, style.look(i))
+            ax.set_title(row.label, fontsize=style.SMALL)
             ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-            ax.sharey(line[0])
+            ax.sharey(first[study.id])
         for ax in line[len(rows) :]:
             ax.set_visible(False)
         line[0].set_ylabel("Loss")
@@ -93,8 +95,9 @@ def attention_latency(results: Results) -> "Canvas":
         ax.set_title(title)
     _ratio_axis(axes[0])
     axes[1].set_xlabel("Latency relative to dot-product attention (logarithmic)")
-    canvas.legend(keys.values(), keys.keys(), loc="outside upper center", ncols=len(keys))
-    state(canvas, results, studies)
+    canvas.legend(keys.values(), keys.keys(), loc="outside upper center", ncols=len(keys),
+                  handletextpad=0.2, columnspacing=1.5)  # fmt: skip
+    state(canvas, results, studies, [RATIO_BARS])
     return canvas
 
 
@@ -114,9 +117,10 @@ def latency_dots(
     """
     from . import style
 
+    name = source_name(results, study)
     series = [("reported_latency", "deck (batch not stated)", style.REPORTED_LOOK)]
     for number, look in zip(results.batches(study), style.BATCH_LOOKS, strict=False):
-        series.append((str(number), f"{results.name}, batch {number.batch}", look))
+        series.append((str(number), f"{name}, batch {number.batch}", look))
     y = np.arange(len(rows))[::-1]
     handles = {}
     for metric, label, look in series:
@@ -224,47 +228,3 @@ def attention_maps(results: Results) -> "Canvas":
         say_unmeasured(axes[0][0])
     state(canvas, results, [study], photographs(results, "attention_maps"))
     return canvas
-
-
-def photograph(results: Results, pack: Pack, index: int) -> "np.ndarray | None":
-    """An image of a pack, uint8 [H, W, 3]; None if the images are not here, as with evidence."""
-    path = results.packed(pack, "images.npy")
-    if path is None:
-        return None
-    image: np.ndarray = np.load(path, mmap_mode="r")[index]
-    return image
-
-
-def say_unmeasured(ax: "Axes") -> None:
-    """Write `not measured` if no record has the numbers."""
-    ax.text(0.5, 0.5, "not measured", ha="center", va="center", transform=ax.transAxes)
-
-
-def seeds(results: Results, studies: list[Study]) -> list[str]:
-    """Number of seeds with records: `n = 1 to 3 seeds`; empty if none."""
-    rows = [(study, row) for study in studies if study.trained for row in study.rows]
-    found = sorted({len(results.trained(study, row)) for study, row in rows} - {0})
-    least = f"{found[0]} to " if found and found[0] < found[-1] else ""
-    return [f"n = {least}{plural(found[-1], 'seed')}"] if found else []
-
-
-def photographs(results: Results, analysis_id: str) -> list[str]:
-    """The data set of the photographs, if a figure shows those instead of the images of the run."""
-    task = results.plan.analyse_task(results.plan.analysis(analysis_id))
-    packs = task.packs.items() if task else ()
-    titles = {p.dataset.title for ref, p in packs if task and p.dataset != task.runs[ref].dataset}
-    return [f"photographs: {', '.join(sorted(titles))}"] if titles else []
-
-
-TOP1_BARS = "bars: 95 % interval of each point's top-1, over test images and seeds"
-
-
-def state(
-    canvas: "Canvas", results: Results, studies: list[Study], more: Sequence[str] = ()
-) -> None:
-    """Write scale, images, device and seeds of each study under the figure."""
-    facts = [*dict.fromkeys(results.where(study) for study in studies), *more]
-    facts += seeds(results, studies)
-    if results.problems:
-        facts.append(f"{plural(len(results.problems), 'record')} not used: see the tables")
-    canvas.supxlabel(" · ".join(facts), fontsize=5.5, color="#555555", wrap=True)

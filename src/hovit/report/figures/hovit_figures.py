@@ -1,14 +1,15 @@
 """Figures on HoViT: training curves, the five ideas, accuracy against latency."""
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...config.plan import Plan
 from ...config.schema import Row, Study
 from ..record_source import plural
 from ..results import Results, Value
 from ..tables.columns import baseline_ratio
-from .attention_figures import latency_dots, seeds
+from .attention_figures import latency_dots
+from .common import RATIO_BARS, SEED_BARS, curve, source_name, state
 from .labels import Labels, label_points
 
 if TYPE_CHECKING:
@@ -18,28 +19,16 @@ if TYPE_CHECKING:
 IDEAS = ("conv_stage", "checkerboard", "depth", "conv_shrink", "dropout", "hovit")
 
 
-def _state(canvas: "Canvas", results: Results, study: Study, latency: bool = True) -> None:
-    """Write scale, data, seeds and device under the figure."""
-    plan = results.plan
-    runs = [run for row in plan.rows_run(study) for run in plan.runs_of(study, row)]
-    studies = [plan.study(name) for name in IDEAS] if latency else []
-    devices = {str(results.latency_device(each)) for each in studies} - {"None"}
-    device = " and ".join(sorted(devices))
-    parts = [results.name + f", {plan.scale.id}" * (not results.is_evidence)]
-    if runs:
-        parts += [f"{runs[0].dataset.title}, {runs[0].image_size} px"]
-        parts += [plural(runs[0].recipe.epochs, "epoch")]
-        parts += seeds(results, [study])
-    if device:
-        parts += [f"latency on {device}, at {_timed_size(results, study)} px"]
-    canvas.supxlabel(" · ".join(parts), fontsize=6, color="#555555")
-
-
-def _timed_size(results: Results, study: Study) -> int:
-    """Image size of a study's latencies, in pixels, as its record states it."""
+def _circumstances(results: Results, timed: bool = True) -> list[str]:
+    """Image size and epochs of the trained models, and the image size of the latencies."""
+    study = results.plan.study("hovit")
+    runs = [run for row in study.rows for run in results.plan.runs_of(study, row)]
+    facts = [f"trained at {runs[0].image_size} px"] if runs else []
+    facts += [plural(runs[0].recipe.epochs, "epoch")] if runs else []
     record = results.measured(study)
-    assert record is not None
-    return int(record.spec["latency"]["image_size"])
+    if timed and record:
+        facts.append(f"timed at {record.spec['latency']['image_size']} px")
+    return facts
 
 
 def _spread(value: Value) -> float:
@@ -65,14 +54,15 @@ def training_curves(results: Results) -> "Canvas":
             ax = axes[line][column]
             for row in rows:
                 names = [_family(r) for r in study.rows]
-                _curve(ax, results, study, row, key, style.look(names.index(_family(row))))
+                look = style.look(names.index(_family(row)))
+                curve(ax, results, study, row, key, row.label, look)
             ax.set_title("" if line else title)
             ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes[line][0].set_ylabel("From scratch" if rows is sets[0] else "With the Launcher")
         axes[line][2].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     for ax in axes[-1]:
         ax.set_xlabel("Epoch")
-    _state(canvas, results, study, latency=False)
+    state(canvas, results, [study], _circumstances(results, timed=False))
     return canvas
 
 
@@ -80,26 +70,6 @@ def _family(row: Row) -> str:
     """Label of a row without the Launcher's prefix, so that both have the same look."""
     label = re.sub("^L_ ?", "", row.label)
     return label[0].upper() + label[1:]
-
-
-def _curve(
-    ax: "Axes", results: Results, study: Study, row: Row, key: str, look: dict[str, Any]
-) -> None:
-    """Plot the mean over seeds, and their range as a band."""
-    import numpy as np
-
-    histories = [record.results["history"] for _, record in results.trained(study, row)]
-    if not histories:
-        return
-    values = np.array([[epoch[key] for epoch in history] for history in histories])
-    epochs = np.arange(1, values.shape[1] + 1)
-    many = values.shape[1] > 12
-    every = len(epochs) if many else 1
-    (line,) = ax.plot(epochs, values.mean(0), label=row.label, markevery=every, **look)
-    if len(values) > 1:
-        ax.fill_between(
-            epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0
-        )
 
 
 def five_ideas(results: Results) -> "Canvas":
@@ -125,7 +95,8 @@ def five_ideas(results: Results) -> "Canvas":
     for ax in axes:
         ax.grid(axis="x", visible=False)
     axes[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), handletextpad=0.1)
-    _state(canvas, results, results.plan.study("hovit"))
+    facts = [*_circumstances(results), RATIO_BARS, SEED_BARS]
+    state(canvas, results, [results.plan.study(name) for name in IDEAS], facts)
     return canvas
 
 
@@ -154,7 +125,9 @@ def _images(results: Results, is_reported: bool) -> str:
     images = runs[0].dataset if runs else None
     paper = (images.stands_for or images.title) if images else ""
     whose, title = (
-        ("deck", paper) if is_reported else (results.name, images.title if images else "")
+        ("deck", paper)
+        if is_reported
+        else (source_name(results, study), images.title if images else "")
     )
     return f"{whose}\n{title}"
 
@@ -183,7 +156,7 @@ def accuracy_latency(results: Results) -> "Canvas":
 
     from . import style
 
-    canvas, axes = plt.subplots(2, 2, figsize=(style.WIDTH, 5.2))
+    canvas, axes = plt.subplots(2, 2, figsize=(style.WIDTH, 6.2))
     last = results.batches(results.plan.study("hovit"))[-1]
     labels = []
     for line, launched in zip(axes, (False, True), strict=True):
@@ -203,8 +176,9 @@ def accuracy_latency(results: Results) -> "Canvas":
             ax.set_xlabel(f"Latency, × {base} ({batch})")
             if not launched:
                 ax.set_title(_images(results, bool(before)))
-    _state(canvas, results, results.plan.study("hovit"))
-    label_points(canvas, labels, fontsize=6)
+    facts = [*_circumstances(results), SEED_BARS]
+    state(canvas, results, [results.plan.study(name) for name in IDEAS], facts)
+    label_points(canvas, labels, fontsize=5.5)
     return canvas
 
 
@@ -222,8 +196,8 @@ def _panel(
             # The same model has the same look in all panels.
             look = style.look(families.index(_family(row))) | {"linestyle": ""}
             ax.errorbar(x, value.mean, _spread(value) or None, **look)
-            labels.append((x, value.mean, _family(row)))
-    ax.margins(0.25, 0.15)
+            labels.append((x, value.mean, row.label))
+    ax.margins(0.25, 0.25)
     return labels
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from ...config.schema import Study
 from ..results import Results
-from .attention_figures import photograph, photographs, say_unmeasured, state
+from .common import photograph, photographs, say_unmeasured, state
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from ...config.schema import Row, Study
 from ..results import Results
 from ..sources import Sources
-from .attention_figures import say_unmeasured
-from .labels import Labels, label_points
+from .common import device_name, say_unmeasured, write_facts
+from .labels import label_points
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +52,8 @@ def pareto(sources: Sources) -> "Canvas":
     """Latency and throughput against parameters, multiply-adds and accuracy.
 
     One pair of rows for each device. Reported and measured accuracies have panels of their own,
-    because they come from different images. A line is the Pareto front of one data set.
+    because they come from different images. A line is the Pareto front of one data set; the
+    numbers name its systems. A panel needs two points.
     """
     import matplotlib.pyplot as plt
 
@@ -65,13 +66,21 @@ def pareto(sources: Sources) -> "Canvas":
         2 * len(shown), 4, figsize=(style.WIDTH, high), sharex="col", sharey="row", squeeze=False,
         width_ratios=(1, 1, 1.2, 1.2),
     )  # fmt: skip
+    numbers: dict[str, int] = {}  # label of a system on a front -> its number
     labels = []
     for i, results in enumerate(shown):
         for j, speed in enumerate(SPEEDS):
-            labels += _panels(axes[2 * i + j], results, study, speed)
+            for ax, front in _panels(axes[2 * i + j], results, study, speed):
+                named = [(numbers.setdefault(p.label, len(numbers) + 1), p) for p in front]
+                labels.append((ax, [(p.x, p.y, str(number)) for number, p in named]))
+    if not any(ax.get_visible() for ax in axes.flat):
+        axes[0][0].set_visible(True)
+        say_unmeasured(axes[0][0])
     titles = (*SIZES.values(), "Top-1, %, as reported", "Top-1, %, measured")
-    for ax, label in zip(axes[-1], titles, strict=True):
-        ax.set_xlabel(label)
+    for column, title in zip(axes.T, titles, strict=True):
+        for lowest in [ax for ax in column if ax.get_visible()][-1:]:
+            lowest.set_xlabel(title)
+            lowest.tick_params(labelbottom=True)
     timed = {
         family_of(row)
         for results in shown
@@ -86,30 +95,31 @@ def pareto(sources: Sources) -> "Canvas":
     canvas.legend(handles=keys, loc="outside upper center", ncols=6)
     facts = [_where(results, study) for results in shown]
     facts.append("a line: Pareto front of one data set")
-    canvas.supxlabel(" · ".join(facts), fontsize=5.5, color="#555555", wrap=True)
-    label_points(canvas, labels, fontsize=4.5)
+    write_facts(canvas, [f"{number}: {label}" for label, number in numbers.items()], facts)
+    label_points(canvas, labels, fontsize=5)
     return canvas
 
 
 def _where(results: Results, study: Study) -> str:
     size = results.plan.scale.latency.image_size or study.image_size
-    return f"{results.name}: {results.latency_device(study)}, fp32, eager, {size} px"
+    name = results.plan.scale.id if results.is_evidence else results.name
+    return f"{name}: {results.latency_device(study)}, fp32, eager, {size} px"
 
 
-def _panels(axes: Any, results: Results, study: Study, speed: str) -> list[tuple["Axes", Labels]]:
-    """One row of panels: a speed against each size, and against accuracy; return their labels."""
+def _panels(
+    axes: Any, results: Results, study: Study, speed: str
+) -> list[tuple["Axes", list[Point]]]:
+    """One row of panels: a speed against each size, and against accuracy; return their fronts."""
     batch = results.throughput_batch(study)
-    label = f"{results.base.name if results.is_evidence else results.name}\n"
-    axes[0].set_ylabel(label + SPEEDS[speed].format(batch=batch))
+    name = device_name(results, study) if results.is_evidence else results.name
+    axes[0].set_ylabel(f"{name}\n{SPEEDS[speed].format(batch=batch)}")
     axes[0].set_yscale("log")
-    _plain_ticks(axes[0].yaxis)
-    labels = []
+    _plain_ticks(axes[0].yaxis, (1, 2, 5))
     for ax, size in zip(axes, SIZES, strict=False):
-        points = size_points(results, study, size, speed)
-        _scatter(ax, points)
+        _scatter(ax, size_points(results, study, size, speed))
         ax.set_xscale("log")
-        _plain_ticks(ax.xaxis)
-        labels.append((ax, _family_labels(points)))
+        _plain_ticks(ax.xaxis, (1, 3))
+    found = []
     points = accuracy_points(results, study, speed)
     for ax, is_reported in zip(axes[2:], (True, False), strict=True):
         own = [point for point in points if point.reported == is_reported]
@@ -119,20 +129,10 @@ def _panels(axes: Any, results: Results, study: Study, speed: str) -> list[tuple
         fronts: dict[Point, None] = {}
         for line, data in zip(FRONT_STYLES, sorted({point.data for point in own}), strict=False):
             fronts |= dict.fromkeys(_draw_front(ax, own, data, line, speed == "throughput"))
-        labels.append((ax, [(p.x, p.y, p.label) for p in fronts]))
-        if own:
+        if ax.get_visible():
             ax.legend(loc="best", fontsize=5)
-    return labels
-
-
-def _family_labels(points: list[Point]) -> Labels:
-    """Each family's name, at the point next to the middle of the family."""
-    labels = []
-    for family in FAMILIES:
-        own = sorted((p.x, p.y) for p in points if p.family == family)
-        if own:
-            labels.append((*own[len(own) // 2], family))
-    return labels
+            found.append((ax, list(fronts)))
+    return found
 
 
 def size_points(results: Results, study: Study, size: str, speed: str) -> list[Point]:
@@ -190,8 +190,8 @@ def pareto_front(points: Iterable[Point], larger_is_faster: bool) -> list[Point]
 
 
 def _scatter(ax: "Axes", points: list[Point]) -> None:
-    if not points:
-        say_unmeasured(ax)
+    """Plot the points; hide a panel of fewer than two."""
+    ax.set_visible(len(points) > 1)
     for point in points:
         look = _look(point.family)
         ax.plot(point.x, point.y, markersize=3.5, **look)
@@ -213,10 +213,10 @@ def _draw_front(
     return front
 
 
-def _plain_ticks(axis: Any) -> None:
-    """Powers of ten as plain numbers, with 2 and 5 between them."""
+def _plain_ticks(axis: Any, digits: tuple[int, ...]) -> None:
+    """Plain numbers that begin with these digits."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_locator(LogLocator(subs=digits))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...config.schema import Row, Study
-from ..results import Results
+from ..results import Results, Value
 from ..tables.columns import baseline_ratio
-from .attention_figures import TOP1_BARS, photograph, photographs, say_unmeasured, state
+from .common import curve, photograph, photographs, say_unmeasured, source_name, state
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,16 +17,20 @@ if TYPE_CHECKING:
 
 CURVES = {"train_loss": "Training loss", "val_loss": "Validation loss",
           "val_top1": "Validation top-1, %"}  # fmt: skip
+DIFFERENCE_BARS = (
+    "bars: 95 % interval of the difference to the baseline, over seeds and the same test images"
+)
 KEPT, LEFT_OUT = "#0072B2", "#C8C8C8"  # patches
 
 
 def _ratios(results: Results, study: Study, row: Row) -> dict[str, float | None]:
     """Throughput relative to the baseline: reported, implied by multiply-adds, measured."""
     macs = baseline_ratio(results, study, row, "macs")
+    measured = f"measured, {source_name(results, study)}"
     return {
         "poster (Ascend 910A)": baseline_ratio(results, study, row, "reported_throughput"),
         "implied by multiply-adds": 1 / macs if macs else None,
-        f"measured, {results.name}": baseline_ratio(results, study, row, "throughput"),
+        measured: baseline_ratio(results, study, row, "throughput"),
     }
 
 
@@ -59,36 +63,66 @@ def skipvit_speed(results: Results) -> "Canvas":
 
 
 def skipvit_accuracy(results: Results) -> "Canvas":
-    """Accuracy against throughput, relative to the baseline: reported and measured points."""
+    """Accuracy against throughput, relative to the baseline: reported and measured points.
+
+    Error bars: 95 % interval of the difference, over seeds and the same test images.
+    """
     import matplotlib.pyplot as plt
 
     from . import style
 
     study = results.plan.study("skipvit")
     canvas, axes = plt.subplots(1, 2, figsize=(style.WIDTH, 2.8))
-    for ax, before, title in zip(axes, ("reported_", ""), ("Poster", "Measured"), strict=True):
+    paper = study.rows[0].label.removesuffix(" baseline")
+    trained, timed = _models(results, study.rows[0], paper)
+    panels = (
+        ("reported_", "Poster", paper, paper),
+        ("", f"Measured: {source_name(results, study)}", trained, timed),
+    )
+    for ax, (before, title, accurate, fast) in zip(axes, panels, strict=True):
         _points(ax, results, study, before)
         ax.axhline(0, color="black", linewidth=0.6)
         ax.set_title(title)
-        ax.set_xlabel("Training images/s, relative to the baseline")
-    axes[0].set_ylabel("Top-1 over the baseline's, points")
+        ax.set_xlabel(f"Training images/s of {fast}, × baseline")
+        ax.set_ylabel(f"Top-1 of {accurate},\npoints over baseline")
     handles, labels = axes[0].get_legend_handles_labels()
     canvas.legend(handles, labels, loc="outside right center")
-    state(canvas, results, [study], [TOP1_BARS])
+    more = [f"{trained} stands in for {paper}"] if trained != paper else []
+    state(canvas, results, [study], [*more, DIFFERENCE_BARS])
     return canvas
+
+
+def _models(results: Results, row: Row, paper: str) -> tuple[str, str]:
+    """Names of the models that were trained and timed for a row: the paper's, or its stand-in."""
+    stand_in = results.plan.scale.models.get(str(row.model))
+    if stand_in is None:
+        return paper, paper
+    return stand_in.label, stand_in.label if stand_in.measured else paper
 
 
 def _points(ax: "Axes", results: Results, study: Study, before: str) -> None:
     from . import style
 
-    base = results.value(study, study.rows[0], f"{before}top1")
+    if not results.value(study, study.rows[0], f"{before}top1"):
+        return
     for i, row in enumerate(study.rows):
-        top1 = results.value(study, row, f"{before}top1")
-        ratio = baseline_ratio(results, study, row, f"{before}throughput") if row.baseline else 1.0
-        if top1 and base and ratio:
-            look = style.look(i) | {"linestyle": "", "elinewidth": 0.8}
-            noise = top1.noise or None  # what a seed prints has none
-            ax.errorbar(ratio, top1.mean - base.mean, noise, label=row.label, **look)
+        look = style.look(i) | {"linestyle": "", "elinewidth": 0.8}
+        if row.baseline is None:
+            ax.errorbar(1, 0, label="baseline", **look)
+            continue
+        ratio = baseline_ratio(results, study, row, f"{before}throughput")
+        if ratio and (difference := _difference(results, study, row, before)):
+            # What the poster prints has no noise.
+            ax.errorbar(ratio, difference.mean, difference.noise or None, label=row.label, **look)
+
+
+def _difference(results: Results, study: Study, row: Row, before: str) -> Value | None:
+    """Top-1 of a row minus its baseline's: as printed, or over the same test images."""
+    if not before:
+        return results.value(study, row, "top1_difference")
+    rows = (row, study.row(row.baseline or ""))
+    own, base = (results.value(study, each, "reported_top1") for each in rows)
+    return Value(own.mean - base.mean) if own and base else None
 
 
 def skipvit_warmup(results: Results) -> "Canvas":
@@ -102,14 +136,9 @@ def skipvit_warmup(results: Results) -> "Canvas":
     canvas, axes = plt.subplots(1, len(CURVES), figsize=(style.WIDTH, 2.4))
     for ax, (key, title) in zip(axes, CURVES.items(), strict=True):
         for i, row in enumerate(study.rows):
-            trained = results.trained(study, row)
-            values = np.array([[e[key] for e in r.results["history"]] for _, r in trained])
-            if values.size:
-                epochs = np.arange(1, values.shape[1] + 1)
-                ax.plot(epochs, values.mean(0), label=row.label, **style.look(i))
-                ax.fill_between(epochs, values.min(0), values.max(0), alpha=0.2, lw=0)
-                if begins := _full_epochs(row, len(epochs)):
-                    ax.axvline(begins + 0.5, color="black", linewidth=0.8, linestyle=":")
+            epochs = curve(ax, results, study, row, key, row.label, style.look(i))
+            if begins := _full_epochs(row, epochs):
+                ax.axvline(begins + 0.5, color="black", linewidth=0.8, linestyle=":")
         ax.set_title(title)
         ax.set_xlabel("Epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

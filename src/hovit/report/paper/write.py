@@ -16,7 +16,7 @@ from ...utils.errors import HovitError, one_line
 from ...utils.files import atomic, write_json
 from ..claims.check import Verdict, check_all, counts
 from ..claims.coverage import REASONS, coverage
-from ..figures.attention_figures import seeds
+from ..figures.common import seeds
 from ..figures.draw import FIGURES, FOLDER
 from ..order import NAMES, source_text
 from ..record_source import plural
