@@ -10,7 +10,6 @@ from ..results import Results, Value
 from ..tables.columns import baseline_ratio
 from .attention_figures import latency_dots
 from .common import RATIO_BARS, SEED_BARS, curve, source_name, state
-from .labels import Labels, label_points
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -156,9 +155,8 @@ def accuracy_latency(results: Results) -> "Canvas":
 
     from . import style
 
-    canvas, axes = plt.subplots(2, 2, figsize=(style.WIDTH, 6.2))
+    canvas, axes = plt.subplots(2, 2, figsize=(style.WIDTH, 5.0))
     last = results.batches(results.plan.study("hovit"))[-1]
-    labels = []
     for line, launched in zip(axes, (False, True), strict=True):
         rows = [
             (study, row)
@@ -170,35 +168,32 @@ def accuracy_latency(results: Results) -> "Canvas":
         for ax, before, latency in zip(
             line, ("reported_", ""), ("latency", str(last)), strict=True
         ):
-            points = _panel(ax, results, rows, before + latency, f"{before}top1")
-            labels.append((ax, points))
+            _panel(ax, results, rows, before + latency, f"{before}top1")
             batch = "batch not stated" if before else f"batch {last.batch}"
             ax.set_xlabel(f"Latency, × {base} ({batch})")
             if not launched:
                 ax.set_title(_images(results, bool(before)))
     facts = [*_circumstances(results), SEED_BARS]
     state(canvas, results, [results.plan.study(name) for name in IDEAS], facts)
-    label_points(canvas, labels, fontsize=5.5)
+    found = [dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True)) for ax in axes.flat]
+    keys = {label: handle for panel in reversed(found) for label, handle in panel.items()}
+    canvas.legend(keys.values(), keys.keys(), loc="outside right center")
     return canvas
 
 
 def _panel(
     ax: "Axes", results: Results, rows: list[tuple[Study, Row]], latency: str, top1: str
-) -> Labels:
-    """Plot every row with both numbers; return (x, y, label) of each point."""
+) -> None:
+    """Plot every row with both numbers. A model looks the same in all panels."""
     from . import style
 
     families = list(dict.fromkeys(_family(row) for _, row in _idea_rows(results.plan)))
-    labels = []
     for study, row in rows:
         if point := _point(results, study, row, latency, top1):
             x, value = point
-            # The same model has the same look in all panels.
             look = style.look(families.index(_family(row))) | {"linestyle": ""}
-            ax.errorbar(x, value.mean, _spread(value) or None, **look)
-            labels.append((x, value.mean, row.label))
-    ax.margins(0.25, 0.25)
-    return labels
+            ax.errorbar(x, value.mean, _spread(value) or None, label=_family(row), **look)
+    ax.margins(0.1, 0.1)
 
 
 def _point(
