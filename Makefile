@@ -63,17 +63,17 @@ test: lint ## Lint, then run the tests; list the slowest tests and the reasons f
 test-all: lint ## As `make test`, plus the tests that run on every registered model
 	$(IN_VENV) pytest -n 2 --dist loadgroup -rs -m ""
 
-lint: setup ## Check style, types and the Snakefile
+lint: setup ## Check style, types and the rules
 	$(IN_VENV) ruff check
 	$(IN_VENV) ruff format --check
 	$(IN_VENV) mypy
-	$(IN_VENV) snakefmt --check Snakefile
+	$(IN_VENV) snakefmt --check Snakefile rules
 	$(IN_VENV) snakemake --lint
 
-format: setup ## Format the code and the Snakefile
+format: setup ## Format the code and the rules
 	$(IN_VENV) ruff check --fix --exit-zero
 	$(IN_VENV) ruff format
-	$(IN_VENV) snakefmt Snakefile
+	$(IN_VENV) snakefmt Snakefile rules
 
 lock: setup ## Compile the lock files from pyproject.toml again; UPGRADE=1 takes newer versions
 	$(COMPILE) pyproject.toml --extra artifact --group dev -o envs/requirements.lock

@@ -32,7 +32,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the artifact with one small study, in a folder with a space in its name."""
     root = tmp_path_factory.mktemp("a folder") / "hovit copy"
     root.mkdir()
-    for name in ("Snakefile", "profiles", "config"):
+    for name in ("Snakefile", "rules", "profiles", "config"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, root / name)
     for kind in ("studies", "claims", "analyses"):
@@ -62,7 +62,7 @@ def planned(root: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", sorted(p.stem for p in (ROOT / "config/scales").glob("*.yaml")))
 def test_every_scale_has_a_dag(scale: str, tmp_path: Path) -> None:
-    for name in ("Snakefile", "profiles", "config", "paper"):
+    for name in ("Snakefile", "rules", "profiles", "config", "paper"):
         (tmp_path / name).symlink_to(ROOT / name)
     targets = ["results/tables", "results/runs", "data/packed"]
     command = [sys.executable, "-m", "snakemake", "-n", *targets, "--config", f"scale={scale}"]
@@ -136,7 +136,7 @@ def test_a_failed_job_says_why_in_one_line(checkout: Path) -> None:
 
 
 def test_a_config_key_that_there_is_not_is_one_line(tmp_path: Path) -> None:
-    for name in ("Snakefile", "profiles", "config", "paper"):
+    for name in ("Snakefile", "rules", "profiles", "config", "paper"):
         (tmp_path / name).symlink_to(ROOT / name)
     wrong = snakemake(tmp_path, "-n", "--config", "scael=mini", "data_root=data")
     assert wrong.returncode != 0
@@ -148,7 +148,7 @@ def test_a_config_key_that_there_is_not_is_one_line(tmp_path: Path) -> None:
 def test_given_imagenet_the_tables_that_train_nothing_evaluate_weights_on_it(
     tmp_path: Path,
 ) -> None:
-    for name in ("Snakefile", "profiles", "config", "paper"):
+    for name in ("Snakefile", "rules", "profiles", "config", "paper"):
         (tmp_path / name).symlink_to(ROOT / name)
     command = [sys.executable, "-m", "snakemake", "-n", "results/tables"]
     given = ["--config", f"imagenet={tmp_path}", f"weights={tmp_path}"]

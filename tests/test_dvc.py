@@ -19,9 +19,9 @@ from hovit.utils.dvc_lock import check_stored
 from hovit.utils.errors import HovitError
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("dvc")]  # they share one repository
-TRACKED = ("Snakefile", "dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvc/plots", ".dvcignore",
-           ".gitignore", "profiles", "config", "src", "results/evidence", "figures/README.md",
-           "figures/thumbnails")  # fmt: skip
+TRACKED = ("Snakefile", "rules", "dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvc/plots",
+           ".dvcignore", ".gitignore", "profiles", "config", "src", "results/evidence",
+           "figures/README.md", "figures/thumbnails")  # fmt: skip
 FIGURE = "training_curves"  # reads the study below alone
 STUDY = """
 id: hovit

@@ -284,7 +284,7 @@ def test_the_lock_of_a_killed_process_is_gone(tmp_path: Path) -> None:
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
     """A copy of what a reader has, before anything has run."""
-    for name in ("Snakefile", "profiles", "config"):
+    for name in ("Snakefile", "rules", "profiles", "config"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     return tmp_path

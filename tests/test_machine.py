@@ -151,7 +151,7 @@ def test_snakemake_gets_no_more_cores_and_memory_than_there_are(checkout):
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What Snakemake reads of the artifact, without records."""
     root = tmp_path_factory.mktemp("machine") / "checkout"
-    for name in ("config", "profiles", "paper"):
+    for name in ("config", "profiles", "paper", "rules"):
         shutil.copytree(ROOT / name, root / name)
     shutil.copyfile(ROOT / "Snakefile", root / "Snakefile")
     for name in (".snakemake", "data", "figures", "logs", "results"):

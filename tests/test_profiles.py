@@ -61,7 +61,7 @@ def profile(name: str) -> dict:
 
 @pytest.mark.parametrize("name", ["default", "gpu", "slurm"])
 def test_profiles_name_rules_of_the_snakefile(name: str) -> None:
-    text = (ROOT / "Snakefile").read_text()
+    text = "\n".join(path.read_text() for path in (ROOT / "rules").glob("*.smk"))
     rules = set(re.findall(r"^rule (\w+):", text, re.M)) | set(re.findall(r" as (\w+) with:", text))
     entries = profile(name).get("set-resources", [])
     assert {entry.split(":")[0] for entry in entries} <= rules
@@ -82,12 +82,14 @@ def test_a_gpu_runs_several_trainings_or_one_measurement() -> None:
 @pytest.mark.slow
 def test_trainings_share_the_gpu_and_a_measurement_runs_alone(tmp_path: Path) -> None:
     """With jobs that only write their files: which jobs Snakemake runs at the same time."""
-    for name in ("profiles", "config"):
+    for name in ("profiles", "config", "rules"):
         shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "Snakefile", tmp_path)
     # Threads would also keep a measurement alone; here only GPU memory must.
-    text = re.sub(r"    threads: .*\n", "    threads: 1\n", (ROOT / "Snakefile").read_text())
-    text = re.sub(r'"python -m hovit', r'"MAKES=\'{output}\' python stand_in.py', text)
-    (tmp_path / "Snakefile").write_text(text)
+    for path in (tmp_path / "rules").glob("*.smk"):
+        text = re.sub(r"    threads: .*\n", "    threads: 1\n", path.read_text())
+        text = re.sub(r'"python -m hovit', r'"MAKES=\'{output}\' python stand_in.py', text)
+        path.write_text(text)
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     (tmp_path / "card").mkdir()
     done = snakemake(tmp_path, "results/tables/hovit.md", "results/tables/conv_shrink.md",

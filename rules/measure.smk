@@ -1,0 +1,80 @@
+"""Measurements, evaluation on ImageNet and analyses of trained models -> records."""
+
+from hovit.utils.files import digest
+
+# A measurement uses the machine alone: all cores and the GPU. At a scale that does not check
+# latency, it shares the cores.
+ALL_CORES = (workflow.resource_settings.cores and workflow.cores) or PLAN.scale.threads
+
+
+rule measure:
+    output:
+        f"results/runs/{SCALE}/measure/{{study}}.json",
+    log:
+        f"logs/measure/{SCALE}/{{study}}.log",
+    threads: ALL_CORES if "latency" in PLAN.scale.judges else PLAN.scale.latency.threads
+    resources:
+        gpu=1,
+        gpu_mb=PLAN.scale.gpu_memory_mb,
+        mem_mb=PLAN.scale.memory_mb,
+    params:
+        scale=SCALE,
+        spec=lambda w: MEASURE[w.study].spec_hash,
+        code=lambda w: MEASURE[w.study].code,
+    shell:
+        "python -m hovit measure {wildcards.study} --scale {params.scale} > {log} 2>&1"
+
+
+def imagenet(wildcards):
+    if not IMAGENET:
+        raise WorkflowError("give --config imagenet=FOLDER (and weights=FOLDER)")
+    return []
+
+
+def weights_given():
+    """Name and size of each weights file; evaluation runs again if they change."""
+    found = Path(WEIGHTS).glob("*.safetensors") if WEIGHTS else []
+    return sorted((path.name, path.stat().st_size) for path in found)
+
+
+# Runs only with --config imagenet=FOLDER.
+rule evaluate:
+    input:
+        imagenet,
+    output:
+        f"results/runs/{SCALE}/evaluation/{{study}}.json",
+    log:
+        f"logs/evaluate/{SCALE}/{{study}}.log",
+    threads: PLAN.scale.threads
+    resources:
+        gpu=1,
+        gpu_mb=PLAN.scale.gpu_memory_mb,
+        mem_mb=PLAN.scale.memory_mb,
+    params:
+        scale=SCALE,
+        spec=lambda w: EVALUATE[w.study].spec_hash,
+        code=lambda w: EVALUATE[w.study].code,
+        weights=digest([IMAGENET, weights_given()]),
+    shell:
+        "python -m hovit evaluate {wildcards.study} --scale {params.scale} > {log} 2>&1"
+
+
+rule analyse:
+    input:
+        lambda w: ANALYSE[w.analysis].inputs,
+    output:
+        f"results/runs/{SCALE}/analysis/{{analysis}}.json",
+        f"results/runs/{SCALE}/analysis/{{analysis}}.csv",
+    log:
+        f"logs/analyse/{SCALE}/{{analysis}}.log",
+    threads: PLAN.scale.threads
+    resources:
+        gpu=1,
+        gpu_mb=PLAN.scale.gpu_memory_mb,
+        mem_mb=PLAN.scale.memory_mb,
+    params:
+        scale=SCALE,
+        spec=lambda w: ANALYSE[w.analysis].spec_hash,
+        code=lambda w: ANALYSE[w.analysis].code,
+    shell:
+        "python -m hovit analyse {wildcards.analysis} --scale {params.scale} > {log} 2>&1"
