@@ -118,7 +118,7 @@ MISTAKES = {
     "a seed twice": (SMOKE, "seeds: [0]", "seeds: [0, 0]", "smoke.yaml: seeds"),
     "a row twice": (DEPTH, "id: levit_deck_fixed", "id: levit_deck", "depth.yaml: rows[1].id: 'levit_deck' is given twice"),
     "a key twice": (DECK, "epochs: 50", "epochs: 50\nepochs: 5", "not valid YAML: key 'epochs' is given twice"),
-    "a key twice, nested": (DEPTH, "seed: hovit", "seed: hovit, seed: ours", "not valid YAML: key 'seed' is given twice"),
+    "a key twice, nested": (DEPTH, "paper: hovit", "paper: hovit, paper: ours", "not valid YAML: key 'paper' is given twice"),
     "unknown recipe": (DEPTH, "columns:", "recipe: nosuch\ncolumns:", "depth.yaml: recipe: 'nosuch' is not defined; allowed: deck, deck_100, deck_32, deck_frozen, detection, efficientvit, "
             "efficientvit_full, finetune, pretrain, skipvit"),
     "epochs of an unknown recipe": (SMOKE, "batch_sizes:", "epochs: {nosuch: 1}\nbatch_sizes:", "smoke.yaml: epochs: 'nosuch' is not defined; allowed: deck"),

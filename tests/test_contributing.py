@@ -113,7 +113,7 @@ def study(model: str, columns: str = "[parameters, macs]", more: str = "trained:
     """A study of one row, in a file `another.yaml`."""
     return f"""id: another
 title: "Another study"
-source: {{seed: ours, place: "a test"}}
+source: {{paper: ours, place: "a test"}}
 image_size: 64
 columns: {columns}
 {more}rows:
@@ -346,7 +346,7 @@ def test_a_study_is_one_file(copy: Copy) -> None:
 
 ANALYSIS = """id: another
 title: "Another analysis"
-source: {{seed: ours, place: "a test"}}
+source: {{paper: ours, place: "a test"}}
 kind: {kind}
 of: [hovit/hovit]
 images: 2

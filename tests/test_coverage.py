@@ -195,8 +195,8 @@ def test_every_reason_is_explained_and_every_entry_says_something_else() -> None
     assert set(REASONS) == set(NotChecked.model_fields["reason"].annotation.__args__)
     assert {entry.reason for entry in ENTRIES} == set(REASONS)
     assert len({entry.says for entry in ENTRIES}) == len(ENTRIES)
-    assert {file.seed for file in PLAN.config.claims.values() if file.not_checkable} == {
-        file.seed for file in PLAN.config.claims.values()
+    assert {file.paper for file in PLAN.config.claims.values() if file.not_checkable} == {
+        file.paper for file in PLAN.config.claims.values()
     }
 
 
@@ -272,16 +272,16 @@ def text_of(seed: str) -> str:
 
 def reported(seed: str) -> set[float]:
     """What the tables of a seed have as reported."""
-    studies = [s for s in PLAN.config.studies.values() if s.source.seed == seed]
+    studies = [s for s in PLAN.config.studies.values() if s.source.paper == seed]
     return numbers(" ".join(n for s in studies for row in s.rows for n in row.reported.values()))
 
 
 def told(seed: str) -> set[float]:
     """The numbers of all that the ledger has of a seed, cells aside."""
-    files = [file for file in PLAN.config.claims.values() if file.seed == seed]
+    files = [file for file in PLAN.config.claims.values() if file.paper == seed]
     parts = [(c.says, c.place, c.reported or "", c.note) for f in files for c in f.claims]
     parts += [(e.says, e.place, e.why, "") for f in files for e in f.not_checkable]
-    rows = [r for s in PLAN.config.studies.values() if s.source.seed == seed for r in s.rows]
+    rows = [r for s in PLAN.config.studies.values() if s.source.paper == seed for r in s.rows]
     return numbers(" ".join([*(each for part in parts for each in part), *(r.label for r in rows)]))
 
 
@@ -297,7 +297,7 @@ def test_every_cell_of_the_seeds_tables_is_reported_or_named(seed: str) -> None:
     lines = [line for line in text_of(seed).splitlines() if "\t" in line]
     assert len(lines) > 8
     cells = numbers("\n".join(cell for line in lines for cell in line.split("\t")[1:]))
-    files = [file for file in PLAN.config.claims.values() if file.seed == seed]
+    files = [file for file in PLAN.config.claims.values() if file.paper == seed]
     named = numbers(" ".join(e.says for file in files for e in file.not_checkable))
     sizes = {float(n) for row in PLAN.study("backbones").rows for n in [row.image_size or 0]}
     gains = {float(c.reported or 0) for f in files for c in f.claims if c.kind == "difference"}

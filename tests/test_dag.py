@@ -16,7 +16,7 @@ from hovit.utils.files import write_text
 STUDY = """
 id: tiny
 title: "Two rows"
-source: {seed: ours, place: "a test"}
+source: {paper: ours, place: "a test"}
 columns: [parameters, top1, latency]
 rows:
   - {id: levit_deck, label: "LeViT", model: levit_deck, model_args: {depth: [1, 1, 1]}, ours: true}

@@ -26,7 +26,7 @@ FIGURE = "training_curves"  # reads the study below alone
 STUDY = """
 id: hovit
 title: "Two rows"
-source: {seed: ours, place: "a test"}
+source: {paper: ours, place: "a test"}
 columns: [parameters, top1, latency]
 rows:
   - {id: levit_deck, label: "LeViT", model: levit_deck, model_args: {depth: [1, 1, 1]}, ours: true}
@@ -34,7 +34,7 @@ rows:
 """
 CLAIMS = """
 id: tiny
-seed: hovit
+paper: hovit
 claims:
   - {id: p, says: "HoViT has 4,937,962 parameters", place: "a test", kind: value,
      of: hovit/hovit/parameters, reported: "4937962"}

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from hovit.cli import app
 from hovit.config.plan import load_plan
-from hovit.pipeline import estimate
-from hovit.pipeline.card_time import (
+from hovit.pipeline import show
+from hovit.pipeline.estimate import (
     ARTIFACT,
     estimate_table,
     macs_of,
@@ -30,7 +30,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def known(device: torch.device) -> float:
         return 1e9
 
-    monkeypatch.setattr(estimate, "probe", known)
+    monkeypatch.setattr(show, "probe", known)
     return tmp_path
 
 
@@ -70,7 +70,7 @@ def test_a_study_without_training_says_what_is_measured(fresh: Path) -> None:
     assert "runs (with" not in text
     assert re.search(r"m0 +measured: deployed of=efficientvit_paper_m0", text)
     assert "of 20 rows; 20 models timed in turn (inference), batches 16, 3 rounds" in text
-    assert "1 thread(s) on a CPU, on a GPU batch 2048, fp16 autocast" in text
+    assert "1 thread on a CPU, on a GPU batch 2048, fp16 autocast" in text
     assert "timed" not in shown("efficientvit_family")
     assert "6 runs (with those that others start from)" in shown("efficientvit_family")
     assert "reported numbers only" in shown("efficientvit_detection")
@@ -84,7 +84,7 @@ def test_an_analysis_is_shown(fresh: Path) -> None:
     analysis = plan.analysis("head_similarity")
     for ref, run in plan.analyse_task(analysis).runs.items():
         assert re.search(rf"{ref} +{re.escape(run.id)} seed 0", text)
-    assert "takes 64 image(s) of digits-64px" in text
+    assert "takes 64 images of digits-64px" in text
     assert (
         f"{plan.analyse_task(analysis).path} (`hovit analyse head_similarity --scale smoke`)"
         in text

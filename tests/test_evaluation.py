@@ -98,7 +98,7 @@ def weights(tmp_path):
 
 def study(*models, **more):
     rows = [{"id": f"r{i}", "label": m} | form(m) for i, m in enumerate(models)]
-    source = {"seed": "ours", "place": "a test"}
+    source = {"paper": "ours", "place": "a test"}
     return Study.model_validate(
         {"id": "coloured", "title": "t", "source": source, "trained": False, "columns": ["top1"],
          "num_classes": 1000, "rows": rows} | more

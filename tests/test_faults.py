@@ -758,7 +758,7 @@ def test_commands_name_the_damaged_file(
     records: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(records)
-    monkeypatch.setattr("hovit.pipeline.estimate.PROBE", ("levit_128s", 2))  # of `hovit show`
+    monkeypatch.setattr("hovit.pipeline.show.PROBE", ("levit_128s", 2))  # of `hovit show`
     plan = load_plan("smoke")
     run = plan.run("levit_deck.pets.deck")
     prepare(run.pack, Path(), run.pack.folder)

@@ -53,7 +53,7 @@ def data_of(root: Path) -> dict:
 
 
 def in_paper_order(verdicts: Iterable[Verdict]) -> list[Verdict]:
-    return sorted(verdicts, key=lambda verdict: list(PAPERS).index(verdict.seed))
+    return sorted(verdicts, key=lambda verdict: list(PAPERS).index(verdict.paper))
 
 
 def test_every_claim_table_and_number_is_there(plan: Plan, root: Path) -> None:

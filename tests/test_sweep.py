@@ -38,7 +38,7 @@ from hovit.utils.errors import HovitError
 STUDY = {
     "id": "tiny",
     "title": "Two rows",
-    "source": {"seed": "ours", "place": "a test"},
+    "source": {"paper": "ours", "place": "a test"},
     "columns": ["parameters", "top1", "latency"],
     "rows": [
         {"id": "a", "label": "A", "model": "levit_deck", "model_args": SMALL, "ours": True},

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from test_export import CHEAP, MODULES, SMALL, inputs, small
+from test_model_export import CHEAP, MODULES, SMALL, inputs, small
 from timm.models._manipulate import group_parameters
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2

@@ -99,7 +99,7 @@ def show(
         raise unknown_name(plan, name)
     import hovit.models  # noqa: F401 (registers)
 
-    from .pipeline.estimate import show_analysis, show_run, show_study
+    from .pipeline.show import show_analysis, show_run, show_study
 
     if name in plan.config.studies:
         print(show_study(plan, plan.study(name)))
@@ -117,7 +117,7 @@ def estimate(
     """Estimate the training time of the main studies on one GPU, from the time of one step."""
     import hovit.models  # noqa: F401 (registers)
 
-    from .pipeline.card_time import estimate_table, write_artifact
+    from .pipeline.estimate import estimate_table, write_artifact
 
     plan = load_plan(scale)
     if write:

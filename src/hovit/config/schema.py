@@ -360,7 +360,7 @@ class Scale(Strict):
 class Source(Strict):
     """A place in a paper."""
 
-    seed: Literal["hovit", "skipvit", "efficientvit", "ours"]
+    paper: Literal["hovit", "skipvit", "efficientvit", "ours"]
     place: Text
 
 
@@ -559,7 +559,7 @@ class Claims(Strict):
     """The claims of one paper, and its statements that cannot be checked."""
 
     id: Name
-    seed: Literal["hovit", "skipvit", "efficientvit"]
+    paper: Literal["hovit", "skipvit", "efficientvit"]
     claims: tuple[Claim, ...]
     not_checkable: tuple[NotChecked, ...] = ()
 

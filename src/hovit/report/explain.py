@@ -44,7 +44,7 @@ def _cell(sources: Sources, study: Study, row: Row, column: str) -> list[str]:
     printed = row.reported.get(number.metric.name)
     lines = [
         f"{study.title} / {row.label} / {column}",
-        f"  source    {study.source.seed}, {study.source.place}",
+        f"  source    {study.source.paper}, {study.source.place}",
         f"  reported  {printed + _unit(number) if printed else 'nothing'}",
         f"  this run  {_shown(sources.run, study, row, number, value) if value else NONE}",
         f"  row       config/studies/{study.id}.yaml, rows: id: {row.id}",
@@ -168,7 +168,7 @@ def _analysis(sources: Sources, analysis: Analysis, row_ref: str, name: str) -> 
         )
     lines = [
         " / ".join(filter(None, (analysis.title, row_ref, name))),
-        f"  source    {analysis.source.seed}, {analysis.source.place}",
+        f"  source    {analysis.source.paper}, {analysis.source.place}",
         f"  rows      config/analyses/{analysis.id}.yaml: {', '.join(analysis.of)}",
     ]
     best = next((each for each in sources.evidence if each.analysis(analysis.id)), None)

@@ -24,7 +24,10 @@ def list_analyses(plan: Plan) -> str:
 
 def _titles(what: str, found: Sequence[tuple[Study | Analysis, int]]) -> str:
     width = max((len(each.id) for each, _ in found), default=0)
-    lines = [f"  {each.id:<{width}}  {rows:>3} rows  {each.title}" for each, rows in found]
+    lines = [
+        f"  {each.id:<{width}}  {rows:>3} {'row ' if rows == 1 else 'rows'}  {each.title}"
+        for each, rows in found
+    ]
     return "\n".join([f"{what} ({len(found)})", *lines])
 
 

@@ -42,7 +42,7 @@ def source_text(paper: str, place: str) -> str:
 def paper_of(study: Study) -> str:
     """The paper to which a study belongs; a study added here belongs to the paper it extends."""
     named = [paper for paper, studies in STORY.items() if study.id in studies]
-    return named[0] if named else study.source.seed
+    return named[0] if named else study.source.paper
 
 
 def in_order(studies: Iterable[Study]) -> list[Study]:

@@ -176,8 +176,8 @@ def _line(v: Verdict) -> str:
     says = v.says + " (*added here*)" * (v.group == "own")
     noise = f"± {significant(v.noise)} {v.unit} ({v.n})" if v.noise else ""
     return (
-        f"| {NAMES[v.seed]} | {says} | {v.reported or ''} | {v.shown or '—'} | {noise} | {v.label} "
-        f"| {v.source or v.why} |"
+        f"| {NAMES[v.paper]} | {says} | {v.reported or ''} | {v.shown or '—'} | {noise} "
+        f"| {v.label} | {v.source or v.why} |"
     )
 
 
@@ -343,4 +343,4 @@ def evidence_alone(plan: Plan, root: Path) -> Sources:
 
 def _claims(plan: Plan) -> dict[str, tuple[Claim, str]]:
     files = plan.config.claims.values()
-    return {claim.id: (claim, file.seed) for file in files for claim in file.claims}
+    return {claim.id: (claim, file.paper) for file in files for claim in file.claims}

@@ -37,7 +37,7 @@ class Verdict:
     """The outcome of one claim.
 
     Args:
-        seed: the paper.
+        paper: id of the paper.
         group: a claim of the paper, a check added here, or a check of the paper's arithmetic.
         verdict: one of VERDICTS; for errata one of ERRATA.
         detail: a larger or smaller effect, or the verdict that one random seed suggests.
@@ -53,7 +53,7 @@ class Verdict:
     """
 
     id: str
-    seed: str
+    paper: str
     group: ClaimGroup
     study: str
     says: str
@@ -136,7 +136,7 @@ def _verdict(
 ) -> Verdict:
     return Verdict(
         id=claim.id,
-        seed=paper,
+        paper=paper,
         group=claim.group,
         study=split_ref(claim.of)[1],
         says=claim.says,
@@ -204,8 +204,8 @@ def _stand_ins(results: Results, claim: Claim) -> list[str]:
 def check_all(sources: Sources) -> tuple[Verdict, ...]:
     """Check every claim in config, paper by paper."""
     papers = list(NAMES)
-    files = sorted(sources.plan.config.claims.values(), key=lambda file: papers.index(file.seed))
-    return tuple(check_claim(sources, claim, file.seed) for file in files for claim in file.claims)
+    files = sorted(sources.plan.config.claims.values(), key=lambda file: papers.index(file.paper))
+    return tuple(check_claim(sources, claim, file.paper) for file in files for claim in file.claims)
 
 
 def counts(verdicts: Sequence[Verdict], group: ClaimGroup = "paper") -> dict[str, int]:

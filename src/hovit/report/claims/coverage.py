@@ -38,7 +38,7 @@ def coverage(sources: Sources) -> dict[str, Any]:
     return {
         "cells": cells(sources),
         "not_checkable": [
-            {"seed": file.seed} | entry.model_dump()
+            {"paper": file.paper} | entry.model_dump()
             for file in sources.plan.config.claims.values()
             for entry in file.not_checkable
         ],
@@ -67,7 +67,7 @@ def cells(sources: Sources) -> list[dict[str, Any]]:
                 counted = _counted(sources, study, row, metric) if study.id in claimed else None
                 same = None if counted is None else _same(counted, printed, metric)
                 ref = f"{study.id}/{row.id}/{metric}"
-                cell = {"seed": study.source.seed, "cell": ref, "reported": printed}
+                cell = {"paper": study.source.paper, "cell": ref, "reported": printed}
                 found.append(cell | {"counted": counted, "same": same, "erratum": ref in errata})
     return found
 
@@ -118,7 +118,7 @@ def coverage_lines(rest: dict[str, Any], papers: list[str]) -> list[str]:
     lines = ["", "## Coverage of the papers", "", ABOUT, ""]
     lines += ["| paper | claims | reported cells | not checkable |", "| :-- | --: | --: | --: |"]
     for paper in dict.fromkeys(papers):
-        parts = [[entry["seed"] for entry in rest[name]] for name in ("cells", "not_checkable")]
+        parts = [[entry["paper"] for entry in rest[name]] for name in ("cells", "not_checkable")]
         counts = [each.count(paper) for each in (papers, *parts)]
         lines.append(f"| {paper} | {' | '.join(map(str, counts))} |")
     lines += ["", coverage_tally(rest) + ". " + COUNTS, ""]
@@ -131,6 +131,6 @@ def coverage_lines(rest: dict[str, Any], papers: list[str]) -> list[str]:
     lines += [f"- *{name}*: {meaning}" for name, meaning in REASONS.items()]
     lines += ["", "| reason | statement | place | why |", "| :-- | :-- | :-- | :-- |"]
     for entry in rest["not_checkable"]:
-        place = f"{entry['seed']}: {entry['place']}"
+        place = f"{entry['paper']}: {entry['place']}"
         lines.append(f"| {entry['reason']} | {entry['says']} | {place} | {entry['why']} |")
     return lines

@@ -56,7 +56,7 @@ def write_claims_from(sources: Sources, root: Path = Path()) -> str:
     for group, heading in (("paper", ""), ("own", "Checks added here: "), ("errata", "Errata: ")):
         found = [verdict for verdict in verdicts if verdict.group == group]
         lines += _sections(plan, found, heading, by_study=group == "paper")
-    lines += coverage_lines(rest, [v.seed for v in verdicts if v.group == "paper"])
+    lines += coverage_lines(rest, [v.paper for v in verdicts if v.group == "paper"])
     write_text(root / "results/claims.md", "\n".join([*lines, ""]))
     return f"{tally(verdicts)}\n{coverage_tally(rest)}"
 

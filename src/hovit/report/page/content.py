@@ -83,11 +83,11 @@ class _Collector:
             "papers": {
                 paper: name
                 for paper, name in NAMES.items()
-                if any(verdict.seed == paper for verdict in verdicts)
+                if any(verdict.paper == paper for verdict in verdicts)
             },
             "claims": claims,
             "not_checkable": [
-                entry | {"place": source_text(entry["seed"], entry["place"])}
+                entry | {"place": source_text(entry["paper"], entry["place"])}
                 for entry in rest["not_checkable"]
             ],
             "reasons": REASONS,
@@ -129,7 +129,7 @@ class _Collector:
         )
         for path in verdict.records:
             self.keep(Path(path))
-        place = source_text(verdict.seed, verdict.place)
+        place = source_text(verdict.paper, verdict.place)
         parts = {"kind": claim.kind, "of": claim.of, "to": claim.to, "tolerance": claim.tolerance}
         reported = verdict.reported and format_printed(verdict.reported)
         shown = {"reported": reported, "measured": verdict.shown, "label": verdict.label,
@@ -149,7 +149,7 @@ class _Collector:
         return {
             "id": study.id,
             "title": study.title,
-            "place": source_text(study.source.seed, study.source.place),
+            "place": source_text(study.source.paper, study.source.place),
             "trained": study.trained and study.kind == "models",
             "scope": _scope(study),
             "refused": refused,
@@ -295,7 +295,7 @@ class _Collector:
             entry: dict[str, Any] = {
                 "id": name,
                 "title": analysis.title,
-                "place": source_text(analysis.source.seed, analysis.source.place),
+                "place": source_text(analysis.source.paper, analysis.source.place),
                 "path": "",
                 "published": {key: ", ".join(map(str, each))
                               for key, each in analysis.published.items()},

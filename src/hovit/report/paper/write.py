@@ -65,7 +65,7 @@ def write_paper_from(sources: Sources, root: Path = Path()) -> None:
         "coverage": {
             "reasons": REASONS,
             "not_checkable": [
-                entry | {"from": source_text(entry["seed"], entry["place"])}
+                entry | {"from": source_text(entry["paper"], entry["place"])}
                 for entry in rest["not_checkable"]
             ],
         },
@@ -109,7 +109,7 @@ def paper_table(sources: Sources, study: Study) -> dict[str, Any]:
     origins = [[_origins(study, column, i) for i in range(len(study.rows))] for column in columns]
     return {
         "title": study.title,
-        "from": source_text(study.source.seed, study.source.place),
+        "from": source_text(study.source.paper, study.source.place),
         "columns": [{"heading": c.heading, "source": _label(c)} for c in columns],
         "rows": [
             {"label": row.label, "ours": row.ours, "cells": [_cell(c, i) for c in columns]}
@@ -260,9 +260,9 @@ def _claim(verdict: Verdict) -> dict[str, Any]:
         "measured": verdict.shown,
         "reported": reported,
         "label": verdict.label,
-        "name": NAMES[verdict.seed],
+        "name": NAMES[verdict.paper],
     }
-    return asdict(verdict) | shown | {"from": source_text(verdict.seed, verdict.place)}
+    return asdict(verdict) | shown | {"from": source_text(verdict.paper, verdict.place)}
 
 
 def _costs(results: Results) -> list[dict[str, Any]]:

@@ -143,7 +143,7 @@ def to_markdown(sources: Sources, table: Table) -> str:
     notes += _baselines(study)
     notes.append(f"- All columns and digits: [{study.id}.csv]({study.id}.csv).")
     place = study.source.place.removeprefix("paper, ")
-    source = f"Source: {PAPERS[study.source.seed]}, {place}."
+    source = f"Source: {PAPERS[study.source.paper]}, {place}."
     lines = [f"# {study.title}", "", source, "", *view(sources, study), *notes, ""]
     return "\n".join([*lines, "## Provenance", "", *_provenance(sources, table), ""])
 
