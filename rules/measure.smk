@@ -1,7 +1,5 @@
 """Measurements, evaluation on ImageNet and analyses of trained models -> records."""
 
-from hovit.utils.files import digest
-
 # A measurement uses the machine alone: all cores and the GPU. At a scale that does not check
 # latency, it shares the cores.
 ALL_CORES = (workflow.resource_settings.cores and workflow.cores) or PLAN.scale.threads
@@ -23,18 +21,6 @@ rule measure:
         code=lambda w: MEASURE[w.study].code,
     shell:
         "python -m hovit measure {wildcards.study} --scale {params.scale} > {log} 2>&1"
-
-
-def imagenet(wildcards):
-    if not IMAGENET:
-        raise WorkflowError("give --config imagenet=FOLDER (and weights=FOLDER)")
-    return []
-
-
-def weights_given():
-    """Name and size of each weights file; evaluation runs again if they change."""
-    found = Path(WEIGHTS).glob("*.safetensors") if WEIGHTS else []
-    return sorted((path.name, path.stat().st_size) for path in found)
 
 
 # Runs only with --config imagenet=FOLDER.
