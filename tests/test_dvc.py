@@ -93,6 +93,8 @@ def shrink(root: Path) -> None:
                 "",
             ),
             ("      - paper/paper.pdf\n      - results/paper\n", ""),
+            ("      - config/analyses\n", ""),
+            ("      - paper/front.png\n", ""),
             *((f"  - figures/{name}.png\n", "") for name in others),
             *(
                 (f"      - figures/{name}.{ext}:\n          persist: true\n", "")

@@ -1,4 +1,4 @@
-"""Evidence is chosen cell by cell; ratios, claims and figures never mix sources."""
+"""Columns take evidence from one source where they can; ratios, claims and figures always do."""
 
 import shutil
 from pathlib import Path

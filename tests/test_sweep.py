@@ -395,7 +395,7 @@ def test_an_export_that_cannot_be_written_stops_nothing(
     export.refresh()
     export._last = 0.0
     export.refresh()
-    assert capsys.readouterr().err.count("warning: no export yet: ") == 1  # said once
+    assert capsys.readouterr().err.count("warning: not exported, ") == 1  # said once
     with pytest.raises(HovitError, match="cannot be written"):
         export.write()
 

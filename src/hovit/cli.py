@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .training.trainer import Options
 
 app = typer.Typer(
-    help="Reproduce three works on fast vision transformers: train, measure and report.",
+    help="Reproduce three papers on fast vision transformers: train, measure and report.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -107,7 +107,7 @@ class Dataset(InSpec):
     title: Text
     about: Text
     stands_for: Text | None = None  # images of the paper that these replace
-    is_part: bool = False  # whether they are some of those images
+    is_part: bool = False  # whether these images are part of `stands_for`
     # Number of images to split, without a published test set; for estimates before the files exist.
     listed: Annotated[int, Field(ge=1)] | None = None
     reader: Literal[
@@ -139,7 +139,7 @@ class Dataset(InSpec):
 
     @property
     def relation(self) -> str:
-        """`stands in for X` or `part of X`, the images of the paper; empty if these are those."""
+        """`stands in for X` or `part of X`, or empty if the paper uses these images."""
         if self.stands_for is None:
             return ""
         return f"{'part of' if self.is_part else 'stands in for'} {self.stands_for}"
@@ -150,6 +150,8 @@ class Dataset(InSpec):
             raise ValueError("`split.per_run` is for images without a published test set")
         if self.published and not self.reads_files:
             raise ValueError("`published` is for reader imagenet")
+        if self.is_part and self.stands_for is None:
+            raise ValueError("`is_part` needs `stands_for`")
         if self.reads_files and (len(self.files) != 1 or self.classes or self.images):
             raise ValueError("imagenet: `files` is one folder, without `classes` or `images`")
         if self.reader == "coco":

@@ -79,7 +79,7 @@ class Export:
         except HovitError as error:
             self._last = time.monotonic()
             if str(error) != self._failed:
-                print(f"warning: no export yet: {error}", file=sys.stderr, flush=True)
+                print(f"warning: not exported, will retry: {error}", file=sys.stderr, flush=True)
             self._failed = str(error)
 
     def write(self) -> list[str]:

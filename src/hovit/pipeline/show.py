@@ -20,6 +20,7 @@ from ..config.tasks import MeasureTask, TrainTask
 from ..measure.cost import fake_model, macs
 from ..utils.create_model import create_model
 from ..utils.device import describe_device, pick_device, set_threads
+from ..utils.plural import plural
 from .schedule import split_sizes
 
 PROBE = ("levit_256", 8)  # model and batch that are timed
@@ -54,16 +55,12 @@ def _todo(plan: Plan, study: Study, row: Row) -> str:
     runs = plan.runs_of(study, row)
     if not runs:
         return "nothing to train at this scale"
-    return f"{runs[0].id} x {_several(len(runs), 'random seed')}"
-
-
-def _several(n: int, noun: str) -> str:
-    return f"{n} {noun}{'s' * (n != 1)}"
+    return f"{runs[0].id} x {plural(len(runs), 'random seed')}"
 
 
 def _training(runs: list[Run]) -> list[str]:
     done = sum(TrainTask(run).path.exists() for run in runs)
-    line = f"{len(runs)} runs (with those that others start from), {done} done"
+    line = f"{plural(len(runs), 'run')} (with those that others start from), {done} done"
     return [line, _cost_line(runs)] if runs else [line]
 
 
@@ -71,7 +68,7 @@ def _measuring(task: MeasureTask) -> str:
     """What `hovit measure` counts and times."""
     spec, study = task.spec, task.study
     done = " (done)" if task.path.exists() else ""
-    line = f"measured{done}: parameters and multiply-adds of {len(spec['rows'])} rows"
+    line = f"measured{done}: parameters and multiply-adds of {plural(len(spec['rows']), 'row')}"
     timing = spec["latency"]
     if timing is None:
         return line
@@ -81,11 +78,11 @@ def _measuring(task: MeasureTask) -> str:
     sizes = sorted({each for *_, each in timed if each})
     where = [f"at {' and '.join(map(str, sizes))} px"] if sizes else []
     parts = [
-        f"{len(timed)} models timed in turn ({study.workload})",
+        f"{plural(len(timed), 'model')} timed in turn ({study.workload})",
         f"batches {' and '.join(map(str, timing['batches']))}",
         f"{timing['rounds']} rounds after {timing['warmup']} to warm up",
         *where,
-        f"{_several(timing['threads'], 'thread')} on a CPU",
+        f"{plural(timing['threads'], 'thread')} on a CPU",
     ]
     if card := timing.get("on_gpu"):
         parts += [f"on a GPU batch {card['batches'][0]}, {card['precision']}"]
@@ -111,7 +108,7 @@ def show_analysis(plan: Plan, analysis: Analysis) -> str:
         made = "done" if task.path.exists() else command
         upstream = [plan.upstream(run) for run in runs.values()]
         needed = {(r.id, r.seed): r for r in (*upstream, *runs.values()) if r}
-        lines += [f"takes {_several(analysis.images, 'image')} of {', '.join(sorted(packs))}{args}"]
+        lines += [f"takes {plural(analysis.images, 'image')} of {', '.join(sorted(packs))}{args}"]
         lines += [f"record: {task.path} ({made})"]
         lines += _training(list(needed.values()))
     return "\n".join(lines)

@@ -4,7 +4,8 @@ The speed of each model depends on the memory layout of its process, so ratios b
 by up to 15 % between processes, which is more than between rounds. The processes divide the rounds
 among them. Each has its own file of samples, and resumes like a single process.
 
-Standard input has the job in its first line. A process ends with its parent, which closes it.
+The first line of standard input is the job. The parent keeps it open; when it closes, because the
+parent has ended, the process ends too.
 """
 
 import json

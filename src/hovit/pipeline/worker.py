@@ -180,7 +180,10 @@ def _read(connection: socket.socket, size: int) -> bytes:
 
 def _run(connection: socket.socket, request: dict[str, object], files: list[int]) -> None:
     """In the fork: run the command as a process of its own would, and leave."""
-    connection.sendall(STARTED)
+    try:
+        connection.sendall(STARTED)
+    except OSError:  # the command was killed while it waited
+        os._exit(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number, file in enumerate(files):

@@ -8,7 +8,7 @@ from ..config.schema import Analysis, Row, Study
 from ..config.tasks import Task
 from ..records.record import read_record
 from ..utils.errors import HovitError
-from .record_source import plural
+from ..utils.plural import plural
 from .results import Results, Value
 from .sources import Sources, load_sources
 from .tables.facts import timed_pixels
@@ -84,7 +84,12 @@ def _evidence(sources: Sources, study: Study, row: Row, number: Quantity) -> Ite
     """The committed results that the table shows: for times of each device, else the best."""
     if number.is_timed:
         return [r for r in sources.timed(study) if r.value(study, row, number)]
-    best = sources.best(study, number)[study.rows.index(row)]
+    counted = number.metric.name == "macs"
+    best = (
+        sources.count(study, row, number)
+        if counted
+        else sources.best(study, number)[study.rows.index(row)]
+    )
     return [best[0]] if best else []
 
 

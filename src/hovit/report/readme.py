@@ -5,6 +5,7 @@ from pathlib import Path
 from string import Formatter
 
 from ..config.plan import Plan
+from ..config.runs import Run
 from ..config.schema import Claim
 from ..records.evidence import slug
 from ..records.record import Record, read_record
@@ -41,7 +42,7 @@ HEADLINES = (
 # What to know before a claim is checked again.
 REMARKS = dict.fromkeys(
     ("levit-jaccard-slower-b32", "levit-euclidean-slower-b32"),
-    "; by matrix products, as at commit 873d407",
+    "; the record is from commit 873d407, which uses matrix products",
 )
 # `{CLAIM}` is the measured number of a claim with its noise, `{CLAIM:printed}` that of the paper,
 # `{CLAIM:n}` the number of rounds or random seeds, and `{CLAIM:verdict}` the verdict with them.
@@ -50,7 +51,7 @@ FINDINGS = (
     "{hovit-fewer-parameters} fewer parameters than the LeViT of the deck (printed: "
     "{hovit-fewer-parameters:printed}). It takes {hovit-faster-size-b32} less time at batch 32 and "
     "{hovit-faster-size-b1} at batch 1 (printed: {hovit-faster-size-b32:printed}; "
-    "{hovit-faster-size-b32:n}). These times are those of kernel launches: LeViT takes "
+    "{hovit-faster-size-b32:n}). Kernel launches, not arithmetic, set these times: LeViT takes "
     "{levit-32-images-as-one} as long for 32 images as for one. At batch 256, HoViT takes "
     "{hovit-faster-size-b256} less time. A fifth of the weights of that LeViT are never used: of "
     "the parameters that an output depends on, HoViT saves {hovit-fewer-live-parameters}.",
@@ -71,17 +72,17 @@ FINDINGS = (
     "{efficientvit-m5-mobilenetv3-large-gpu:printed}; {efficientvit-m5-mobilenetv3-large-gpu:n}).",
     "**The Launcher can lose class information; how much depends on the backbone and the front.** "
     "Each comparison is with a linear head on the same front, over the random seeds that both "
-    "have; each seed has 156 test photographs. Behind a frozen EfficientNet-Lite0 with ImageNet "
-    "weights, L_HoViT has a top-1 of {imagenet-l-hovit-frozen-keeps-frozen} "
-    "({imagenet-l-hovit-frozen-keeps-frozen:verdict}), L_LeViT (fixed) "
-    "{imagenet-l-levit-deck-fixed-frozen-keeps-frozen} "
+    "models have. On pet photographs (156 test images for each seed), behind a frozen "
+    "EfficientNet-Lite0 with ImageNet weights, L_HoViT has a top-1 of "
+    "{imagenet-l-hovit-frozen-keeps-frozen} ({imagenet-l-hovit-frozen-keeps-frozen:verdict}), "
+    "L_LeViT (fixed) {imagenet-l-levit-deck-fixed-frozen-keeps-frozen} "
     "({imagenet-l-levit-deck-fixed-frozen-keeps-frozen:verdict}), and L_LeViT-256 (from timm) "
     "{imagenet-l-levit-256-frozen-keeps-frozen} "
     "({imagenet-l-levit-256-frozen-keeps-frozen:verdict}). With that front trained as well, as in "
     "the deck, L_LeViT has {imagenet-l-levit-deck-keeps} ({imagenet-l-levit-deck-keeps:verdict}), "
-    "and L_HoViT {imagenet-l-hovit-keeps} ({imagenet-l-hovit-keeps:verdict}). Behind a ResNet50 "
-    "that was pretrained on Tiny ImageNet at 64 px, L_LeViT has "
-    "{launcher-keeps-class-information} ({launcher-keeps-class-information:verdict}).",
+    "and L_HoViT {imagenet-l-hovit-keeps} ({imagenet-l-hovit-keeps:verdict}). On "
+    "Tiny-ImageNet-37, behind a ResNet50 that was pretrained on Tiny ImageNet at 64 px, L_LeViT "
+    "has {launcher-keeps-class-information} ({launcher-keeps-class-information:verdict}).",
 )
 # Of the picture: claims whose number is a ratio or a reduction in per cent.
 DRAWN = {
@@ -157,13 +158,13 @@ def results_section(sources: Sources) -> str:
             *lines,
             "",
             "*Added here* marks a statement that no paper makes. The noise of a time is half the "
-            "interquartile range of the ratios over rounds; rounds of one process vary less than "
-            "processes do (`bench/allocator.py`). The noise of an accuracy is half of a 95 % "
-            "interval over random seeds and test images. Accuracies are test top-1 on stand-in "
-            "images at small size with few epochs, so their verdicts hold for these images only.",
+            "interquartile range of the ratios over rounds; the rounds of one process vary less "
+            "than separate processes do (`bench/allocator.py`). The noise of an accuracy is half "
+            "of a 95 % interval over random seeds and test images. Accuracies are test "
+            "top-1 on stand-in images at small size with few epochs, so their verdicts hold for these images only.",
             "",
-            f"These are {len(HEADLINES)} statements of general interest. Of all claims that "
-            f"`results/claims.md` lists and explains: {tally(check_all(sources))}.",
+            f"These are {len(HEADLINES)} statements of general interest. `results/claims.md` lists "
+            f"and explains all claims. Their verdicts: {tally(check_all(sources))}.",
             "",
             f"![Ratios in the papers and measured ratios, with half the interquartile range "
             f"over rounds]({PICTURE})",
@@ -202,8 +203,9 @@ def _check_line(sources: Sources, v: Verdict) -> str:
     elif first.kind == "measure":
         command = f"`hovit measure {v.study} --scale {first.scale}`"
     else:
-        records = _with_upstream(sources, records)
-        command = _train_commands(records)
+        trainings = _trainings(sources, records)
+        records = [record for _, record in trainings]
+        command = _commands([run for run, _ in trainings])
     equal = f"± {significant(v.margin)} {v.unit}" if v.margin else "exact"
     if v.noise:
         equal += f" (noise: {significant(v.noise)})"
@@ -217,30 +219,31 @@ def _check_line(sources: Sources, v: Verdict) -> str:
     )
 
 
-def _with_upstream(sources: Sources, records: list[Record]) -> list[Record]:
-    """The records of trainings, after those of the runs that they start from."""
-    found: dict[str, Record] = {}
+def _trainings(sources: Sources, records: list[Record]) -> list[tuple[Run, Record]]:
+    """The runs of these records, after the runs that they start from, each with its record."""
+    found: dict[tuple[str, int], tuple[Run, Record]] = {}
     for record in records:
         results = next(
             r for r in sources.evidence
             if r.plan.scale.id == record.scale and r.base.name == slug(record.provenance.device)
         )  # fmt: skip
-        upstream = results.plan.upstream(results.plan.run(record.id, record.spec["seed"]))
-        before = results.record(results.plan.train_task(upstream)) if upstream else None
-        for each in (before, record):
-            if each is not None:
-                found[f"{each.id} {each.spec['seed']}"] = each
+        run = results.plan.run(record.id, record.spec["seed"])
+        upstream = results.plan.upstream(run)
+        if upstream and (before := results.record(results.plan.train_task(upstream))):
+            found[upstream.id, upstream.seed] = upstream, before
+        found[run.id, run.seed] = run, record
     return list(found.values())
 
 
-def _train_commands(records: list[Record]) -> str:
-    """One command for each run, with its random seeds."""
+def _commands(runs: list[Run]) -> str:
+    """The commands that pack the images and train each run, with its random seeds."""
+    packs = dict.fromkeys(run.pack.id for run in runs)
+    commands = [f"`hovit data {pack} --data-root DATA`" for pack in packs]
     seeds: dict[str, list[str]] = {}
-    for record in records:
-        seeds.setdefault(record.id, []).append(str(record.spec["seed"]))
-    commands = []
-    for run, of in seeds.items():
-        command = f"`hovit train {run} --scale {records[0].scale} --seed {of[0]}`"
+    for run in runs:
+        seeds.setdefault(run.id, []).append(str(run.seed))
+    for name, of in seeds.items():
+        command = f"`hovit train {name} --scale {runs[0].scale} --seed {of[0]}`"
         commands.append(command + (f" (and {', '.join(of[1:])})" if of[1:] else ""))
     return "<br>".join(commands)
 

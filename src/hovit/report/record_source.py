@@ -16,6 +16,7 @@ from ..records.predictions import predictions_digest, read_predictions
 from ..records.record import Record, read_record
 from ..utils.device import Device
 from ..utils.errors import HovitError
+from ..utils.plural import plural
 
 # What a row of a measurement has besides exact counts.
 TIMED_KEYS = ("latency", "captured", "peak_memory_mb", "device")
@@ -23,12 +24,6 @@ TIMED_KEYS = ("latency", "captured", "peak_memory_mb", "device")
 # Records of this commit were counted with PyTorch 2.11, which leaves fused attention out of the
 # multiply-adds. Since then, counts do not depend on the version.
 MISCOUNTED = "873d4071e2db2a4c36a7d5a5cbc5499450958056"
-
-
-def plural(n: int, noun: str) -> str:
-    """`1 epoch`, `2 epochs`."""
-    return f"{n} {noun}{'s' * (n != 1)}"
-
 
 SAME_LATENCY = 0.03  # relative difference between an eager pass and a CUDA graph
 

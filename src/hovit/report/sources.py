@@ -49,7 +49,7 @@ class Sources:
         Args:
             study: its rows are the cells.
             number: what the column shows.
-            of_run: this run's value for each row, if they count as well, after the evidence.
+            of_run: this run's value for each row, if this run counts; evidence wins ties.
         """
         found = {r: [r.value(study, row, number) for row in study.rows] for r in self.evidence}
         if of_run:

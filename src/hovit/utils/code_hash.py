@@ -33,8 +33,11 @@ ENTRIES = {
         "config/metrics.py",
         "config/plan.py",
         "config/runs.py",
+        "config/schema.py",
+        "config/tasks.py",
         "records/evidence.py",
         "records/predictions.py",
+        "records/record.py",
     ),
     "page": (
         "report/page/write.py",
@@ -42,8 +45,11 @@ ENTRIES = {
         "config/metrics.py",
         "config/plan.py",
         "config/runs.py",
+        "config/schema.py",
+        "config/tasks.py",
         "records/evidence.py",
         "records/predictions.py",
+        "records/record.py",
     ),
 }
 # Files and folders that other parts of a record account for: the spec, the fingerprint of the

@@ -7,9 +7,9 @@ from typing import Literal
 from ...config.kinds import ANALYSIS_KINDS
 from ...config.metrics import Quantity, quantity
 from ...config.schema import Claim, Row, Study, split_ref
+from ...utils.plural import plural
 from ..noise import half_iqr
 from ..number import significant
-from ..record_source import plural
 from ..results import PairedValue, Results, Value
 from ..tables.columns import format_p
 

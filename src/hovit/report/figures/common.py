@@ -8,7 +8,7 @@ import numpy as np
 
 from ...config.runs import Pack
 from ...config.schema import Row, Study
-from ..record_source import plural
+from ...utils.plural import plural
 from ..results import Results
 
 if TYPE_CHECKING:

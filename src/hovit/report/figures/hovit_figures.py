@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from ...config.plan import Plan
 from ...config.schema import Row, Study
-from ..record_source import plural
+from ...utils.plural import plural
 from ..results import Results, Value
 from ..tables.columns import baseline_ratio
 from .attention_figures import latency_dots

@@ -30,8 +30,8 @@ def label_points(
 ) -> list[str]:
     """Write each label next to its point; return the labels that have no room.
 
-    A label further away than the first step gets a thin line to its point, which crosses nothing if
-    there is such a place.
+    A label further away than the first step gets a thin line to its point. Places where this line
+    crosses nothing are preferred.
     Everything else must be drawn before, because this fixes the layout of the figure.
 
     Args:

@@ -11,10 +11,10 @@ from typing import Any, Literal
 from ...config.metrics import Quantity, quantity
 from ...config.schema import Ref, Row, Study
 from ...utils.errors import HovitError
+from ...utils.plural import plural
 from ...utils.strict import Strict
 from ...utils.yaml_file import load_file
 from ..claims.compare import Missing, referenced
-from ..record_source import plural
 from ..results import Results, Value
 from ..sources import Sources
 from ..tables.columns import format_printed, format_value
@@ -150,7 +150,7 @@ def _best_first(sources: list[Results], variable: Variable) -> list[Results]:
         return sources
     if number.is_trained:
         rows = {r: sum(bool(r.value(study, row, number)) for row in study.rows) for r in sources}
-        return sorted(sources, key=lambda results: rows[results], reverse=True)
+        return sorted(sources, key=lambda r: (rows[r], r.is_evidence), reverse=True)
     if number.metric.name == "macs":
         row = next((row for row in study.rows if row.id == row_id), study.rows[0])
         values = [(r, r.value(study, row, number)) for r in sources]

@@ -14,12 +14,12 @@ from ...config.plan import Plan
 from ...config.schema import Study
 from ...utils.errors import HovitError, one_line
 from ...utils.files import atomic, write_json
+from ...utils.plural import plural
 from ..claims.check import Verdict, check_all, counts
 from ..claims.coverage import REASONS, coverage
 from ..figures.common import seeds
 from ..figures.draw import FIGURES, FOLDER
 from ..order import NAMES, source_text
-from ..record_source import plural
 from ..results import Results
 from ..sources import Sources, load_sources
 from ..tables.columns import NOTHING, Column, Table, format_printed, make_table

@@ -7,7 +7,7 @@ import pandas as pd
 from ...config.metrics import METRICS
 from ...config.runs import Run, protocol
 from ...config.schema import Recipe, Row, Scale, Study
-from ..record_source import plural
+from ...utils.plural import plural
 from ..results import Results
 
 WORKLOADS = {
