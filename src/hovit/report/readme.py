@@ -161,7 +161,8 @@ def results_section(sources: Sources) -> str:
             "interquartile range of the ratios over rounds; the rounds of one process vary less "
             "than separate processes do (`bench/allocator.py`). The noise of an accuracy is half "
             "of a 95 % interval over random seeds and test images. Accuracies are test "
-            "top-1 on stand-in images at small size with few epochs, so their verdicts hold for these images only.",
+            "top-1 on stand-in images at small size with few epochs, so their verdicts hold for "
+            "these images only.",
             "",
             f"These are {len(HEADLINES)} statements of general interest. `results/claims.md` lists "
             f"and explains all claims. Their verdicts: {tally(check_all(sources))}.",
