@@ -80,7 +80,7 @@ def test_every_config_file_is_read():
         files = {p.stem for p in (CONFIG / kind).iterdir()}
         assert files == set(getattr(loaded, kind))
         assert files
-    assert {p.name for p in CONFIG.iterdir()} == {*KINDS, "schema"}
+    assert {p.name for p in CONFIG.iterdir()} == {*KINDS, "archives", "schema"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

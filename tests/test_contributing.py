@@ -338,7 +338,7 @@ def test_a_study_is_one_file(copy: Copy) -> None:
     copy.write("config/studies/another.yaml", study("hovit", "[parameters, top1]", ""))
     copy.changes_what("Add a study")
     listed = copy.hovit("list", "--runs")
-    assert re.search(r"another +1 rows  Another study", listed)
+    assert re.search(r"another +1 row   Another study", listed)
     assert re.search(r"hovit\.pets\.deck .*\banother\b", listed)
     copy.hovit("table", "another")
     assert "The only row" in (copy.root / "results/tables/another.csv").read_text()
@@ -367,7 +367,7 @@ def analysed(copy: Copy) -> dict[str, object]:
 def test_an_analysis_is_one_file(copy: Copy) -> None:
     copy.write("config/analyses/another.yaml", ANALYSIS.format(kind="attention_maps"))
     copy.changes_what("Add an analysis")
-    assert re.search(r"another +1 rows  Another analysis", copy.hovit("list", "--runs"))
+    assert re.search(r"another +1 row   Another analysis", copy.hovit("list", "--runs"))
     assert len(analysed(copy)["map"]) > 0  # type: ignore[arg-type]
 
 

@@ -606,7 +606,7 @@ def test_the_commands_train_report_and_verify(
     assert "seed 0: AP 0.0" in capsys.readouterr().out
     hovit("table", study, "--scale", "paper")
     table = Path(f"results/tables/{study}.md").read_text()
-    assert "| EfficientViT-M4 | 32.7 | 0 |" in table
+    assert "| EfficientViT-M4 | 32.7 | 0.0 |" in table
     assert "8 / 0 / 4 (train / validation / test) at 128 px" in table
 
     hovit("evidence", "add", "results/runs")

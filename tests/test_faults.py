@@ -510,7 +510,7 @@ def test_training_and_measuring_into_a_read_only_folder(
     disk(packed / "results", 1000).read_only(True)
     with pytest.raises(HovitError, match=r"results/.*cannot be written: Read-only"):
         train(small_run(plan), make_fabric("32-true", accelerator="cpu"), packed)
-    with pytest.raises(HovitError, match=r"depth\.partial\.json: cannot be written: Read-only"):
+    with pytest.raises(HovitError, match=r"measure/depth: cannot be written: Read-only"):
         killed.measuring(packed)
     record = train_record(small_run(plan), 50.0)
     with pytest.raises(HovitError, match=r"record\.json: cannot be written: Read-only"):

@@ -106,6 +106,10 @@ class EfficientViT(nn.Module):
         self.reset_classifier(num_classes, global_pool)
         self.to(device=device, dtype=dtype)
 
+    def load_resized(self, state_dict: dict[str, Tensor]) -> None:
+        """Load weights of the same model for another image size."""
+        self.load_state_dict(resize_biases(state_dict, self))
+
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay: the attention biases."""
         return {name for name, _ in self.named_parameters() if name.endswith("attention_biases")}

@@ -28,7 +28,6 @@ from ..detection.evaluate import (
     write_detections,
 )
 from ..detection.model import PRETRAINED_SIZE, make_backbone, retinanet
-from ..models.efficientvit import resize_biases
 from ..records.record import Record
 from ..utils.errors import OutOfTime
 from ..utils.files import file_digest
@@ -78,7 +77,7 @@ class DetectionTrainer(Trainer):
         if run.weights:
             given = make_backbone(run.model, PRETRAINED_SIZE, **run.model_args)
             self.pretrained_sha256 = load_pretrained(given, run, root, options.weights_file)
-            body.load_state_dict(resize_biases(given.state_dict(), body))
+            body.load_resized(given.state_dict())
         sides = (run.image_size, self.detection.long_side)
         model = retinanet(
             body, run.dataset.num_classes, *sides, self.detection.channels,

@@ -167,7 +167,7 @@ def _provenance(sources: Sources, table: Table) -> list[str]:
     """The facts of each source of numbers, one line for each fact."""
     study, run = table.study, sources.run
     told = {f"Committed results {key}": results for key, results in table.evidence.items()}
-    if study.kind == "data" or run.measured(study) or _is_trained(run, study):
+    if study.kind == "data" or _has_records(run, study):
         told = {"This run": run} | told
     lines = []
     for name, results in told.items():
@@ -180,7 +180,9 @@ def _provenance(sources: Sources, table: Table) -> list[str]:
     return lines
 
 
-def _is_trained(results: Results, study: Study) -> bool:
+def _has_records(results: Results, study: Study) -> bool:
+    if results.measured(study) or results.evaluated(study):
+        return True
     return any(results.trained(study, row) for row in study.rows)
 
 
