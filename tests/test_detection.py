@@ -151,6 +151,10 @@ def test_batch_norms_keep_the_statistics_of_the_weights() -> None:
     assert not any(norm.training for norm in norms)
     assert model.training
     assert model.backbone.fpn.training
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(model).train()
+    norms = [m for m in synchronised.modules() if isinstance(m, nn.SyncBatchNorm)]
+    assert norms
+    assert not any(norm.training for norm in norms)
 
 
 # The recipe --------------------------------------------------------------------------------------

@@ -49,6 +49,18 @@ def test_explain_leads_to_the_record_and_back(
             explain(plan, table, row, column)
 
 
+def test_explain_gives_no_count_of_this_run_as_committed(
+    plan: Plan, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root)
+    text = explain(plan, "hovit", "hovit", "macs")
+    assert "this run  no record yet" not in text
+    assert "committed" not in text
+    shutil.copytree(root / "results/runs", root / "results/evidence/some-card")
+    text = explain(plan, "hovit", "hovit", "macs")
+    assert "mini, some-card" in text
+
+
 def test_explain_says_of_evidence_what_it_says_of_a_run(
     plan: Plan, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

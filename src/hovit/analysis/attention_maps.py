@@ -1,6 +1,6 @@
 """Attention map of one token: a row of the attention matrix.
 
-Source: the HoViT slides, which compare similarities by loss and time. The maps are our addition.
+Source: the HoViT deck, which compares similarities by loss and time. The maps are our addition.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """The image that the Launcher generates from the pooled features of its front.
 
-Source: the Launcher of the HoViT slides, "03 Launcher Architecture", which do not show this image.
+Source: the Launcher of the HoViT deck, "03 Launcher Architecture", which does not show this image.
 The pictures are our addition.
 """
 

@@ -4,7 +4,7 @@ Focused: `FLatten Transformer: Vision Transformer using Focused Linear Attention
     - https://arxiv.org/abs/2308.00442
 Gated: `Gated Linear Attention Transformers with Hardware-Efficient Training`
     - https://arxiv.org/abs/2312.06635
-Source: the HoViT slides, eq. 4-11. They write the gates as `DiG` does
+Source: the HoViT deck, eq. 4-11. It writes the gates as `DiG` does
     - https://arxiv.org/abs/2405.18428
 """
 

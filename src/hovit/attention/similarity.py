@@ -1,7 +1,7 @@
 """Softmax attention under five similarities: softmax(t s(q, k) + bias) v.
 
-Source: the HoViT slides, "01 Swin Based Approach" and "02 LeViT Based Approach". They name Jaccard
-and Euclidean and print J = |A & B| / |A | B| and d = sqrt(sum (x - y)^2). How a vector
+Source: the HoViT deck, "01 Swin Based Approach" and "02 LeViT Based Approach". It names Jaccard
+and Euclidean and prints J = |A & B| / |A | B| and d = sqrt(sum (x - y)^2). How a vector
 represents a set, the softmax scale and the temperature are our choices, stated in each docstring.
 
 Scores are matrix products followed by a few elementwise passes. `dot` and `sqeuclidean` run in

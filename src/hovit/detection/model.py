@@ -77,7 +77,7 @@ class PyramidBackbone(nn.Module):
         """Set the mode of all modules; frozen batch norms stay in evaluation mode."""
         super().train(mode)
         for module in self.modules() if self.frozen_norms else ():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):  # several GPUs synchronise it
                 module.eval()
         return self
 

@@ -2,7 +2,7 @@
 
 Paper: `Attention Is All You Need`, for the default form
     - https://arxiv.org/abs/1706.03762
-Source: our addition. The HoViT slides time whole models, where other layers can hide the cost of
+Source: our addition. The HoViT deck times whole models, where other layers can hide the cost of
 attention.
 Upstream: none.
 """

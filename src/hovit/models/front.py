@@ -1,6 +1,6 @@
 """Pretrained networks in front of a backbone, and alone with a new classifier.
 
-Paper: none; the Launcher of the HoViT slides puts ResNet50 in front. Any other network of timm is
+Paper: none; the Launcher of the HoViT deck puts ResNet50 in front. Any other network of timm is
 our addition, for example EfficientNet-Lite0:
 `EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks`
     - https://arxiv.org/abs/1905.11946

@@ -1,6 +1,6 @@
 """HoViT: the Highly shrunk and Optimized Vision Transformer.
 
-Paper: none; the HoViT slides, "05 Conclusion". HoViT builds on LeViT
+Paper: none; the HoViT deck, "05 Conclusion". HoViT builds on LeViT
     - https://arxiv.org/abs/2104.01136
 Upstream: none is published.
 

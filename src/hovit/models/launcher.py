@@ -1,6 +1,6 @@
 """The Launcher: a pretrained network that generates the image that a backbone classifies.
 
-Paper: none; the HoViT slides, "03 Launcher Architecture". ResNet50:
+Paper: none; the HoViT deck, "03 Launcher Architecture". ResNet50:
 `Deep Residual Learning for Image Recognition`
     - https://arxiv.org/abs/1512.03385
 Upstream: none is published for the Launcher; ResNet50 is timm's (timm/models/resnet.py).

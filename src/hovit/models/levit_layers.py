@@ -2,7 +2,7 @@
 
 Paper: `LeViT: a Vision Transformer in ConvNet's Clothing for Faster Inference`
     - https://arxiv.org/abs/2104.01136
-Source: the HoViT slides, "02 LeViT Based Approach" and "04 New Ideas".
+Source: the HoViT deck, "02 LeViT Based Approach" and "04 New Ideas".
 Upstream: none is published; LinearNorm is timm's (timm/models/levit.py).
 """
 

@@ -4,7 +4,7 @@ Paper: `Swin Transformer: Hierarchical Vision Transformer using Shifted Windows`
     - https://arxiv.org/abs/2103.14030
 `FLatten Transformer: Vision Transformer using Focused Linear Attention`
     - https://arxiv.org/abs/2308.00442
-Source: the HoViT slides, "01 Swin Based Approach": Swin + FLatten Transformer, and Swin +
+Source: the HoViT deck, "01 Swin Based Approach": Swin + FLatten Transformer, and Swin +
 Similarity on CIFAR-10.
 Upstream: timm/models/swin_transformer.py; everything but the attention is unchanged.
 

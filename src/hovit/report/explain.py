@@ -84,12 +84,10 @@ def _evidence(sources: Sources, study: Study, row: Row, number: Quantity) -> Ite
     """The committed results that the table shows: for times of each device, else the best."""
     if number.is_timed:
         return [r for r in sources.timed(study) if r.value(study, row, number)]
-    counted = number.metric.name == "macs"
-    best = (
-        sources.count(study, row, number)
-        if counted
-        else sources.best(study, number)[study.rows.index(row)]
-    )
+    if number.is_inexact:
+        best = sources.best(study, number)[study.rows.index(row)]
+    else:
+        best = sources.evidence_alone().count(study, row, number)
     return [best[0]] if best else []
 
 

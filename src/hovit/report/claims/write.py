@@ -24,10 +24,9 @@ ABOUT = """\
 
 Noise is a 95 % interval over random seeds and test images (accuracy and loss), or half the
 interquartile range of the ratios over rounds (times). The variance over seeds is pooled over the
-rows of a study. Models that were tested on the same images are compared image by image; the p of
-the exact McNemar test is of these trained models alone, whereas the noise also contains other
-seeds. Times are compared only by ratio and rank, because the device differs from that of the
-paper."""
+rows of a study. Models that were tested on the same images are compared image by image. The p of
+the exact McNemar test refers to these trained models alone; the noise also contains other seeds.
+Times are compared only by ratio and rank, because the device differs from that of the paper."""
 
 
 def write_claims(plan: Plan, root: Path = Path()) -> str:

@@ -31,8 +31,8 @@ def label_points(
     """Write each label next to its point; return the labels that have no room.
 
     A label further away than the first step gets a thin line to its point. Places where this line
-    crosses nothing are preferred.
-    Everything else must be drawn before, because this fixes the layout of the figure.
+    crosses nothing are preferred. Everything else must be drawn before, because this fixes the
+    layout of the figure.
 
     Args:
         canvas: the figure.
