@@ -1,7 +1,7 @@
-"""The ledger: claims cover the statements of the papers, and the others are listed with a reason.
+"""Claims cover the statements of the papers, and the others are listed with a reason.
 
-Where the seeds' texts lie beside the artifact (or HOVIT_SEEDS names their folder), every number of
-theirs must stand in the ledger.
+Where the papers' texts lie beside the artifact (or HOVIT_SEEDS names their folder), every number of
+theirs must stand in config.
 """
 
 import os
@@ -28,7 +28,7 @@ from hovit.report.tables.write import describe
 PLAN = load_plan("mini", ROOT / "config")
 CLAIMS = {claim.id: claim for file in PLAN.config.claims.values() for claim in file.claims}
 ENTRIES = [e for file in PLAN.config.claims.values() for e in file.not_checkable]
-# Where a seed says what its own table does not.
+# Where a paper says what its own table does not.
 AGAINST_ITSELF = {
     "skipvit-return-10-faster",  # the sentence has layers 10 and 11 the wrong way round
     "skipvit-return-11-faster",  # 2.99 is a difference of two gains, not a gain
@@ -36,16 +36,16 @@ AGAINST_ITSELF = {
     "levit-focused-no-gain-from-scratch",  # 11.97 % against 2.81 %
     "levit-gated-no-gain-from-scratch",  # 6.26 % against 2.81 %
 }
-SEEDS = Path(os.environ.get("HOVIT_SEEDS", ROOT.parent / "shared/seeds"))
-FILES = dict(zip(("hovit", "skipvit", "efficientvit"), sorted(SEEDS.glob("*.txt")), strict=False))
-with_seeds = pytest.mark.skipif(len(FILES) < 3, reason="the seeds' texts are not here")
+TEXTS = Path(os.environ.get("HOVIT_SEEDS", ROOT.parent / "shared/seeds"))
+FILES = dict(zip(("hovit", "skipvit", "efficientvit"), sorted(TEXTS.glob("*.txt")), strict=False))
+with_texts = pytest.mark.skipif(len(FILES) < 3, reason="the papers' texts are not here")
 
 
 # What a claim says, against the cells -------------------------------------------------------------
 
 
 def printed(ref: str) -> str | None:
-    """What the seed printed for what a claim points at."""
+    """What the paper printed for what a claim points at."""
     analysis, study, row, metric = split_ref(ref)
     if analysis:
         return None
@@ -59,7 +59,7 @@ def unit(number: str) -> float:
 
 
 def both(claim: Claim) -> tuple[float, float] | None:
-    """The seed's two numbers of a claim that compares, if it printed both, of that device."""
+    """The paper's two numbers of a claim that compares, if it printed both, of that device."""
     found = [printed(claim.of), printed(claim.to or claim.of)]
     if None in found or claim.to is None or claim.device == "cpu":  # V100's stand in the cells
         return None
@@ -67,7 +67,7 @@ def both(claim: Claim) -> tuple[float, float] | None:
 
 
 def agrees(claim: Claim) -> bool:
-    """Whether the seed's own two numbers say what the claim says that it says."""
+    """Whether the paper's own two numbers say what the claim says that it says."""
     a, b = both(claim) or (0.0, 0.0)
     if claim.reported is None:
         lost = b - a - (claim.tolerance or 0.0)
@@ -84,7 +84,7 @@ def test_a_value_is_the_cells(claim: Claim) -> None:
 
 
 @pytest.mark.parametrize("claim", [c for c in CLAIMS.values() if both(c)], ids=lambda c: c.id)
-def test_the_seeds_own_numbers_say_what_the_claim_says(claim: Claim) -> None:
+def test_the_papers_own_numbers_say_what_the_claim_says(claim: Claim) -> None:
     assert agrees(claim) != (claim.id in AGAINST_ITSELF)
 
 
@@ -121,7 +121,7 @@ def test_times_of_another_device_are_compared_by_ratio_or_rank_alone() -> None:
 
 
 def checked(plan: Plan, root: Path, claim_id: str):
-    return check_claim(Sources(Results(plan, root), ()), CLAIMS[claim_id], "seed")
+    return check_claim(Sources(Results(plan, root), ()), CLAIMS[claim_id], "paper")
 
 
 def test_a_sentence_that_names_its_device_is_checked_there_alone(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_throughput_says_how_its_kind_of_device_was_timed(
     assert f"images/s at batch {batch}, {said}, eager" in lines["Latency"]
 
 
-def test_a_value_is_held_against_the_seeds_in_the_headings_unit(tmp_path: Path) -> None:
+def test_a_value_is_held_against_the_papers_in_the_headings_unit(tmp_path: Path) -> None:
     record = measure_record(PLAN, "efficientvit_family")
     record.results["rows"]["m0"] |= {"parameters": 2_349_436, "macs": 90_000_000}
     write_record(tmp_path / PLAN.measure_task(PLAN.study("efficientvit_family")).path, record)
@@ -241,7 +241,7 @@ def test_the_tally_ends_with_what_is_not_checkable(tmp_path: Path) -> None:
     assert second == coverage_tally(coverage(load_sources(PLAN, tmp_path)))
 
 
-# The seeds' own texts -----------------------------------------------------------------------------
+# The papers' own texts ----------------------------------------------------------------------------
 
 NUMBER = re.compile(r"\d+(?:,\d{3})+(?:\.\d+)?|\d+[.,]\d+|\d+")
 NO_STATEMENT = (
@@ -263,51 +263,51 @@ def numbers(text: str) -> set[float]:
     return found
 
 
-def text_of(seed: str) -> str:
-    text = FILES[seed].read_text(encoding="utf-8")
+def text_of(paper: str) -> str:
+    text = FILES[paper].read_text(encoding="utf-8")
     for pattern in NO_STATEMENT:
         text = re.sub(pattern, "", text)
     return text
 
 
-def reported(seed: str) -> set[float]:
-    """What the tables of a seed have as reported."""
-    studies = [s for s in PLAN.config.studies.values() if s.source.paper == seed]
+def reported(paper: str) -> set[float]:
+    """What the tables of a paper have as reported."""
+    studies = [s for s in PLAN.config.studies.values() if s.source.paper == paper]
     return numbers(" ".join(n for s in studies for row in s.rows for n in row.reported.values()))
 
 
-def told(seed: str) -> set[float]:
-    """The numbers of all that the ledger has of a seed, cells aside."""
-    files = [file for file in PLAN.config.claims.values() if file.paper == seed]
+def told(paper: str) -> set[float]:
+    """The numbers that config has of a paper, without the cells of tables."""
+    files = [file for file in PLAN.config.claims.values() if file.paper == paper]
     parts = [(c.says, c.place, c.reported or "", c.note) for f in files for c in f.claims]
     parts += [(e.says, e.place, e.why, "") for f in files for e in f.not_checkable]
-    rows = [r for s in PLAN.config.studies.values() if s.source.paper == seed for r in s.rows]
+    rows = [r for s in PLAN.config.studies.values() if s.source.paper == paper for r in s.rows]
     return numbers(" ".join([*(each for part in parts for each in part), *(r.label for r in rows)]))
 
 
-@with_seeds
-@pytest.mark.parametrize("seed", ["hovit", "skipvit", "efficientvit"])
-def test_every_number_of_the_seeds_is_in_the_ledger(seed: str) -> None:
-    assert sorted(numbers(text_of(seed)) - reported(seed) - told(seed)) == []
+@with_texts
+@pytest.mark.parametrize("paper", ["hovit", "skipvit", "efficientvit"])
+def test_every_number_of_the_papers_is_in_config(paper: str) -> None:
+    assert sorted(numbers(text_of(paper)) - reported(paper) - told(paper)) == []
 
 
-@with_seeds
-@pytest.mark.parametrize("seed", ["hovit", "skipvit"])  # the third prints no table
-def test_every_cell_of_the_seeds_tables_is_reported_or_named(seed: str) -> None:
-    lines = [line for line in text_of(seed).splitlines() if "\t" in line]
+@with_texts
+@pytest.mark.parametrize("paper", ["hovit", "skipvit"])  # the third prints no table
+def test_every_cell_of_the_papers_tables_is_reported_or_named(paper: str) -> None:
+    lines = [line for line in text_of(paper).splitlines() if "\t" in line]
     assert len(lines) > 8
     cells = numbers("\n".join(cell for line in lines for cell in line.split("\t")[1:]))
-    files = [file for file in PLAN.config.claims.values() if file.paper == seed]
+    files = [file for file in PLAN.config.claims.values() if file.paper == paper]
     named = numbers(" ".join(e.says for file in files for e in file.not_checkable))
     sizes = {float(n) for row in PLAN.study("backbones").rows for n in [row.image_size or 0]}
     gains = {float(c.reported or 0) for f in files for c in f.claims if c.kind == "difference"}
     gains |= numbers(" ".join(c.says for f in files for c in f.claims if "gain" in c.id))
     assert not {
-        c for c in cells - reported(seed) - named - sizes if c not in {abs(g) for g in gains}
+        c for c in cells - reported(paper) - named - sizes if c not in {abs(g) for g in gains}
     }
 
 
-@with_seeds
+@with_texts
 def test_a_number_that_no_one_took_in_would_be_seen() -> None:
     assert numbers("1,234 and 12,34 of [32, 9] \t7") == {1234.0, 12.34, 32.0, 9.0, 7.0}
     assert 86.23 not in reported("hovit") | told("hovit")
