@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from hovit.records.record import make_provenance
 from hovit.utils import machine
-from hovit.utils.device import Device, set_threads
+from hovit.utils.device import Device, describe_device, set_threads
 from hovit.utils.errors import HovitError
 from hovit.utils.machine import (
     check_writable,
@@ -263,6 +263,21 @@ def test_a_user_without_a_name_gets_one(error, monkeypatch):
     os.environ["LOGNAME"] = "ada"
     name_user()
     assert getpass.getuser() == "ada"
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512", "DEFAULT", "NO AVX"])
+def test_a_processor_is_described_with_its_vector_instructions(capability, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    device = describe_device(torch.device("cpu"))
+    vectors = capability if capability.startswith("AVX") else ""
+    assert device.cpu_capability == vectors
+    assert device.model_dump().get("cpu_capability", "") == vectors
+    assert str(device).startswith(f"{device.name} with {vectors}, " if vectors else device.name)
+
+
+def test_a_device_of_an_older_record_keeps_its_hash():
+    older = {"kind": "cpu", "name": "Test CPU", "driver": "", "threads": 1}
+    assert Device(**older).model_dump() == older
 
 
 def test_records_state_times_in_utc(monkeypatch):

@@ -554,6 +554,16 @@ def test_what_another_device_began_is_refused(measure):
     assert not measure.path.exists()
 
 
+def test_what_a_processor_with_other_instructions_began_is_refused(measure):
+    """Virtual machines may give both processors the same name."""
+    here = describe_device(CPU)
+    other = here.model_copy(update={"cpu_capability": "VSX"})
+    edit_partial(measure, device=other.model_dump())
+    with pytest.raises(HovitError) as error:
+        measure()
+    assert f"begun on {other}, but this is {here}; a table" in str(error.value)
+
+
 @pytest.mark.parametrize("key", ["spec_hash", "code"])
 def test_what_was_begun_for_another_spec_or_by_other_code_is_begun_anew(measure, key):
     edit_partial(measure, **{key: "0" * 64})

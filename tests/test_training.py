@@ -5,7 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,13 +21,15 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, SMALL, small_run
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hovit.config.plan import Plan, load_plan
 from hovit.config.runs import Run, Weights
 from hovit.config.schema import Recipe
 from hovit.config.tasks import TrainTask
 from hovit.pipeline.sweep import parse_budget
+from hovit.training import precision
 from hovit.training.checkpoint import load_weights, save_weights
 from hovit.training.classification import (
     learning_rate,
@@ -35,7 +38,7 @@ from hovit.training.classification import (
     train,
     training_loss,
 )
-from hovit.training.precision import CPUAutocast, Float32Depthwise
+from hovit.training.precision import CPUAutocast, Float32Operations
 from hovit.training.pretrained import PACKAGED, convert_package, download_timm, load_pretrained
 from hovit.training.trainer import Options, check_batch_norm, make_fabric
 from hovit.utils.create_model import create_model
@@ -154,25 +157,107 @@ def test_cpu_autocast_computes_depthwise_convolutions_in_float32(options: dict[s
         torch.testing.assert_close(one, other.to(one.dtype), rtol=0, atol=0)
 
 
-def test_cpu_autocast_leaves_other_operations_alone() -> None:
+def cpu_autocast(fast_bfloat16: bool) -> AbstractContextManager[None]:
+    """`CPUAutocast` as on a CPU with or without fast bfloat16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "has_fast_bfloat16", lambda: fast_bfloat16)
+        return CPUAutocast().forward_context()
+
+
+def test_with_fast_bfloat16_cpu_autocast_leaves_other_operations_alone() -> None:
     x = torch.randn(2, 6, 9, 9)
     convs = [nn.Conv2d(6, 6, 3), nn.Conv2d(6, 6, 3, groups=2), nn.Conv2d(6, 6, 1)]
-    depthwise = nn.Conv2d(6, 6, 3, groups=6)
     for layer in (*convs, nn.Linear(9, 4)):
         with torch.autocast("cpu", torch.bfloat16):
             expected = layer(x)
-        with CPUAutocast().forward_context():
+        with cpu_autocast(fast_bfloat16=True):
             assert torch.equal(layer(x), expected)
-    with Float32Depthwise():  # without autocast
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_float32_operations_leave_float32_and_float64_alone(everything: bool) -> None:
+    x = torch.randn(2, 6, 9, 9)
+    depthwise = nn.Conv2d(6, 6, 3, groups=6)
+    with Float32Operations(everything):  # without autocast
         assert torch.equal(depthwise(x), F.conv2d(x, *depthwise.parameters(), groups=6))
         assert depthwise.double()(x.double()).dtype == torch.float64
+    with cpu_autocast(not everything):
+        assert depthwise(x.double()).dtype == torch.float64
 
 
-def test_cpu_autocast_takes_a_compiled_model() -> None:
+OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "conv1d": lambda x: F.conv1d(x, torch.ones(2, 4, 3)),
+    "conv2d": lambda x: F.conv2d(x[None], torch.ones(2, 3, 2, 2), stride=2, padding=1),
+    "conv2d, by name": lambda x: F.conv2d(input=x, weight=torch.ones(3, 1, 3, 3), groups=3),
+    "conv_transpose2d": lambda x: F.conv_transpose2d(x, torch.ones(3, 2, 2, 2), stride=2),
+    "linear": lambda x: F.linear(x, torch.ones(2, 4), torch.ones(2)),
+    "@": lambda x: x @ x.mT,
+    "matmul": lambda x: x.matmul(x.mT),
+    "mm": lambda x: torch.mm(x[0], x[1].T),
+    "bmm": lambda x: x.bmm(x.mT),
+    "addmm": lambda x: torch.addmm(x[0], x[1], torch.ones(4, 4)),
+    "baddbmm": lambda x: torch.baddbmm(x, x, torch.ones(3, 4, 4), beta=0.5, alpha=2),
+    "einsum": lambda x: torch.einsum("bij,bkj->bik", x, x),
+    "scaled_dot_product_attention": lambda x: F.scaled_dot_product_attention(
+        x, x, x, attn_mask=torch.eye(4, dtype=torch.bool)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_without_fast_bfloat16_cpu_autocast_computes_in_float32(name: str) -> None:
+    """The same dtype as from `torch.autocast`; values and gradients of float32, rounded."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 4, 1))
+    operation, x = OPERATIONS[name], torch.randn(3, 4, 4).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        native = operation(x)
+    with cpu_autocast(fast_bfloat16=False):
+        out = operation(x)
+    expected = operation(x)
+    assert out.dtype == native.dtype == torch.bfloat16
+    assert torch.equal(out, expected.bfloat16())
+    torch.testing.assert_close(out, native, rtol=0.05, atol=0.05)
+    grad = torch.randn_like(out)
+    (ours,) = torch.autograd.grad(out, x, grad)
+    torch.testing.assert_close(ours, *torch.autograd.grad(expected, x, grad.float()))
+
+
+@pytest.mark.parametrize("model", ["levit_256", "hovit", "efficientvit_m0", "vit_tiny_patch16_224"])
+def test_without_fast_bfloat16_no_product_of_a_model_is_in_bfloat16(model: str) -> None:
+    network = create_model(model, 10, 64).train()
+    x = torch.randn(2, 3, 64, 64)
+    with DtypesOfProducts() as seen:
+        with cpu_autocast(fast_bfloat16=False):
+            out = network(x).float()
+        out.sum().backward()
+    assert seen.dtypes == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16), DtypesOfProducts() as seen:
+        network(x)
+    assert torch.bfloat16 in seen.dtypes
+
+
+class DtypesOfProducts(TorchDispatchMode):
+    """Collect the dtypes of all convolutions and matrix products that run in this context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        if any(part in name for part in ("mm", "convolution", "dot_product", "linear")):
+            self.dtypes |= {x.dtype for x in args if isinstance(x, Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fast_bfloat16", [True, False])
+def test_cpu_autocast_takes_a_compiled_model(fast_bfloat16: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 4, 1), nn.Linear(7, 3))
     x = torch.randn(2, 6, 9, 9)
-    with CPUAutocast().forward_context():
+    with cpu_autocast(fast_bfloat16):
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         assert torch.equal(compiled(x), model(x))
 

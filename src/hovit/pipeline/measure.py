@@ -260,7 +260,8 @@ def _resume(partial: Path, begun: dict[str, Any]) -> Samples | None:
         return None
     if saved["device"] != begun["device"]:
         there, here = Device(**saved["device"]), Device(**begun["device"])
-        driver = f", driver {there.driver} there and {here.driver} here" * (there.name == here.name)
+        updated = there.name == here.name and there.driver != here.driver
+        driver = f", driver {there.driver} there and {here.driver} here" * updated
         raise HovitError(
             f"{partial}: begun on {there}, but this is {here}{driver}; a table needs all latencies "
             "from one device: continue there, or delete the file"

@@ -1,10 +1,11 @@
-"""Autocast on a CPU, with depthwise convolutions in float32."""
+"""Autocast on a CPU, with operations that are slow in bfloat16 computed in float32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -13,49 +14,80 @@ try:
 except ModuleNotFoundError:  # the same code, packaged with the rest of Lightning
     from lightning.fabric.plugins.precision import MixedPrecision  # type: ignore[no-redef]
 
+# The convolutions and matrix products that autocast computes in bfloat16.
+CONVOLUTIONS = (
+    *(torch.conv1d, torch.conv2d, torch.conv3d),
+    *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+)
+PRODUCTS = (
+    *(F.linear, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum),
+    *(Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.baddbmm),
+    F.scaled_dot_product_attention,
+)
+
 
 class CPUAutocast(MixedPrecision):
-    """Fabric's `bf16-mixed` on a CPU, with depthwise convolutions in float32.
+    """Fabric's `bf16-mixed` on a CPU, with operations that are slow in bfloat16 in float32.
 
-    PyTorch's backward pass of a depthwise convolution is slow in bfloat16: in float32, a training
-    step of EfficientNet-Lite0 takes half the time (`bench/training_step.py`). Outputs are bfloat16,
-    as those of all convolutions.
+    PyTorch's backward pass of a depthwise convolution is slow in bfloat16 on any CPU: in float32,
+    a training step of EfficientNet-Lite0 takes half the time. A CPU for which oneDNN has no
+    bfloat16 (x86 without AVX512) is slow in all convolutions and matrix products. Outputs are
+    bfloat16 either way (`bench/training_step.py`).
     """
 
     def __init__(self) -> None:
         super().__init__("bf16-mixed", "cpu")
+        self.everything = not has_fast_bfloat16()
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
-        with super().forward_context(), Float32Depthwise():
+        with super().forward_context(), Float32Operations(self.everything):
             yield
 
 
-class Float32Depthwise(TorchFunctionMode):
-    """Under autocast on a CPU, compute depthwise `conv2d` in float32."""
+class Float32Operations(TorchFunctionMode):
+    """Under autocast on a CPU, compute slow operations in float32 and return bfloat16.
+
+    Args:
+        everything: all convolutions and matrix products; False: only depthwise `conv2d`.
+    """
+
+    def __init__(self, everything: bool) -> None:
+        super().__init__()
+        self.everything = everything
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.conv2d and torch.is_autocast_enabled("cpu"):
-            func = _conv2d
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if self.everything:
+            slow = func in CONVOLUTIONS or func in PRODUCTS
+        else:
+            slow = func is torch.conv2d and _is_depthwise(*args, **kwargs)
+        if not slow or not torch.is_autocast_enabled("cpu") or any(map(_is_float64, args)):
+            return func(*args, **kwargs)  # autocast leaves float64 alone, too
+        dtype = torch.get_autocast_dtype("cpu")
+        with torch.autocast("cpu", enabled=False):
+            args = [_to_float32(x) for x in args]
+            kwargs = {name: _to_float32(x) for name, x in kwargs.items()}
+            return func(*args, **kwargs).to(dtype)
 
 
-def _conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor:
-    """`torch.conv2d`, in float32 if each group has one input channel."""
-    rest: Any = (stride, padding, dilation, groups)
-    if groups == 1 or weight.shape[1] > 1:
-        return torch.conv2d(input, weight, bias, *rest)
-    dtype = torch.get_autocast_dtype("cpu")
-    with torch.autocast("cpu", enabled=False):
-        bias = None if bias is None else bias.float()
-        return torch.conv2d(input.float(), weight.float(), bias, *rest).to(dtype)
+def has_fast_bfloat16() -> bool:
+    """Whether oneDNN computes in bfloat16 on this CPU; if not, PyTorch uses plain loops."""
+    return torch.backends.mkldnn.is_available() and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def _is_depthwise(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> bool:
+    """Whether each group of a convolution has one input channel, and there are many groups."""
+    return weight.shape[1] == 1 and input.shape[-3] > 1
+
+
+def _is_float64(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dtype == torch.float64
+
+
+def _to_float32(x: Any) -> Any:
+    return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x

@@ -11,6 +11,8 @@ import resource
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
+
 from .errors import HovitError
 from .machine import usable_cpus
 from .strict import Strict
@@ -29,17 +31,22 @@ class Device(Strict):
         name: processor or card.
         driver: the card's driver, if any.
         threads: CPU threads that torch used.
+        cpu_capability: vector instructions of the processor, as PyTorch names them (`AVX2`,
+            `AVX512`); virtual machines may give different processors the same name. Older records
+            do not state it.
     """
 
     kind: Literal["cpu", "cuda"]
     name: str
     driver: str = ""
     threads: int
+    cpu_capability: str = Field(default="", exclude_if=lambda value: value == "")
 
     def __str__(self) -> str:
         if self.kind != "cpu":
             return self.name
-        return f"{self.name}, {self.threads} thread{'s' * (self.threads > 1)}"
+        vectors = f" with {self.cpu_capability}" if self.cpu_capability else ""
+        return f"{self.name}{vectors}, {self.threads} thread{'s' * (self.threads > 1)}"
 
 
 def pick_device(accelerator: str = "auto") -> torch.device:
@@ -68,14 +75,16 @@ def set_threads(wanted: int) -> None:
 
 
 def describe_device(device: torch.device) -> Device:
-    """Name, driver and threads, for a record."""
+    """Name, driver, threads and vector instructions, for a record."""
     import torch
 
     threads = torch.get_num_threads()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return Device(kind="cuda", name=name, driver=_nvidia_driver(), threads=threads)
-    return Device(kind="cpu", name=_processor(), threads=threads)
+    capability = torch.backends.cpu.get_cpu_capability()
+    vectors = "" if capability in ("DEFAULT", "NO AVX") else capability
+    return Device(kind="cpu", name=_processor(), threads=threads, cpu_capability=vectors)
 
 
 def keep_freed_memory() -> bool:
