@@ -5,7 +5,7 @@ reported by a paper. `hovit claims --check` lists all differences.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ...utils.files import read_json, write_json
 from ..order import NAMES
 from ..results import Results, Value
 from ..sources import Sources, load_sources
-from .compare import NO_RECORD, Missing, claim_values, compare, is_exact, units
+from .compare import NO_RECORD, Missing, Outcome, claim_values, compare, is_exact, units
 
 VERDICTS = (
     "reproduced", "direction only", "provisional", "within noise", "contradicted",
@@ -32,24 +32,16 @@ GROUPS: dict[ClaimGroup, str] = {
 ACCEPTED = Path("results/verdicts.json")
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """The outcome of one claim.
+@dataclass(frozen=True, kw_only=True)
+class Verdict(Outcome):
+    """The outcome of one claim, with what the claim says and where its numbers are from.
 
     Args:
         paper: id of the paper.
         group: a claim of the paper, a check added here, or a check of the paper's arithmetic.
-        verdict: one of VERDICTS; for errata one of ERRATA.
-        detail: a larger or smaller effect, or the verdict that one random seed suggests.
         unit: unit of `measured` and `reported`.
-        measured: the number that is compared with the paper's, or None.
-        shown: the measured number, or both numbers of a comparison, with the unit.
-        why: the reason.
         source: origin of the numbers: counted now, this run, or committed results.
         records: paths of the records that the verdict is based on.
-        noise: of the measured number, or of the difference of the two, in `unit`; 0 if exact.
-        n: how many rounds or random seeds the numbers have, in words.
-        margin: largest difference that counts as equal, in `unit`; 0 if the number must be exact.
     """
 
     id: str
@@ -60,16 +52,8 @@ class Verdict:
     place: str
     reported: str | None
     unit: str
-    verdict: str
-    detail: str
-    measured: float | None
-    shown: str
-    why: str
     source: str
     records: tuple[str, ...]
-    noise: float = 0.0
-    n: str = ""
-    margin: float = 0.0
 
     @property
     def label(self) -> str:
@@ -96,7 +80,7 @@ def check_claim(sources: Sources, claim: Claim, paper: str) -> Verdict:
     reasons = dict.fromkeys(each.why for each in special if each.verdict == verdict)
     here = "" if missing[0].why == NO_RECORD else f"; this run: {missing[0].why}"
     why = "; ".join(reasons) or f"no committed results{here}"
-    return _verdict(claim, paper, verdict=verdict, why=why)
+    return _verdict(claim, paper, Outcome(verdict, why))
 
 
 def _decided(results: Results, claim: Claim, paper: str, values: list[Value]) -> Verdict:
@@ -106,35 +90,21 @@ def _decided(results: Results, claim: Claim, paper: str, values: list[Value]) ->
     return _verdict(
         claim,
         paper,
-        verdict=outcome.verdict,
-        detail=outcome.detail,
-        measured=outcome.measured,
-        shown=outcome.shown,
-        why=". ".join(filter(None, notes)),
+        replace(outcome, why=". ".join(filter(None, notes))),
         source=_source(results, claim, values),
         records=tuple(sorted({str(path) for value in values for path in value.paths})),
-        noise=outcome.noise,
-        n=outcome.n,
-        margin=outcome.margin,
     )
 
 
 def _verdict(
     claim: Claim,
     paper: str,
-    *,
-    verdict: str,
-    why: str,
-    detail: str = "",
-    measured: float | None = None,
-    shown: str = "",
+    outcome: Outcome,
     source: str = "",
     records: tuple[str, ...] = (),
-    noise: float = 0.0,
-    n: str = "",
-    margin: float = 0.0,
 ) -> Verdict:
     return Verdict(
+        **vars(outcome),
         id=claim.id,
         paper=paper,
         group=claim.group,
@@ -143,16 +113,8 @@ def _verdict(
         place=claim.place,
         reported=claim.reported,
         unit=units(claim)[1],
-        verdict=verdict,
-        detail=detail,
-        measured=measured,
-        shown=shown,
-        why=why,
         source=source,
         records=records,
-        noise=noise,
-        n=n,
-        margin=margin,
     )
 
 

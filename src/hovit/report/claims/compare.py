@@ -42,9 +42,9 @@ class Outcome:
     """The outcome of a comparison.
 
     Args:
-        verdict: one of `check.VERDICTS`.
-        measured: the number that is compared with the paper's.
+        verdict: one of `check.VERDICTS`; for errata one of `check.ERRATA`.
         why: the reason, with the numbers.
+        measured: the number that is compared with the paper's; None if there is none.
         shown: the measured number, or both numbers of a comparison, with the unit.
         detail: `larger` or `smaller` effect, or the verdict that one random seed suggests.
         noise: of the number or of the difference, in its unit; 0 if exact.
@@ -53,9 +53,9 @@ class Outcome:
     """
 
     verdict: str
-    measured: float
     why: str
-    shown: str
+    measured: float | None = None
+    shown: str = ""
     detail: str = ""
     noise: float = 0.0
     n: str = ""
@@ -161,10 +161,10 @@ def compare(results: Results, claim: Claim, values: list[Value]) -> Outcome:
         verdict = "provisional"
     shown = _shown(claim, number, values, paired)
     if is_exact(claim):
-        return Outcome(verdict, number, why, shown, detail)
+        return Outcome(verdict, why, number, shown, detail)
     noise *= 1.0 if claim.reported else _factor(claim)
     margin = tolerance(claim) + noise
-    return Outcome(verdict, number, why, shown, detail, noise, counts, margin)
+    return Outcome(verdict, why, number, shown, detail, noise, counts, margin)
 
 
 def _counts(claim: Claim, values: list[Value], paired: PairedValue | None) -> str:
