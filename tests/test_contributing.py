@@ -70,7 +70,7 @@ class Copy:
     def run(self, *args: str) -> str:
         """Run Python in the copy, with the copy's package; its standard output."""
         done = subprocess.run(
-            [sys.executable, *args], cwd=self.root, capture_output=True, text=True, timeout=240,
+            [sys.executable, *args], cwd=self.root, capture_output=True, text=True,
             env=os.environ | {"PYTHONPATH": str(self.root / "src")},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

@@ -49,7 +49,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def snakemake(root: Path, *args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "snakemake", "--cores", "2", TARGET, *args]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, cwd=root, capture_output=True, text=True)
 
 
 def planned(root: Path) -> str:

@@ -302,7 +302,7 @@ def snakemake(root: Path, *args: str) -> "subprocess.Popen[str]":
 
 
 def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
-    _, said = process.communicate(timeout=200)
+    _, said = process.communicate()
     return process.returncode, said
 
 

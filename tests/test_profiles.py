@@ -12,7 +12,7 @@ from conftest import ROOT
 
 CARD = 78000
 # Replaces the commands of hovit: a job that writes its files and logs which jobs ran meanwhile.
-# A training waits for other jobs, so that the test does not depend on the speed of the machine.
+# A training waits until one has met another, so the speed of the machine does not matter.
 STAND_IN = """
 import os, re, sys, time
 from pathlib import Path
@@ -21,11 +21,12 @@ rule, name = sys.argv[1:3]
 card = Path("card")
 me = card / f"{rule} {name} {os.getpid()}"
 me.touch()
-present, last = set(), time.monotonic() + (10 if rule == "train" else 0.5)
+present, last = set(), time.monotonic() + (60 if rule == "train" else 0.5)
 while time.monotonic() < last:
     present |= set(os.listdir(card))
-    if rule == "train" and (len(present) > 1 or Path("met").exists()):
+    if rule == "train" and sum(each.startswith("train ") for each in present) > 1:
         Path("met").touch()
+    if rule == "train" and Path("met").exists():
         break
     time.sleep(0.05)
 with open("company.txt", "a") as file:
@@ -39,7 +40,7 @@ me.unlink()
 
 def snakemake(root: Path, *args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "snakemake", "--cores", "8", *args]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=root, capture_output=True, text=True)
 
 
 def planned(*args: str) -> list[dict[str, str]]:
@@ -96,7 +97,7 @@ def test_trainings_share_the_gpu_and_a_measurement_runs_alone(tmp_path: Path) ->
                      "--workflow-profile", "profiles/gpu")  # fmt: skip
     assert done.returncode == 0, done.stderr
     company = [line.split(":") for line in (tmp_path / "company.txt").read_text().splitlines()]
-    assert sum("train" in others.split(",") for rule, others in company if rule == "train") >= 2
+    assert any("train" in others.split(",") for rule, others in company if rule == "train")
     alone = [others for rule, others in company if rule == "measure"]
     assert len(alone) == 2
     assert not any({"train", "measure"} & set(others.split(",")) for others in alone)

@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 def handed_over(folder: Path, command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, cwd=folder, env=os.environ | {worker.VARIABLE: worker.SOCKET} | env,
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True,
     )  # fmt: skip
 
 
@@ -168,7 +168,7 @@ ruleorder: make > break_down
 def run_snakemake(folder: Path, *args: str) -> str:
     (folder / "Snakefile").write_text(SNAKEFILE)
     command = [sys.executable, "-m", "snakemake", "--cores", "1", *args, "--logger", "hovit"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     return done.stderr
 
 
