@@ -1,7 +1,8 @@
 """Time of a training step on a CPU, relative to PyTorch's defaults.
 
 - fp32: `crop_flip` gives channels_last images; `grid_sample`, which it uses, gives contiguous ones.
-- bf16: `CPUAutocast` computes depthwise convolutions in float32; PyTorch's autocast in bfloat16.
+- bf16: PyTorch's autocast computes convolutions and matrix products in bfloat16; `CPUAutocast`
+  computes those in float32 that are slow in bfloat16.
 
 Steps of the four kinds alternate in one process, and a ratio compares two adjacent steps, so a slow
 phase of the machine affects both. Images are channels_last in bf16. The weights are contiguous, as
@@ -11,7 +12,11 @@ Finding (AMD EPYC with AVX512-BF16, 1 thread, n = 7, quartiles within 0.02 of th
 channels_last takes 0.91 of the time for ResNet50, 0.84 (M0) and 0.87 (M5) for EfficientViT, 0.94
 for HoViT, 0.73 for EfficientNet-Lite0, 1.00 for a ViT. `CPUAutocast` takes 0.52 for
 EfficientNet-Lite0, 0.70 for L_LeViT behind it, 0.78 (M0) and 0.81 (M5) for EfficientViT, and 1.00
-for models without depthwise convolutions. No GPU has been measured.
+for models without depthwise convolutions.
+
+Finding (AMD EPYC with AVX2, without AVX512, 1 thread, n = 3, quartiles within 0.01 of the median):
+`CPUAutocast` takes 0.09 for EfficientNet-Lite0, 0.11 for L_LeViT behind it, 0.12 for
+EfficientViT-M0 and 0.13 for HoViT. No GPU has been measured.
 
     python bench/training_step.py
 """
@@ -46,6 +51,8 @@ SETTINGS: tuple[tuple[str, dict[str, Any], int, int], ...] = (  # ..., pixels, i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    names = [name for name, *_ in SETTINGS]
+    parser.add_argument("--models", nargs="+", choices=names, default=names, metavar="MODEL")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=11)
     options = parser.parse_args()
@@ -53,9 +60,10 @@ def main() -> None:
         parser.error("--threads and --rounds: 1 at least")
     keep_freed_memory()  # as `hovit train` does
     set_threads(options.threads)
-    cpu = describe_device(torch.device("cpu")).name
-    print(f"{cpu}, {options.threads} threads, torch {torch.__version__}; seconds of CPU time")
+    print(f"{describe_device(torch.device('cpu'))}; torch {torch.__version__}; seconds of CPU time")
     for name, args, pixels, batch in SETTINGS:
+        if name not in options.models:
+            continue
         model = create_model(name, CLASSES, pixels, **args).train()
         times = time_steps(model, pixels, batch, options.rounds)
         print(f"{name}, {pixels} px, batch {batch}:", flush=True)
