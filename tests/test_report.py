@@ -108,6 +108,7 @@ def test_committed_tables_fit_a_page_and_hide_smoke_accuracies(tmp_path: Path) -
         text = (tmp_path / f"results/tables/{each.id}.md").read_text()
         lines = re.findall(r"^\|.*$", text, re.M)  # none without committed results
         assert max(map(len, lines), default=0) <= 100, each.id
+        assert not re.search(r", ,|;;|, ;|\( | \)|  \(", text), each.id  # an empty part
     text = (tmp_path / "results/tables/hovit_cifar100.md").read_text()
     assert "| HoViT | 50–60 |\n" in text
     assert "51.5" not in text.split("## Provenance")[0]

@@ -11,8 +11,8 @@ from ...utils.plural import plural
 from ..results import Results
 
 WORKLOADS = {
-    "gradients": "forward passes with all gradients, ",
-    "training": "whole training steps (AdamW), ",
+    "gradients": "forward passes with all gradients",
+    "training": "whole training steps (AdamW)",
 }
 # Identifiers of the protocol in words. Records of the first version hold the words themselves.
 PRECISIONS = {"fp32": "fp32, TF32 off"}
@@ -182,7 +182,7 @@ def _latency(results: Results, study: Study) -> str:
         return ""
     setting = protocol(measured.spec["latency"], device.kind)
     workload = setting.get("workload", "inference")
-    parts = [str(device), WORKLOADS.get(workload, "") + timed_size(results, study, setting)]
+    parts = [str(device), WORKLOADS.get(workload, ""), timed_size(results, study, setting)]
     if "throughput" in study.columns:
         parts.append(f"images/s at batch {results.throughput_batch(study)}")
     if not study.keep_memory:

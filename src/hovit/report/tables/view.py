@@ -282,7 +282,7 @@ def _timing(results: Results, study: Study) -> str:
     if measured is None or device is None:
         return f"scale {results.plan.scale.id}"
     setting = protocol(measured.spec["latency"], device.kind)
-    work = WORKLOADS.get(setting.get("workload", "inference"), "").rstrip(", ")
+    work = WORKLOADS.get(setting.get("workload", "inference"), "")
     precision = PRECISIONS.get(setting["precision"], setting["precision"])
     return ", ".join(
         filter(None, (str(device), work, timed_size(results, study, setting), precision))
