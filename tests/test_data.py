@@ -216,7 +216,7 @@ def test_two_processes_prepare_one_pack_once(tmp_path):
             assert other.stderr.readline() == f"{pack.folder}: waiting for another process\n"
         assert part.exists()
         assert not pack.folder.exists()
-    printed = [other.communicate() for other in others]
+    printed = [other.communicate(timeout=60) for other in others]
     assert [other.returncode for other in others] == [0, 0], printed
     assert printed[0][0] == printed[1][0] == f"{open_pack(pack).meta['fingerprint']}\n"
     assert [path.name for path in pack.folder.parent.iterdir()] == [pack.folder.name]

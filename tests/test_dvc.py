@@ -290,7 +290,7 @@ def test_a_changed_recipe_trains_only_its_runs_even_if_interrupted(made: Path) -
         time.sleep(0.1)
     time.sleep(1)  # the import of torch alone takes longer, so training has not ended
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
-    interrupted = process.communicate()[0]
+    interrupted = process.communicate(timeout=60)[0]
     assert process.returncode != 0
 
     first, second = start_repro(root), start_repro(root)  # DVC may refuse one of the two

@@ -183,6 +183,8 @@ def test_float32_operations_leave_float32_and_float64_alone(everything: bool) ->
         assert depthwise.double()(x.double()).dtype == torch.float64
     with cpu_autocast(not everything):
         assert depthwise(x.double()).dtype == torch.float64
+        by_name = F.conv2d(input=x.double(), weight=depthwise.weight, groups=6)
+        assert by_name.dtype == torch.float64
 
 
 OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -1,4 +1,4 @@
-"""Autocast on a CPU, with operations that are slow in bfloat16 computed in float32."""
+"""Autocast on a CPU; operations that are slow in bfloat16 run in float32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +15,9 @@ except ModuleNotFoundError:  # the same code, packaged with the rest of Lightnin
     from lightning.fabric.plugins.precision import MixedPrecision  # type: ignore[no-redef]
 
 # The convolutions and matrix products that autocast computes in bfloat16.
-CONVOLUTIONS = (
+OPERATIONS = (
     *(torch.conv1d, torch.conv2d, torch.conv3d),
     *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
-)
-PRODUCTS = (
     *(F.linear, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum),
     *(Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.baddbmm),
     F.scaled_dot_product_attention,
@@ -27,12 +25,12 @@ PRODUCTS = (
 
 
 class CPUAutocast(MixedPrecision):
-    """Fabric's `bf16-mixed` on a CPU, with operations that are slow in bfloat16 in float32.
+    """Fabric's `bf16-mixed` on a CPU; operations that are slow in bfloat16 run in float32.
 
     PyTorch's backward pass of a depthwise convolution is slow in bfloat16 on any CPU: in float32,
     a training step of EfficientNet-Lite0 takes half the time. A CPU for which oneDNN has no
-    bfloat16 (x86 without AVX512) is slow in all convolutions and matrix products. Outputs are
-    bfloat16 either way (`bench/training_step.py`).
+    bfloat16 (x86 without AVX512) is slow in all convolutions and matrix products: in float32, a
+    step takes a tenth of the time (`bench/training_step.py`). Outputs are bfloat16 either way.
     """
 
     def __init__(self) -> None:
@@ -61,10 +59,11 @@ class Float32Operations(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.everything:
-            slow = func in CONVOLUTIONS or func in PRODUCTS
+            slow = func in OPERATIONS
         else:
             slow = func is torch.conv2d and _is_depthwise(*args, **kwargs)
-        if not slow or not torch.is_autocast_enabled("cpu") or any(map(_is_float64, args)):
+        double = any(map(_is_float64, (*args, *kwargs.values())))
+        if not slow or double or not torch.is_autocast_enabled("cpu"):
             return func(*args, **kwargs)  # autocast leaves float64 alone, too
         dtype = torch.get_autocast_dtype("cpu")
         with torch.autocast("cpu", enabled=False):
@@ -81,7 +80,7 @@ def has_fast_bfloat16() -> bool:
 
 
 def _is_depthwise(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> bool:
-    """Whether each group of a convolution has one input channel, and there are many groups."""
+    """Whether a convolution has several groups with one input channel each."""
     return weight.shape[1] == 1 and input.shape[-3] > 1
 
 
