@@ -73,6 +73,19 @@ def dataset(reader: str = "image_folder", num_classes: int = 6, **given_: object
 DIGITS = dataset("digits", 10, native_size=8, split={"train": 0.7, "val": 0.15, "seed": 0})
 
 
+@pytest.mark.parametrize(
+    ("title", "is_part", "expected"),
+    [
+        ("Pets", True, "Pets (part of All pets)"),
+        ("Pets (1,033)", True, "Pets (1,033; part of All pets)"),
+        ("digits (scikit-learn)", False, "digits (scikit-learn; stands in for All pets)"),
+    ],
+)
+def test_a_title_and_what_it_replaces_share_parentheses(title, is_part, expected) -> None:
+    assert dataset(title=title, stands_for="All pets", is_part=is_part).described == expected
+    assert dataset(title=title).described == title
+
+
 def packed(what: Dataset, root: Path | str = ".", size: int = 16) -> Packed:
     pack = Pack(what, size)
     prepare(pack, Path(root))

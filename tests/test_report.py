@@ -203,6 +203,22 @@ def test_reported_and_three_baselines_wherever_the_deck_compares(plan: Plan) -> 
             assert bool(row.reported) != row.ours, f"{study.id}/{row.id}"
 
 
+def test_each_row_has_its_baseline_in_the_notes(plan: Plan, root: Path) -> None:
+    write_table(plan, plan.study("attention_gradients"), root)
+    text = (root / "results/tables/attention_gradients.md").read_text()
+    assert "- × is the ratio to dot product (SDPA), 196 tokens, with these exceptions:\n" in text
+    other = next(line for line in text.splitlines() if line.startswith("  - to "))
+    base, _, rows = other.partition(" for ")
+    assert base == "  - to dot product (SDPA), 49 tokens"
+    study = plan.study("attention_gradients")
+    small = [row.label for row in study.rows if row.baseline and "49 tokens" in row.label]
+    assert rows.removesuffix(".").split("; ") == small
+    assert len(small) > 1
+    write_table(plan, plan.study("checkerboard"), root)
+    text = (root / "results/tables/checkerboard.md").read_text()
+    assert "- × is the ratio to LeViT (deck).\n" in text
+
+
 def test_latencies_of_two_devices_are_refused(plan: Plan, root: Path) -> None:
     record = measure_record(plan, "hovit")
     record.results["rows"]["l_hovit"]["device"] = GPU.model_dump()

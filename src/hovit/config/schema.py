@@ -144,6 +144,15 @@ class Dataset(InSpec):
             return ""
         return f"{'part of' if self.is_part else 'stands in for'} {self.stands_for}"
 
+    @property
+    def described(self) -> str:
+        """The title with the relation in parentheses, in those of the title if it has some."""
+        if not self.relation:
+            return self.title
+        if self.title.endswith(")"):
+            return f"{self.title[:-1]}; {self.relation})"
+        return f"{self.title} ({self.relation})"
+
     @model_validator(mode="after")
     def _pairs(self) -> "Dataset":
         if self.split.per_run and (self.test_files or self.reader not in OWN_SPLIT):

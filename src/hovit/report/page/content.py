@@ -174,10 +174,9 @@ class _Collector:
         for row in study.rows:
             if found := plan.runs_of(study, row):
                 images = found[0].dataset
-                stands = f" ({images.relation})" if images.relation else ""
-                data[row.id] = f"{images.title}{stands}, {found[0].image_size} px"
+                data[row.id] = f"{images.described}, {found[0].image_size} px"
                 if images.stands_for:
-                    stand_ins[row.id] = f"{images.title}{stands}"
+                    stand_ins[row.id] = images.described
             if trained := results.trained(study, row):
                 paths = [results.place(plan.train_task(run).path) for run, _ in trained]
                 runs[row.id] = [self.keep(path) for path in paths]

@@ -223,9 +223,8 @@ def _accuracy(value: Value, metric: Metric, several: bool) -> str:
 def _where(results: Results, study: Study) -> str:
     """Scale, images and size of the trained rows of one source, in short."""
     runs = [r for row in study.rows for r, _ in results.trained(study, row)[:1]]
-    sets = {run.dataset.title: run.dataset.relation for run in runs}
+    images = ", ".join(dict.fromkeys(run.dataset.described for run in runs))
     size = f"{runs[0].image_size} px" if runs else ""
-    images = ", ".join(f"{title} ({how})" if how else title for title, how in sets.items())
     facts = ", ".join(filter(None, (f"scale {results.plan.scale.id}", images, size)))
     seeds = (
         ", mean ± standard deviation (number of random seeds)" if _has_seeds(results, study) else ""

@@ -156,11 +156,11 @@ def _baselines(study: Study) -> list[str]:
             rows.setdefault(study.row(row.baseline).label, []).append(row.label)
     if not rows:
         return []
-    if len(rows) == 1:
-        return [f"- × is the ratio to {next(iter(rows))}."]
     first, *others = rows
-    exceptions = "; for ".join(f"{', '.join(rows[base])}: to {base}" for base in others)
-    return [f"- × is the ratio to {first}; for {exceptions}."]
+    return [
+        f"- × is the ratio to {first}{', with these exceptions:' if others else '.'}",
+        *(f"  - to {base} for {'; '.join(rows[base])}." for base in others),
+    ]
 
 
 def _provenance(sources: Sources, table: Table) -> list[str]:
