@@ -10,6 +10,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -90,8 +91,7 @@ def run_in_processes(
         after_task: called about once per second, and after each task.
         log: called with each line of progress.
     """
-    jobs = max(1, min(jobs, len(schedule.waiting)))
-    workers = [Worker(settings) for _ in range(jobs)]
+    workers = [Worker(settings) for _ in range(min(jobs, len(schedule.waiting)))]
     status = time.monotonic()
     try:
         while time.monotonic() < stop:
@@ -259,4 +259,5 @@ def _free_memory() -> None:
 
     gc.collect()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # after a CUDA error, each call raises it again
+            torch.cuda.empty_cache()

@@ -59,7 +59,8 @@ def sweep(
         compile: whether `torch.compile` compiles the model of each training.
         root: top folder of the artifact.
         jobs: number of processes that share the device. With more than one, a training that cannot
-            finish before the deadline does not start. With one, this process does the work.
+            finish before the deadline does not start. With one, this process does the work until an
+            unexpected error, and a new process does the rest: a CUDA error breaks its process.
         priority: first the first seed of all rows, study by study.
         only: `train` or `measure`; None does both.
         export: written after tasks, while the sweep runs, and at its end.
@@ -81,9 +82,10 @@ def sweep(
         weights_file=plan.weights_file,
     )
     refresh: Callable[[], object] = export.refresh if export else lambda: None
+    broken = False
     if jobs == 1:
-        _run_here(schedule, settings, refresh, log)
-    else:
+        broken = _run_here(schedule, settings, refresh, log)
+    if jobs > 1 or broken:
         run_in_processes(schedule, settings, jobs, stop=stop, after_task=refresh, log=log)
     if export:
         for name in export.write():
@@ -102,8 +104,12 @@ def _run_here(
     settings: Settings,
     refresh: Callable[[], object],
     log: Callable[[str], None],
-) -> None:
-    """Do the tasks one after another in this process."""
+) -> bool:
+    """Do the tasks one after another in this process.
+
+    Returns:
+        whether a task failed and may have broken this process; the tasks after it have not started.
+    """
     import hovit.models  # noqa: F401 (registers)
 
     from .train import format_epoch
@@ -120,8 +126,11 @@ def _run_here(
             log(f"      epoch {entry['epoch']}: {format_epoch(entry)}")
             refresh()
 
-        _, outcome, text = do_safely(task, settings, send, on_epoch)
+        ending, outcome, text = do_safely(task, settings, send, on_epoch)
         if text:
             log(f"      {'failed: ' if outcome == 'failed' else ''}{text}")
         schedule.end(task, outcome, time.monotonic())
         refresh()
+        if ending == "crash":
+            return True
+    return False
