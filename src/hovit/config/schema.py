@@ -146,7 +146,7 @@ class Dataset(InSpec):
 
     @property
     def described(self) -> str:
-        """The title with the relation in parentheses, in those of the title if it has some."""
+        """Title and relation: `Flowers (part of X)`, or `Flowers (sample; part of X)`."""
         if not self.relation:
             return self.title
         if self.title.endswith(")"):

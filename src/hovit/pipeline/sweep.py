@@ -59,8 +59,8 @@ def sweep(
         compile: whether `torch.compile` compiles the model of each training.
         root: top folder of the artifact.
         jobs: number of processes that share the device. With more than one, a training that cannot
-            finish before the deadline does not start. With one, this process does the work until an
-            unexpected error, and a new process does the rest: a CUDA error breaks its process.
+            finish before the deadline does not start. With one, this process does the work. After
+            an unexpected error, a new process does the rest, because CUDA errors break a process.
         priority: first the first seed of all rows, study by study.
         only: `train` or `measure`; None does both.
         export: written after tasks, while the sweep runs, and at its end.
@@ -82,9 +82,7 @@ def sweep(
         weights_file=plan.weights_file,
     )
     refresh: Callable[[], object] = export.refresh if export else lambda: None
-    broken = False
-    if jobs == 1:
-        broken = _run_here(schedule, settings, refresh, log)
+    broken = jobs == 1 and _run_here(schedule, settings, refresh, log)
     if jobs > 1 or broken:
         run_in_processes(schedule, settings, jobs, stop=stop, after_task=refresh, log=log)
     if export:
@@ -108,7 +106,7 @@ def _run_here(
     """Do the tasks one after another in this process.
 
     Returns:
-        whether a task failed and may have broken this process; the tasks after it have not started.
+        whether an unexpected error has ended the work; the tasks after it have not started.
     """
     import hovit.models  # noqa: F401 (registers)
 

@@ -62,9 +62,10 @@ class Float32Operations(TorchFunctionMode):
             slow = func in OPERATIONS
         else:
             slow = func is torch.conv2d and _is_depthwise(*args, **kwargs)
-        double = any(map(_is_float64, (*args, *kwargs.values())))
-        if not slow or double or not torch.is_autocast_enabled("cpu"):
-            return func(*args, **kwargs)  # autocast leaves float64 alone, too
+        if slow and any(map(_is_float64, (*args, *kwargs.values()))):
+            slow = False  # autocast leaves float64 alone, too
+        if not slow or not torch.is_autocast_enabled("cpu"):
+            return func(*args, **kwargs)
         dtype = torch.get_autocast_dtype("cpu")
         with torch.autocast("cpu", enabled=False):
             args = [_to_float32(x) for x in args]
