@@ -78,8 +78,9 @@ def records(studies):
         if study.kind == "data":
             for row in study.rows:
                 files += [p.folder / "pack.json" for p in PLAN.packs_of(row.dataset)]
-        if IMAGENET and EVALUATE[study.id]:
-            files.append(EVALUATE[study.id].path)
+        if IMAGENET:
+            evaluated = [EVALUATE[name] for name in (study.id, *study.cites)]
+            files += [task.path for task in evaluated if task]
     return sorted(set(map(str, files)))
 
 

@@ -18,6 +18,7 @@ from hovit.utils.code_hash import (
     _statements,
     code_hash,
     entry_points,
+    record_code,
 )
 
 HOVIT, LEVIT, LOOP = "models/hovit.py", "models/levit_layers.py", "training/classification.py"
@@ -139,3 +140,16 @@ def test_comments_and_statements_are_those_of_python() -> None:
     code = _parse(TRICKY).code
     assert code.count("#") == 5
     assert "docstring" not in code
+
+
+def test_a_deployed_model_is_hashed_with_the_model_that_it_builds(package: Path) -> None:
+    args = {"of": "efficientvit_paper_m5", "by": "folding"}
+    spec = {"rows": {"m5": {"model": "deployed", "model_args": args}}}
+    found = set()
+    for file, line in (("models/efficientvit.py", ""), ("models/efficientvit.py", "\nX = 1\n"),
+                       ("models/hovit.py", "\nX = 1\n")):  # fmt: skip
+        path = package / file
+        path.write_text(path.read_text() + line)
+        hashes(package)  # clears the caches
+        found.add((record_code("measure", spec, package), record_code("evaluation", spec, package)))
+    assert len(found) == 2

@@ -164,6 +164,10 @@ def test_rows_without_weights_are_skipped_and_named(plan, images, weights, tmp_p
     assert any(line.startswith("r1: skipped: no weights of mean_colour_two in") for line in lines)
     (weights / "mean_colour.safetensors").unlink()
     record = evaluate_study(plan.evaluate_task(both), images, weights, CPU, tmp_path, lines.append)
+    assert list(record.results["rows"]) == ["r0"]  # measured before
+    assert lines[-2].endswith("; its earlier result is kept")
+    (tmp_path / plan.evaluate_task(both).path).unlink()
+    record = evaluate_study(plan.evaluate_task(both), images, weights, CPU, tmp_path, lines.append)
     assert record.results["rows"] == {}
     assert lines[-1].startswith("no weights of any row in")
     with pytest.raises(HovitError, match=r"not a folder; give a folder of MODEL\.safetensors"):

@@ -12,7 +12,7 @@ from hovit.config.metrics import METRICS
 from hovit.config.plan import Plan, load_plan
 from hovit.config.schema import Claim
 from hovit.records.predictions import predictions_digest, write_predictions
-from hovit.records.record import Record, write_record
+from hovit.records.record import Record, read_record, write_record
 from hovit.report.claims.check import Verdict, check_claim
 from hovit.report.noise import student
 from hovit.report.paired import Pairs, mcnemar, pair
@@ -142,6 +142,24 @@ def runs(plan: Plan, tmp_path: Path) -> Path:
         write_run(plan, tmp_path, LINEAR, seed, linear)
         write_run(plan, tmp_path, ROW, seed, row)
     return tmp_path
+
+
+def test_the_mean_per_class_gives_each_class_the_same_weight(plan: Plan, tmp_path: Path) -> None:
+    path = write_run(plan, tmp_path, ROW, 0, "11110000")
+    table = pd.read_csv(path)
+    table["label"] = [0, 0, 0, 0, 0, 0, 1, 2]  # 4 of 6, 0 of 1, 0 of 1
+    table["predicted"] = table["label"].where(table.index < 4, -1)
+    record = read_record(path.parent / "record.json")
+    results = record.results | {"predictions_sha256": predictions_digest(table)}
+    write_record(path.parent / "record.json", record.model_copy(update={"results": results}))
+    write_predictions(path, table)
+    study = plan.study("launcher_imagenet")
+    value = Results(plan, tmp_path).value(study, study.row(ROW), "top1_per_class")
+    assert value is not None
+    assert (value.mean, value.n) == (pytest.approx(100 * 4 / 6 / 3), 1)
+    # With one right and one wrong image more: 5 of 8, 1 of 3, 1 of 3
+    variance = 5 * 3 / 64 / 6 + 2 * (2 / 9)
+    assert value.noise == pytest.approx(196 * variance**0.5 / 3)
 
 
 def difference(plan: Plan, root: Path, row: str = ROW) -> PairedValue | None:

@@ -3,17 +3,20 @@
 import fnmatch
 import re
 import shutil
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT
 from PIL import Image
 
 from hovit.config.plan import load_plan
 from hovit.records.evidence import EVIDENCE
+from hovit.report.abbreviations import spelled_out
+from hovit.report.claims.coverage import coverage
 from hovit.report.figures.draw import FIGURES
 from hovit.report.figures.thumbnails import (
     LIMIT,
@@ -38,6 +41,8 @@ from hovit.report.readme import (
 )
 from hovit.report.readme import write_readme as write
 from hovit.report.sources import Sources, load_sources
+from hovit.report.tables.columns import MISCOUNTED, MISCOUNTED_NOTE, make_table
+from hovit.report.tables.write import to_csv
 from hovit.utils.errors import HovitError
 from hovit.utils.generated import around, marks
 
@@ -167,3 +172,45 @@ def test_without_evidence_it_says_so(tmp_path: Path) -> None:
         (tmp_path / file).write_text("".join(line for part in own for line in marks(part, COMMAND)))
     with pytest.raises(HovitError, match="no evidence for README's table of results"):
         write(load_plan("smoke", ROOT / "config"), tmp_path)
+
+
+def test_the_shares_of_breeds_in_the_text_are_those_of_the_test_images(sources: Sources) -> None:
+    """The finding, the note of the table and the model cards state them."""
+    results = next(r for r in sources.evidence if r.plan.scale.id == "photographs")
+    study = results.plan.study("launcher_imagenet")
+    counts = {
+        (len(labels), int(labels.value_counts()[:3].sum()), int(labels.value_counts().max()))
+        for row in study.rows
+        for run, _ in results.trained(study, row)
+        if (table := results.predictions(run)) is not None
+        for labels in [table["label"]]
+    }
+    assert {(images, three) for images, three, _ in counts} == {(156, 90)}
+    assert {f"{100 * most / images:.1f}" for images, _, most in counts} == {"19.2"}
+
+
+def test_tables_count_without_a_run_of_this_machine(sources: Sources) -> None:
+    study = sources.plan.study("skipvit")
+    table = make_table(study, sources)
+    column = next(c for c in table.columns if c.heading == "MACs, G" and c.kind == "evidence")
+    assert all(cell.endswith(MISCOUNTED) for cell in column.cells)  # ViT-S is counted on an H200
+    assert table.footnotes == {MISCOUNTED: MISCOUNTED_NOTE}
+    lines = pd.read_csv(StringIO(to_csv(sources, table, {})))
+    row = lines.set_index("row").loc["vit"]
+    assert abs(row["macs"] - float(row["macs_reported"])) < 1  # both in G
+    assert MISCOUNTED_NOTE.lower() in row["macs_from"]
+    family = make_table(sources.plan.study("efficientvit_family"), sources)
+    assert {"Parameters, M", "MACs, G"} <= {
+        c.heading for c in family.columns if c.kind != "reported"
+    }
+
+
+def test_a_count_without_fused_attention_is_not_compared_with_the_paper(sources: Sources) -> None:
+    found = {cell["cell"]: cell for cell in coverage(sources)["cells"]}
+    assert found["backbones/deit_s/macs"]["counted"] == pytest.approx(4.6, abs=0.05)
+    assert found["skipvit/vit/macs"]["counted"] is None
+
+
+def test_abbreviations_are_spelled_out_where_they_occur() -> None:
+    assert spelled_out(["L_LeViT + GLA", "LeViT"]) == "GLA: gated linear attention"
+    assert spelled_out(["LeViT"]) == ""

@@ -9,9 +9,10 @@ MetricKind = Literal["exact", "trained", "timed", "counted"]
 SYMBOLS = {
     "parameters": "parameters", "parameters_m": "M parameters", "parameters_used": "parameters",
     "parameters_unused": "parameters", "part_parameters": "parameters", "macs": "G multiply-adds",
-    "activations": "MB", "top1": "%", "val_top1": "%", "latency": "ms", "captured": "ms",
-    "throughput": "images/s", "throughput_cpu": "images/s", "images": "images",
-    "images_train": "images", "images_val": "images", "images_test": "images", "gigabytes": "GB",
+    "activations": "MB", "top1": "%", "top1_per_class": "%", "val_top1": "%", "latency": "ms",
+    "captured": "ms", "throughput": "images/s", "throughput_cpu": "images/s",
+    "images": "images", "images_train": "images", "images_val": "images",
+    "images_test": "images", "gigabytes": "GB",
 }  # fmt: skip
 
 
@@ -61,6 +62,8 @@ METRICS = {
         Metric("activations", "Kept for backward, MB", 2, unit=1e-6),  # of one image
         Metric("top1", "Top-1, %", 2, "trained"),
         Metric("top1_interval", "Top-1, 95 % interval", 1, "trained", derived_from="top1"),
+        # Mean over classes of the top-1 of each class, from the test predictions.
+        Metric("top1_per_class", "Mean per class, %", 2, "trained", derived_from="top1"),
         # Of the row minus its baseline, over the same test images (hovit/report/paired.py).
         Metric("top1_difference", "Top-1 − baseline, points", 1, "trained", derived_from="top1"),
         Metric("top5", "Top-5, %", 2, is_measured=False),

@@ -21,6 +21,7 @@ from PIL import Image
 
 from ..config.schema import Dataset
 from ..utils.errors import HovitError, one_line
+from ..utils.files import alone
 from .decode import open_image
 from .listing import extract, list_images, printable
 
@@ -102,7 +103,9 @@ def _download(
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none and can wait forever
     try:
-        return build()
+        # Two packs of one data set have the same archives. The data root can be read-only.
+        with alone(EXTRACTED / dataset.id, wait=True):
+            return build()
     except (OSError, RuntimeError) as error:
         if dataset.files:
             raise HovitError(f"{dataset.id}: {data_root}: {one_line(error)}") from None

@@ -27,13 +27,13 @@ from ..data.decode import open_image, to_rgb
 from ..data.listing import list_images
 from ..data.loader import usable_workers
 from ..models.deployed import DEPLOY_FUNCTIONS
-from ..records.record import Record, write_record
+from ..records.record import Record, read_record, write_record
 from ..training.checkpoint import load_weights
 from ..training.pretrained import download_timm
 from ..utils.create_model import create_model
 from ..utils.device import describe_device, peak_memory_mb, set_threads
 from ..utils.errors import HovitError, one_line
-from ..utils.files import digest, file_digest, read_sealed, write_sealed
+from ..utils.files import alone, digest, file_digest, read_sealed, write_sealed
 
 BATCH = 64
 Rows = dict[str, dict[str, Any]]  # row id -> results
@@ -50,7 +50,8 @@ def evaluate_study(
 ) -> Record:
     """Evaluate the rows of a study whose weights are available, and write the record.
 
-    A killed call resumes after the last finished row.
+    A killed call resumes after the last finished row. A row whose weights are missing keeps its
+    result of an earlier call with the same spec, code and images.
 
     Args:
         task: study to evaluate.
@@ -62,9 +63,21 @@ def evaluate_study(
         log: called with one line per row.
 
     Raises:
-        HovitError: if the images are not from ImageNet, weights do not fit their model, or a
-            download fails.
+        HovitError: if the images are not from ImageNet, weights do not fit their model, a
+            download fails, or another process evaluates the study.
     """
+    with alone(root / task.path.with_suffix("")):
+        return _evaluate_study(task, folder, weights, device, root, log)
+
+
+def _evaluate_study(
+    task: EvaluateTask,
+    folder: Path,
+    weights: Path | None,
+    device: torch.device,
+    root: Path,
+    log: Callable[[str], None],
+) -> Record:
     start = time.monotonic()
     if weights and not weights.is_dir():
         raise HovitError(f"{weights}: not a folder; give a folder of MODEL.safetensors")
@@ -74,12 +87,14 @@ def evaluate_study(
     fingerprint = _fingerprint(images)
     partial = root / task.path.with_suffix(".partial.json")
     header = {"spec_hash": task.spec_hash, "code": task.code, "images": fingerprint}
-    saved = _load_partial(partial, header)
+    saved = _evaluated_before(root / task.path, header) | _load_partial(partial, header)
     rows: Rows = {}
     for row in (task.study.row(name) for name in task.spec["rows"]):
         path = find_weights(tagged(row), weights)
         if path is None:
-            log(f"{row.id}: skipped: no weights of {tagged(row)} in {weights or 'timm'}")
+            kept = "; its earlier result is kept" if row.id in saved else ""
+            log(f"{row.id}: skipped: no weights of {tagged(row)} in {weights or 'timm'}{kept}")
+            rows |= {row.id: saved[row.id]} if kept else {}
             continue
         rows[row.id] = _evaluate_row(row, path, images, device, task.scale.threads, saved)
         write_sealed(partial, header | {"rows": saved | rows})
@@ -157,6 +172,19 @@ def _evaluate_row(
         return before
     model, config = load_model(row, path)
     return evaluate(model, images, config, device, workers) | source
+
+
+def _evaluated_before(path: Path, header: dict[str, Any]) -> Rows:
+    """Rows of an existing record with the same spec, code and images; none of a damaged record."""
+    try:
+        record = read_record(path) if path.exists() else None
+    except HovitError:
+        return {}
+    if record is None:
+        return {}
+    made = record.provenance
+    same = {"spec_hash": record.spec_hash, "code": made.code, "images": made.dataset} == header
+    return record.results["rows"] if same else {}
 
 
 def _load_partial(path: Path, header: dict[str, Any]) -> Rows:

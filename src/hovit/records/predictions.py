@@ -21,6 +21,12 @@ def metrics(predictions: pd.DataFrame) -> tuple[float, float]:
     )
 
 
+def right_by_class(predictions: pd.DataFrame) -> pd.DataFrame:
+    """For each class (`label`) the number of test images and how many of them are `right`."""
+    right = (predictions["label"] == predictions["predicted"]).to_frame("right")
+    return right.groupby(predictions["label"]).agg(images=("right", "size"), right=("right", "sum"))
+
+
 def predictions_digest(predictions: pd.DataFrame) -> str:
     """sha256 in hex of the predictions as CSV."""
     return hashlib.sha256(predictions.to_csv(index=False).encode()).hexdigest()

@@ -25,6 +25,21 @@ def binomial_noise(percent: float, images: int) -> float:
     return NORMAL * math.sqrt(binomial_variance(percent, images))
 
 
+def per_class_noise(right: Iterable[int], images: Iterable[int]) -> float:
+    """Half the width of the 95 % interval of the mean of the accuracies of classes, in points.
+
+    One right and one wrong image are added to each class (Laplace), so that a class of two images
+    is not certain.
+
+    Args:
+        right: images of each class that are classified correctly.
+        images: test images of each class.
+    """
+    pairs = zip(right, images, strict=True)
+    variances = [binomial_variance(100 * (r + 1) / (n + 2), n) for r, n in pairs]
+    return NORMAL * math.sqrt(sum(variances)) / len(variances)
+
+
 def pooled_variance(groups: Iterable[Sequence[float]]) -> tuple[float, int]:
     """(variance within groups, its degrees of freedom); (0, 0) if no group has two values."""
     groups = list(groups)

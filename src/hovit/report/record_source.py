@@ -312,9 +312,9 @@ class RecordSource:
 
     def where(self, study: Study) -> str:
         """Scale, images and devices of a study's results, in one line; threads belong to times."""
-        rows = self.plan.rows_run(study)
-        found = [run.dataset.title for row in rows for run in self.plan.runs_of(study, row)[:1]]
-        devices = {r.provenance.device.name for row in rows for _, r in self.trained(study, row)}
+        trained = [pair for row in self.plan.rows_run(study) for pair in self.trained(study, row)]
+        found = [run.dataset.title for run, _ in trained]
+        devices = {record.provenance.device.name for _, record in trained}
         if measured := self.measured(study):
             timed = measured.provenance.device
             devices = devices - {timed.name} | {str(timed)}

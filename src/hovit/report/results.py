@@ -11,10 +11,11 @@ import pandas as pd
 from ..config.metrics import Quantity, quantity
 from ..config.runs import Run
 from ..config.schema import Row, Study
+from ..records.predictions import right_by_class
 from ..records.record import Record
 from ..utils.errors import HovitError, one_line
 from ..utils.files import read_json
-from .noise import NORMAL, binomial_noise, pooled_variance, seed_noise
+from .noise import NORMAL, binomial_noise, per_class_noise, pooled_variance, seed_noise
 from .paired import mcnemar, pair
 from .record_source import RecordSource
 
@@ -96,6 +97,8 @@ class Results(RecordSource):
             if row.baseline is None:
                 return None
             return self.paired_difference(study, row, study, study.row(row.baseline))
+        if parsed.metric.name == "top1_per_class":
+            return self._trained_value(study, row, parsed.metric.name)
         if parsed.metric.recorded == "top1" and not study.trained:
             evaluated = self._evaluated_value(study, row)
             return evaluated or self._trained_value(study, row, "top1")
@@ -107,7 +110,7 @@ class Results(RecordSource):
 
     def _trained_value(self, study: Study, row: Row, metric: str) -> Value | None:
         runs = self.trained(study, row)
-        values = [float(r.results[metric]) for _, r in runs if metric in r.results]
+        values = self._numbers(runs, metric)
         if not values:  # no run, or AP for a size that no object has
             return None
         mean, spread = _over_seeds(values)
@@ -116,12 +119,27 @@ class Results(RecordSource):
         over_images = 0.0
         if metric in ("top1", "val_top1"):
             over_images = binomial_noise(mean, self._distinct_images(runs, metric))
+        if metric == "top1_per_class":
+            counts = self._right_by_class(runs)
+            over_images = statistics.fmean(per_class_noise(c["right"], c["images"]) for c in counts)
         if metric == "loss":
             errors = [float(r.results.get("loss_error", 0.0)) for _, r in runs]
             over_images = NORMAL * sum(errors) / n
         paths = tuple(self.place(self.plan.train_task(run).path) for run, _ in runs)
         noise = math.hypot(over_seeds, over_images)
         return Value(mean, spread, n, noise, over_seeds, paths=paths)
+
+    def _numbers(self, runs: list[tuple[Run, Record]], metric: str) -> list[float]:
+        """A metric of each run that has it: from its record, or from its test predictions."""
+        if metric != "top1_per_class":
+            return [float(r.results[metric]) for _, r in runs if metric in r.results]
+        counts = self._right_by_class(runs)
+        return [100.0 * float((each["right"] / each["images"]).mean()) for each in counts]
+
+    def _right_by_class(self, runs: list[tuple[Run, Record]]) -> list[pd.DataFrame]:
+        """The test images of each class, and those classified correctly, of each run."""
+        tables = [self.predictions(run) for run, _ in runs]
+        return [right_by_class(table) for table in tables if table is not None]
 
     def _distinct_images(self, runs: list[tuple[Run, Record]], metric: str) -> int:
         """The number of different images behind an accuracy: more seeds help only with more."""
@@ -155,9 +173,7 @@ class Results(RecordSource):
             runs = self.plan.runs_of(study, other)
             alike = runs and (runs[0].recipe, runs[0].role) == (own[0].recipe, own[0].role)
             if alike and runs[0].id not in groups:
-                records = [record for _, record in self.trained(study, other)]
-                numbers = [r.results[metric] for r in records if metric in r.results]
-                groups[runs[0].id] = [float(number) for number in numbers]
+                groups[runs[0].id] = self._numbers(self.trained(study, other), metric)
         return pooled_variance(groups.values())
 
     def paired_difference(

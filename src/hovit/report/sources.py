@@ -1,5 +1,6 @@
 """Every source of records, read once for each command: this run, and all evidence."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -83,6 +84,9 @@ class Sources:
             number = quantity(metric)
             if number and number.is_trained:
                 shown += [cell[0] for cell in self.best(study, number) if cell]
+            elif number and not number.is_timed:
+                counts = [self.count(study, row, number) for row in study.rows]
+                shown += [cell[0] for cell in counts if cell]
         return [results for results in self.evidence if results in shown]
 
     def for_figure(
@@ -115,7 +119,21 @@ class Sources:
 
 def _doubts(results: Results, value: Value, row: Row, number: Quantity) -> tuple[bool, bool]:
     stands_in = results.plan.scale.measured_model(row) != str(row.model)
-    return stands_in, number.metric.name == "macs" and results.miscounts(value.paths)
+    return stands_in, is_miscounted(results, value, number)
+
+
+def is_miscounted(results: Results, value: Value | None, number: Quantity) -> bool:
+    """Whether a number is a count of multiply-adds without fused attention."""
+    is_macs = number.metric.name == "macs" and not number.reported
+    return is_macs and value is not None and results.miscounts(value.paths)
+
+
+def miscounted_last(
+    sources: Iterable[Results], study: Study, row: Row, number: Quantity
+) -> list[Results]:
+    """The sources, with those last that count the row's multiply-adds without fused attention."""
+    values = [(results, results.value(study, row, number)) for results in sources]
+    return [r for r, _ in sorted(values, key=lambda each: is_miscounted(each[0], each[1], number))]
 
 
 def load_sources(plan: Plan, root: Path = Path()) -> Sources:

@@ -161,7 +161,7 @@ def load_state(
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
-            saved.setdefault(int(index), {})[key] = tensor
+            saved.setdefault(int(index), {})[key] = tensor.clone()  # not mapped from the file
     optimizer.load_state_dict(optimizer.state_dict() | {"state": saved})
     if scaler and scaling:
         scaler.load_state_dict(scaling)

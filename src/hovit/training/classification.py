@@ -169,7 +169,7 @@ class ClassificationTrainer(Trainer):
         if best is None or top1 > best["val_top1"]:
             self.save_best_weights(self.state.epoch + 1)
         self.log_epoch(val_loss=loss, val_top1=top1)
-        if self.is_save_due():  # not after the last epoch: the record replaces the checkpoint
+        if self.is_save_due():
             self.save_checkpoint()
 
     def best_weights_path(self, epoch: float) -> Path:
@@ -203,7 +203,7 @@ class ClassificationTrainer(Trainer):
         if not math.isfinite(loss):
             raise HovitError(
                 f"run {self.run.id} seed {self.run.seed}: {split} loss is {loss} after "
-                f"{len(self.state.history)} whole epochs; lower lr, or use 32-true"
+                f"{len(self.state.history)} whole epochs; {self.remedy}"
             )
         return loss, top1, predictions
 

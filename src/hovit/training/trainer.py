@@ -10,7 +10,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -282,7 +282,7 @@ class Trainer(ABC):
                 step = self.state.step + offset + 1
                 raise HovitError(
                     f"run {self.run.id} seed {self.run.seed}: loss is {value} at epoch "
-                    f"{self.state.epoch + 1}, step {step}; lower lr, or use 32-true"
+                    f"{self.state.epoch + 1}, step {step}; {self.remedy}"
                 )
         self.state.losses += values
         self.state.step += len(values)
@@ -353,6 +353,15 @@ class Trainer(ABC):
             results | shared, describe_device(device), seconds, peak_memory_mb(device), self.meta
         )
 
+    @property
+    def remedy(self) -> str:
+        """What to do about a loss that is not finite."""
+        recipe, scale = self.run.recipe.id, self.run.scale
+        return (
+            f"lower lr (config/recipes/{recipe}.yaml, or `lrs` in config/scales/{scale}.yaml), or "
+            f"set `precision: 32-true` in config/scales/{scale}.yaml"
+        )
+
     def execution(self) -> str:
         """How the steps ran: `captured` as CUDA graphs or `eager`, `compiled` or not."""
         captured = self.captured_step is not None and not self.captured_step.graphed.reason
@@ -366,7 +375,8 @@ class Trainer(ABC):
         # Hidden files are left by processes that were killed while they wrote.
         for pattern in (self.checkpoint_path.name, "best-*.safetensors", ".*"):
             for path in self.folder.glob(pattern):
-                path.unlink()
+                with suppress(OSError):  # NFS keeps a deleted file that is open under a new name
+                    path.unlink()
 
 
 def seed_generators(seed: int, device: torch.device) -> None:

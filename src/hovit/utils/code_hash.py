@@ -67,6 +67,9 @@ INDIRECT = (
     "data/readers.py",
     "data/pack.py",
 )
+# Model -> its argument that names the model that it builds. `record_code` reads this, too, from
+# other commits; the earlier ones do not have it.
+BUILDS = {"deployed": "of"}
 LAUNCHER = ("launcher", "front")  # files of every model `l_*`
 # A string, which may contain "#", or a comment; much faster than `tokenize`. An f-string must not
 # repeat its own quotes inside: Python 3.11 does not allow it, and this expression would misread it.
@@ -101,12 +104,23 @@ def record_code(kind: str, spec: dict[str, Any], package: Path = PACKAGE) -> str
     if kind == "train":
         purpose = "detection" if spec["recipe"].get("detection") else "training"
         return code_hash(purpose, spec["model"], package)
-    if kind == "evaluation":
-        return code_hash("evaluation", package=package)
     if kind == "analysis":
         return joint_code_hash("analysis", sorted(set(spec["models"].values())), package)
-    models = sorted({row["model"] for row in spec["rows"].values()})
-    return joint_code_hash("measure", models, package)
+    builds = _built_models(package)
+    models = {row["model"] for row in spec["rows"].values()}
+    models |= {
+        row["model_args"][builds[row["model"]]]
+        for row in spec["rows"].values()
+        if row["model"] in builds
+    }
+    return joint_code_hash(kind, sorted(models), package)
+
+
+@cache
+def _built_models(package: Path) -> dict[str, str]:
+    """BUILDS of a package, as its own source file states it."""
+    path = package / "utils/code_hash.py"
+    return _constants(path).get("BUILDS", {}) if path.is_file() else {}
 
 
 @cache

@@ -16,7 +16,7 @@ from ...utils.errors import HovitError
 from ...utils.files import read_json, write_json
 from ..order import NAMES
 from ..results import Results, Value
-from ..sources import Sources, load_sources
+from ..sources import Sources, load_sources, miscounted_last
 from .compare import NO_RECORD, Missing, Outcome, claim_values, compare, is_exact, units
 
 VERDICTS = (
@@ -66,10 +66,11 @@ class Verdict(Outcome):
 def check_claim(sources: Sources, claim: Claim, paper: str) -> Verdict:
     """Check one claim against this run, or else the first committed results that have its numbers.
 
-    All numbers of a verdict come from one source, so devices and data sets are never mixed.
+    All numbers of a verdict come from one source, so devices and data sets are never mixed. Sources
+    that count multiply-adds without fused attention are the last.
     """
     missing: list[Missing] = []
-    for results in sources.all:
+    for results in _in_turn(sources, claim):
         values = claim_values(results, claim)
         if not isinstance(values, Missing):
             return _decided(results, claim, paper, values)
@@ -81,6 +82,16 @@ def check_claim(sources: Sources, claim: Claim, paper: str) -> Verdict:
     here = "" if missing[0].why == NO_RECORD else f"; this run: {missing[0].why}"
     why = "; ".join(reasons) or f"no committed results{here}"
     return _verdict(claim, paper, Outcome(verdict, why))
+
+
+def _in_turn(sources: Sources, claim: Claim) -> Sequence[Results]:
+    """The sources in the order in which a claim asks them."""
+    analysis_id, study_id, row_id, metric = split_ref(claim.of)
+    number = quantity(metric)
+    if analysis_id or number is None:
+        return sources.all
+    study = sources.plan.study(study_id)
+    return miscounted_last(sources.all, study, study.row(row_id), number)
 
 
 def _decided(results: Results, claim: Claim, paper: str, values: list[Value]) -> Verdict:

@@ -10,9 +10,9 @@ from typing import Any
 from ...config.metrics import quantity
 from ...config.schema import Row, Study
 from ..number import significant
-from ..sources import Sources
+from ..sources import Sources, is_miscounted
 from ..tables.columns import format_printed
-from .compare import last_digit
+from .compare import last_digit, printed_range
 
 REASONS = {
     "data": "needs images or training that no record has",
@@ -73,20 +73,22 @@ def cells(sources: Sources) -> list[dict[str, Any]]:
 
 
 def _counted(sources: Sources, study: Study, row: Row, metric: str) -> float | None:
-    """A count in the unit of the heading, from the first source that has it; None if inexact."""
+    """A count in the unit of the heading; None if inexact, or only counted wrongly."""
     number = quantity(metric)
     if number is None or number.is_inexact:
         return None
-    values = (results.value(study, row, number) for results in sources.all)
-    value = next((value for value in values if value), None)
-    return value.mean * number.metric.unit if value else None
+    cell = sources.count(study, row, number)
+    if cell is None or is_miscounted(*cell, number):
+        return None
+    return cell[1].mean * number.metric.unit
 
 
 def _same(counted: float, printed: str, metric: str) -> bool:
     number = quantity(metric)
     rounded = number is not None and number.metric.unit != 1.0  # millions are, images are not
     unit = last_digit(printed) or float(rounded)
-    return abs(counted - float(printed)) <= unit + 1e-9
+    low, high = printed_range(printed)
+    return low - unit - 1e-9 <= counted <= high + unit + 1e-9
 
 
 def coverage_tally(rest: dict[str, Any]) -> str:

@@ -13,16 +13,18 @@ from .check import GROUPS, Verdict, check_all, counts, tally, tally_of
 from .coverage import coverage, coverage_lines, coverage_tally
 
 ABOUT = """\
-- **reproduced**: within the tolerance of the reported number, or in the reported direction by more
-  than the noise.
+- **reproduced**: the number is within the tolerance of the reported one; a claim without a number
+  has the reported direction, by more than the noise.
 - **direction only**: in the reported direction, but the effect is larger or smaller.
-- **provisional**: only one random seed. The verdict that this seed suggests follows.
+- **provisional**: beyond the noise, but with only one random seed. The verdict that this seed
+  suggests follows.
 - **within noise**: the difference is too small to tell.
-- **contradicted**: in the opposite direction, or a different number where it must be exact.
+- **contradicted**: in the opposite direction; or an effect where the paper reports none; or another
+  number where the claim is the number itself.
 - **not comparable**: measured on images that stand in for those of the paper.
 - **not measured**: there is no record; the reason is stated.
 
-Noise is a 95 % interval over random seeds and test images (accuracy and loss), or half the
+Noise is half of a 95 % interval over random seeds and test images (accuracy and loss), or half the
 interquartile range of the ratios over rounds (times). The variance over seeds is pooled over the
 rows of a study. Models that were tested on the same images are compared image by image. The p of
 the exact McNemar test refers to these trained models alone; the noise also contains other seeds.

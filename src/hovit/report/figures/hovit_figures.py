@@ -23,7 +23,8 @@ def _circumstances(results: Results, timed: bool = True) -> list[str]:
     study = results.plan.study("hovit")
     runs = [run for row in study.rows for run in results.plan.runs_of(study, row)]
     facts = [f"trained at {runs[0].image_size} px"] if runs else []
-    facts += [plural(runs[0].recipe.epochs, "epoch")] if runs else []
+    *fewer, most = sorted({run.recipe.epochs for run in runs}) or [0]
+    facts += [" or ".join([*map(str, fewer), plural(most, "epoch")])] if runs else []
     record = results.measured(study)
     if timed and record:
         facts.append(f"timed at {record.spec['latency']['image_size']} px")

@@ -164,7 +164,7 @@ class _Collector:
                 {"state": "evidence" if r.is_evidence else "run", "letter": letters.get(id(r), ""),
                  "facts": describe(r, study)} for r in shown],
             "contexts": {source_id(r): self.context(r, study) for r in reversed(shown)},
-            "notes": table_notes(study),
+            "notes": [*table_notes(study), *map(" ".join, table.footnotes.items())],
         }  # fmt: skip
 
     def context(self, results: Results, study: Study) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ...utils.strict import Strict
 from ...utils.yaml_file import load_file
 from ..claims.compare import Missing, referenced
 from ..results import Results, Value
-from ..sources import Sources
+from ..sources import Sources, miscounted_last
 from ..tables.columns import format_printed, format_value
 
 VARIABLES = Path("paper/variables.yaml")
@@ -102,7 +102,8 @@ def origin(results: Results, study: Study, row: Row, number: Quantity, value: Va
         return Origin(records, field, "; ".join(devices), n, scale, dataset, model)
     timed = number.is_inexact or value.n > 1
     device = str(results.latency_device(study) or "") if timed else ""
-    n = f"median of {plural(value.n, 'round')}" if value.n > 1 else ""
+    batch = number.batch or results.throughput_batch(study)
+    n = f"batch {batch}, median of {plural(value.n, 'round')}" if value.n > 1 else ""
     field = f"results.rows.{row.id}.{_field(results, study, number)}"
     return Origin(records, field, device, n, scale, model=model)
 
@@ -153,9 +154,7 @@ def _best_first(sources: list[Results], variable: Variable) -> list[Results]:
         return sorted(sources, key=lambda r: (rows[r], r.is_evidence), reverse=True)
     if number.metric.name == "macs":
         row = next((row for row in study.rows if row.id == row_id), study.rows[0])
-        values = [(r, r.value(study, row, number)) for r in sources]
-        miscounts = {r: value is not None and r.miscounts(value.paths) for r, value in values}
-        return sorted(sources, key=lambda results: miscounts[results])
+        return miscounted_last(sources, study, row, number)
     return sources
 
 

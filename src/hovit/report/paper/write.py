@@ -206,6 +206,7 @@ def _about(table: Table, columns: list[Column]) -> list[str]:
     many = sum(len(results.problems_of(study)) for results in every.values())
     if many:
         facts.append(f"{plural(many, 'record')} not used, named in results/tables/{study.id}.md")
+    facts += [f"{mark} {text}" for mark, text in table.footnotes.items()]
     return list(dict.fromkeys(facts))
 
 

@@ -6,9 +6,11 @@ from typing import Literal
 from ...config.metrics import RATIO_DECIMALS, RATIO_HEADING, Metric, Quantity, quantity
 from ...config.schema import Row, Study
 from ..results import PairedValue, Results, Value
-from ..sources import Sources
+from ..sources import Sources, is_miscounted
 
 NOTHING = "—"
+MISCOUNTED = "¹"  # marks a count of multiply-adds
+MISCOUNTED_NOTE = "Without fused attention, which PyTorch 2.11 does not count"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 Kind = Literal["reported", "evidence", "run"]
 
@@ -57,6 +59,12 @@ class Table:
     study: Study
     columns: tuple[Column, ...]
     evidence: dict[str, Results]
+
+    @property
+    def footnotes(self) -> dict[str, str]:
+        """Mark after a number -> what it says."""
+        marked = any(MISCOUNTED in cell for column in self.columns for cell in column.cells)
+        return {MISCOUNTED: MISCOUNTED_NOTE} if marked else {}
 
 
 def format_value(value: Value, metric: Metric) -> str:
@@ -107,8 +115,8 @@ def make_table(study: Study, sources: Sources, with_run: bool = True) -> Table:
             columns += builder.throughput(number)
         elif number.is_trained:
             columns += builder.trained(number)
-        else:  # exact: the same everywhere, so evidence would only repeat it
-            columns.append(builder.of_one(number, sources.run, "this run", "run"))
+        else:
+            columns.append(builder.counted(number))
     kept = tuple(column for column in columns if set(column.cells) != {NOTHING})
     return Table(study, kept, letters)
 
@@ -134,6 +142,20 @@ class _Builder:
         cells = tuple(format_value(v, number.metric) if v else NOTHING for v in values)
         whose = tuple(results if value else None for value in values)
         return Column(number.metric.heading, source, kind, number, cells, whose)
+
+    def counted(self, number: Quantity) -> Column:
+        """A count of each row; it is the same on every device, so evidence does not repeat it."""
+        found = [self.sources.count(self.study, row, number) for row in self.study.rows]
+        cells = tuple(
+            format_value(cell[1], number.metric) + MISCOUNTED * is_miscounted(*cell, number)
+            if cell else NOTHING
+            for cell in found
+        )  # fmt: skip
+        whose = tuple(cell[0] if cell else None for cell in found)
+        of_run = any(results is self.sources.run for results in whose)
+        marks = tuple(self._letter(results) for results in whose)
+        kind: Kind = "run" if of_run else "evidence"
+        return Column(number.metric.heading, "counted", kind, number, cells, whose, marks)
 
     def trained(self, number: Quantity) -> list[Column]:
         """Evidence for each cell, and this run's number."""

@@ -69,6 +69,8 @@ def _training(results: Results, study: Study) -> dict[str, str]:
         facts["Not run"] = f"{plural(skipped, 'row')}; this scale trains and measures only {labels}"
     if records:
         facts["Images"] = _split_counts(results, study, rows)
+        if frequent := _most_frequent(results, study, rows):
+            facts["Most frequent class"] = frequent
         devices = sorted({str(record.provenance.device) for record in records})
         versions = sorted({r.provenance.versions.get("torch", "?") for r in records})
         facts["Trained on"] = (
@@ -114,6 +116,19 @@ def _split_counts(results: Results, study: Study, rows: list[Row]) -> str:
     found = [f"{title} {n}" for title, n in counts.items()] if len(counts) > 1 else counts.values()
     size = results.plan.runs_of(study, rows[0])[0].image_size
     return f"{', '.join(found)} (train / validation / test) at {size} px"
+
+
+def _most_frequent(results: Results, study: Study, rows: list[Row]) -> str:
+    """Top-1 of always predicting the most frequent class of the test images, for each dataset."""
+    shares = {}
+    for row in rows:
+        for run, _ in results.trained(study, row)[:1]:
+            title = run.dataset.title
+            if title not in shares and (table := results.predictions(run)) is not None:
+                shares[title] = f"{100 * table['label'].value_counts(normalize=True).max():.1f} %"
+    found = [f"{title} {share}" for title, share in shares.items()]
+    text = ", ".join(found if len(found) > 1 else shares.values())
+    return f"{text} of the test images; a model that always predicts it has this top-1" * bool(text)
 
 
 def _settings(recipe: Recipe) -> str:

@@ -13,8 +13,15 @@ from ...config.runs import protocol
 from ...config.schema import Study
 from ..number import significant
 from ..results import PairedValue, Results, Value
-from ..sources import Sources
-from .columns import NOTHING, baseline_ratio, format_printed, format_value
+from ..sources import Sources, is_miscounted
+from .columns import (
+    MISCOUNTED,
+    MISCOUNTED_NOTE,
+    NOTHING,
+    baseline_ratio,
+    format_printed,
+    format_value,
+)
 from .facts import PRECISIONS, WORKLOADS, timed_size
 
 WIDTH = 100  # characters of a line
@@ -141,11 +148,10 @@ def _counts(sources: Sources, study: Study, numbers: list[Quantity]) -> Part:
     for number in numbers:
         metric = number.metric
         cells = [sources.count(study, row, number) for row in study.rows]
-        is_macs = metric.name == "macs"
-        wrong = [is_macs and c is not None and c[0].miscounts(c[1].paths) for c in cells]
+        wrong = [cell is not None and is_miscounted(*cell, number) for cell in cells]
         miscounted |= any(wrong)
         counted = [
-            _count(cell and cell[1], metric) + MARKS[0] * flag
+            _count(cell and cell[1], metric) + MISCOUNTED * flag
             for cell, flag in zip(cells, wrong, strict=True)
         ]
         blocks.append([(f"{metric.heading}, reported", _reported(study, metric)),
@@ -154,7 +160,7 @@ def _counts(sources: Sources, study: Study, numbers: list[Quantity]) -> Part:
     size = size or (f"{study.image_size} px" if study.image_size else "")
     at = ", ".join(filter(None, (size, f"{study.num_classes} classes")))
     title = "Images" if study.kind == "data" else f"Counted at {at}"
-    notes = (f"{MARKS[0]} Without fused attention, which PyTorch 2.11 does not count",)
+    notes = (f"{MISCOUNTED} {MISCOUNTED_NOTE}",)
     return Part(title, blocks, _labels(study), notes * miscounted)
 
 
@@ -211,7 +217,7 @@ def _stands_in(results: Results, study: Study) -> bool:
 
 def _accuracy(value: Value, metric: Metric, several: bool) -> str:
     """Mean, ± standard deviation over seeds, and n if some row of the column has several seeds."""
-    if isinstance(value, PairedValue) or metric.derived_from:
+    if isinstance(value, PairedValue) or metric.name == "top1_interval":
         return format_value(value, metric)
     decimals = 2 if metric.name == "loss" else 1
     mean = f"{value.mean:.{decimals}f}"

@@ -8,10 +8,11 @@ from ...config.metrics import Quantity, quantity
 from ...config.plan import Plan
 from ...config.schema import Row, Study
 from ...utils.files import write_text
+from ..abbreviations import spelled_out
 from ..order import PAPERS, in_order, paper_of
 from ..results import PairedValue, Results, Value
-from ..sources import Sources, load_sources
-from .columns import Table, make_table
+from ..sources import Sources, is_miscounted, load_sources
+from .columns import MISCOUNTED_NOTE, Table, make_table
 from .facts import describe
 from .latex import to_latex
 from .view import view
@@ -52,7 +53,7 @@ def table_facts(sources: Sources, table: Table) -> dict[str, str]:
         facts[f"Committed results {letter}"] = f"{told}; records: `{results.folder}`"
     if problems := _problems(sources, table.study):
         facts["Not used"] = problems
-    return facts
+    return facts | table.footnotes
 
 
 def _problems(sources: Sources, study: Study) -> str:
@@ -62,8 +63,9 @@ def _problems(sources: Sources, study: Study) -> str:
 def to_csv(sources: Sources, table: Table, facts: dict[str, str]) -> str:
     """One line for each row with plain numbers: reported, value, spread and n of every metric.
 
-    Columns of evidence start with `evidence_`; those of times also name the device, because a
-    table may have evidence from several devices.
+    All are in the unit of the metric's heading. Columns of evidence start with `evidence_`; those
+    of times also name the device, because a table may have evidence from several devices. A count
+    is from any source; the column `METRIC_from` names its record.
     """
     study = table.study
     numbers = {name: number for name in study.columns if (number := quantity(name))}
@@ -81,15 +83,36 @@ def to_csv(sources: Sources, table: Table, facts: dict[str, str]) -> str:
         }
         for name, number in numbers.items():
             line[f"{name}_reported"] = row.reported.get(name, "")
+            if not number.is_inexact:
+                line |= _count(sources, study, row, number)
+                continue
             if number.is_timed:
                 line |= _evidence_times(sources, study, row, number)
-            elif number.is_trained:
+            else:
                 line |= _evidence_accuracy(best[name][i], study, row, number)
             line |= _numbers(sources.run, study, row, number, "")
         line |= {name.lower().replace(" ", "_"): facts.get(name, "") for name in IN_CSV}
         line["evidence"] = "; ".join(str(results.folder) for results in table.evidence.values())
         lines.append(line)
     return pd.DataFrame(lines, dtype=object).to_csv(index=False)  # integers stay integers
+
+
+def _count(sources: Sources, study: Study, row: Row, number: Quantity) -> dict[str, object]:
+    """A count of a row, and the path of its record."""
+    cell = sources.count(study, row, number)
+    if cell is None:
+        return {str(number): "", f"{number}_from": ""}
+    results, value = cell
+    whole = number.metric.unit == 1 and value.mean == int(value.mean)
+    count = int(value.mean) if whole else _in_unit(value.mean, number)
+    note = f" ({MISCOUNTED_NOTE.lower()})" * is_miscounted(results, value, number)
+    paths = "; ".join(map(str, value.paths))
+    return {str(number): count, f"{number}_from": paths + note}
+
+
+def _in_unit(mean: float, number: Quantity) -> float:
+    """A number in the unit of its metric's heading, without digits that the factor adds."""
+    return mean if number.metric.unit == 1 else float(f"{mean * number.metric.unit:.12g}")
 
 
 def _evidence_times(
@@ -120,8 +143,7 @@ def _numbers(
     timed = [*results.batches(study), *results.captured(study)]
     for each in timed if number.metric.name == "latency" else [number]:
         value = results.value(study, row, each)
-        whole = value is not None and not number.is_inexact and number.metric.name != "gigabytes"
-        found[f"{before}{each}"] = value and (int(value.mean) if whole else value.mean)
+        found[f"{before}{each}"] = value and value.mean
         if value and value.n > 1:
             spread = "iqr" if number.is_timed else "sd"
             found |= {f"{before}{each}_{spread}": value.spread, f"{before}{each}_n": value.n}
@@ -187,8 +209,10 @@ def _has_records(results: Results, study: Study) -> bool:
 
 
 def table_notes(study: Study) -> list[str]:
-    """Notes of the study, then of its rows."""
-    return [*study.notes, *(f"{row.label}: {row.note}" for row in study.rows if row.note)]
+    """Notes of the study, then of its rows, then what the abbreviations in its labels mean."""
+    of_rows = [f"{row.label}: {row.note}" for row in study.rows if row.note]
+    meanings = spelled_out(row.label for row in study.rows)
+    return [*study.notes, *of_rows, *([f"{meanings}."] if meanings else [])]
 
 
 def write_index(plan: Plan, root: Path = Path()) -> None:
