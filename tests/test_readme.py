@@ -197,7 +197,7 @@ def test_tables_count_without_a_run_of_this_machine(sources: Sources) -> None:
     assert table.footnotes == {MISCOUNTED: MISCOUNTED_NOTE}
     lines = pd.read_csv(StringIO(to_csv(sources, table, {})))
     row = lines.set_index("row").loc["vit"]
-    assert abs(row["macs"] - float(row["macs_reported"])) < 1  # both in G
+    assert 4 < row["macs"] < 5  # in G, as in the heading
     assert MISCOUNTED_NOTE.lower() in row["macs_from"]
     family = make_table(sources.plan.study("efficientvit_family"), sources)
     assert {"Parameters, M", "MACs, G"} <= {
