@@ -87,14 +87,15 @@ def _evaluate_study(
     fingerprint = _fingerprint(images)
     partial = root / task.path.with_suffix(".partial.json")
     header = {"spec_hash": task.spec_hash, "code": task.code, "images": fingerprint}
-    saved = _evaluated_before(root / task.path, header) | _load_partial(partial, header)
+    earlier = _evaluated_before(root / task.path, header)
+    saved = _load_partial(partial, header)
     rows: Rows = {}
     for row in (task.study.row(name) for name in task.spec["rows"]):
         path = find_weights(tagged(row), weights)
         if path is None:
-            kept = "; its earlier result is kept" if row.id in saved else ""
+            kept = "; its earlier result is kept" if row.id in earlier else ""
             log(f"{row.id}: skipped: no weights of {tagged(row)} in {weights or 'timm'}{kept}")
-            rows |= {row.id: saved[row.id]} if kept else {}
+            rows |= {row.id: earlier[row.id]} if kept else {}
             continue
         rows[row.id] = _evaluate_row(row, path, images, device, task.scale.threads, saved)
         write_sealed(partial, header | {"rows": saved | rows})
