@@ -402,6 +402,23 @@ def test_offline_download_is_one_line(monkeypatch, reader, where, error):
     refused(dataset(reader, 37), "some-data", "downloads", reason, root="downloads")
 
 
+def test_one_process_at_a_time_downloads_a_data_set(monkeypatch):
+    """Two packs of CIFAR-10, at two sizes, have the same archives."""
+    said = []
+
+    def download(*_: object, **__: object) -> None:
+        folder = Path("data/extracted/some-data")
+        with pytest.raises(HovitError, match="in use by another process"), alone(folder):
+            pass
+        said.append("locked")
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", download)
+    with pytest.raises(HovitError, match="stop"):
+        read_items(dataset("cifar10", 10), Path("downloads"))
+    assert said == ["locked"]
+
+
 # CIFAR, with a test set of its own
 
 

@@ -124,14 +124,19 @@ def _doubts(results: Results, value: Value, row: Row, number: Quantity) -> tuple
 
 def is_miscounted(results: Results, value: Value | None, number: Quantity) -> bool:
     """Whether a number is a count of multiply-adds without fused attention."""
-    is_macs = number.metric.name == "macs" and not number.reported
-    return is_macs and value is not None and results.miscounts(value.paths)
+    return _counts_macs(number) and value is not None and results.miscounts(value.paths)
+
+
+def _counts_macs(number: Quantity) -> bool:
+    return number.metric.name == "macs" and not number.reported
 
 
 def miscounted_last(
     sources: Iterable[Results], study: Study, row: Row, number: Quantity
 ) -> list[Results]:
     """The sources, with those last that count the row's multiply-adds without fused attention."""
+    if not _counts_macs(number):
+        return list(sources)
     values = [(results, results.value(study, row, number)) for results in sources]
     return [r for r, _ in sorted(values, key=lambda each: is_miscounted(each[0], each[1], number))]
 

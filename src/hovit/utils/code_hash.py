@@ -67,8 +67,8 @@ INDIRECT = (
     "data/readers.py",
     "data/pack.py",
 )
-# Model -> its argument that names the model that it builds. `record_code` reads this, too, from
-# other commits; the earlier ones do not have it.
+# Model -> its argument that names the model that it builds. `record_code` also reads this from
+# other commits; older ones do not have it.
 BUILDS = {"deployed": "of"}
 LAUNCHER = ("launcher", "front")  # files of every model `l_*`
 # A string, which may contain "#", or a comment; much faster than `tokenize`. An f-string must not

@@ -152,10 +152,8 @@ def _best_first(sources: list[Results], variable: Variable) -> list[Results]:
     if number.is_trained:
         rows = {r: sum(bool(r.value(study, row, number)) for row in study.rows) for r in sources}
         return sorted(sources, key=lambda r: (rows[r], r.is_evidence), reverse=True)
-    if number.metric.name == "macs":
-        row = next((row for row in study.rows if row.id == row_id), study.rows[0])
-        return miscounted_last(sources, study, row, number)
-    return sources
+    row = next((row for row in study.rows if row.id == row_id), study.rows[0])
+    return miscounted_last(sources, study, row, number)
 
 
 def _entry(results: Results, variable: Variable, cells: list[Cell]) -> dict[str, Any]:
