@@ -27,7 +27,7 @@ from hovit.report.claims.check import (
 from hovit.report.claims.compare import _compare_reported, _compare_two
 from hovit.report.claims.write import write_claims
 from hovit.report.noise import pooled_variance, seed_noise, student
-from hovit.report.number import significant
+from hovit.report.number import minus, significant
 from hovit.report.order import PAPERS, in_order, paper_of
 from hovit.report.results import Results
 from hovit.report.sources import Sources, load_sources
@@ -261,3 +261,9 @@ def test_studies_are_ordered_by_paper_and_story() -> None:
 )  # fmt: skip
 def test_three_significant_digits(number: float, text: str) -> None:
     assert significant(number) == text
+
+
+def test_negative_numbers_have_a_minus_sign() -> None:
+    assert minus("-4.1 (-9.5 to 1.3), p = 0.032") == "−4.1 (−9.5 to 1.3), p = 0.032"
+    for text in ("2012-2014", "1e-05", "ViT-16", "0.5-0.7"):
+        assert minus(text) == text

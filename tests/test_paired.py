@@ -246,9 +246,10 @@ def test_the_table_shows_interval_difference_and_p(plan: Plan, runs: Path) -> No
     low, high = value.interval
     assert line["top1_difference_high"] == pytest.approx(high)
     text = (runs / "results/tables/launcher_imagenet.md").read_text()
-    assert f"| -25.0 ({low:.1f} to {high:.1f}), p = 0.22 |" in text
+    assert f"| −25.0 (−{-low:.1f} to {high:.1f}), p = 0.22 |" in text
     tex = (runs / "results/tables/launcher_imagenet.tex").read_text()
     assert "Top-1 $-$ baseline, points" in tex
+    assert f"$-$25.0 ($-${-low:.1f} to {high:.1f}), p = 0.22" in tex
     assert [format_p(p) for p in (1.0, 0.0312, 0.0004)] == ["p = 1", "p = 0.031", "p < 0.001"]
 
 

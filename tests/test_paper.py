@@ -124,6 +124,15 @@ def test_a_typed_number_would_be_seen(line: str) -> None:
     assert typed(f"{text}\n{line}\n") == [CALL.sub("", CHOICE.sub("", line))]
 
 
+def test_no_semicolon_is_lost() -> None:
+    """Typst takes a semicolon after an expression as the end of the expression, not as text."""
+    lost = re.compile(r'#[A-Za-z][\w.-]*(?:\((?:[^()"]|"[^"]*")*\))?;')
+    assert lost.search('#at("hovit-ratio"); near one')
+    assert not lost.search(r'#at("hovit-ratio")\; near one')
+    for name, text in {**texts(), "lib.typ": (ROOT / "paper/lib.typ").read_text("utf-8")}.items():
+        assert not lost.findall(text), name
+
+
 def test_every_variable_is_used_and_of_the_catalogue(made: Path, smoke: Plan) -> None:
     names = {name for text in texts().values() for name in used(text, "(?:v|at)")}
     variables = load_variables(ROOT)

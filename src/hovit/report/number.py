@@ -1,6 +1,7 @@
 """Format numbers for readers."""
 
 import math
+import re
 
 
 def significant(number: float, digits: int = 3) -> str:
@@ -11,3 +12,8 @@ def significant(number: float, digits: int = 3) -> str:
     rounded = round(number, places)  # may carry: 9.996 becomes 10.0
     places = digits - 1 - math.floor(math.log10(abs(rounded)))
     return f"{rounded:,.{max(places, 0)}f}"
+
+
+def minus(text: str) -> str:
+    """Text with minus signs in place of the hyphens before negative numbers."""
+    return re.sub(r"(?<![\w.])-(?=\d)", "−", text)

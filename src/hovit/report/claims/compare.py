@@ -9,7 +9,7 @@ from ...config.metrics import Quantity, quantity
 from ...config.schema import Claim, Row, Study, split_ref
 from ...utils.plural import plural
 from ..noise import half_iqr
-from ..number import significant
+from ..number import minus, significant
 from ..results import PairedValue, Results, Value
 from ..tables.columns import format_p
 
@@ -334,7 +334,7 @@ def _shown(claim: Claim, number: float, values: list[Value], paired: PairedValue
     if claim.group == "errata":
         decimals = max(decimals, 4) if number != int(number) else 0
     full, short = f"{number:,.{decimals}f}", significant(number)
-    return f"{max(full, short, key=len)} {unit}".strip()
+    return minus(f"{max(full, short, key=len)} {unit}".strip())
 
 
 def printed_range(printed: str) -> tuple[float, float]:

@@ -310,7 +310,7 @@ class _Collector:
 
 def _number(text: str) -> float | None:
     """The first number of a cell, for sorting and drawing."""
-    found = re.match(r"-?[0-9,]+(\.[0-9]+)?(e[-+]?[0-9]+)?", text)
+    found = re.match(r"-?[0-9,]+(\.[0-9]+)?(e[-+]?[0-9]+)?", text.replace("−", "-"))
     return float(found[0].replace(",", "")) if found else None
 
 

@@ -5,6 +5,7 @@ from typing import Literal
 
 from ...config.metrics import RATIO_DECIMALS, RATIO_HEADING, Metric, Quantity, quantity
 from ...config.schema import Row, Study
+from ..number import minus
 from ..results import PairedValue, Results, Value
 from ..sources import Sources, is_miscounted
 
@@ -77,7 +78,7 @@ def format_value(value: Value, metric: Metric) -> str:
     text = f"{value.mean * metric.unit:,.{metric.decimals}f}"
     if isinstance(value, PairedValue):
         ends = f"{low:.{metric.decimals}f} to {high:.{metric.decimals}f}"
-        return f"{text} ({ends}), {format_p(value.p)}"
+        return minus(f"{text} ({ends}), {format_p(value.p)}")
     over_seeds = value.spread and metric.kind != "timed"
     return f"{text} ± {value.spread:.{metric.decimals}f}" if over_seeds else text
 
@@ -90,7 +91,7 @@ def format_p(p: float) -> str:
 def format_printed(printed: str) -> str:
     """A reported number with its own decimals, and thousands separated."""
     if "–" in printed or "." in printed:
-        return printed
+        return minus(printed)
     return f"{int(printed):,}"
 
 
