@@ -6,6 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from hovit.config.kinds import ANALYSIS_KINDS
 from hovit.config.plan import load_plan
 from hovit.report.figures.draw import FIGURES
 from hovit.report.metrics import metrics_files
@@ -93,6 +94,21 @@ def imagenet(wildcards):
     if not IMAGENET:
         raise WorkflowError("give --config imagenet=FOLDER (and weights=FOLDER)")
     return []
+
+
+def timing_threads(threads):
+    """Return all cores: a measurement uses the machine alone, if this scale checks latency."""
+    all_cores = workflow.resource_settings.cores and workflow.cores
+    return (
+        all_cores or PLAN.scale.threads if "latency" in PLAN.scale.judges else threads
+    )
+
+
+def analysis_threads(wildcards):
+    """Return all cores for an analysis that measures time."""
+    kind = ANALYSIS_KINDS[PLAN.analysis(wildcards.analysis).kind]
+    threads = PLAN.scale.threads
+    return timing_threads(threads) if kind.measures_time else threads
 
 
 def weights_given():

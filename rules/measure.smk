@@ -1,16 +1,12 @@
 """Measurements, evaluation on ImageNet and analyses of trained models -> records."""
 
-# A measurement uses the machine alone: all cores and the GPU. At a scale that does not check
-# latency, it shares the cores.
-ALL_CORES = (workflow.resource_settings.cores and workflow.cores) or PLAN.scale.threads
-
 
 rule measure:
     output:
         f"results/runs/{SCALE}/measure/{{study}}.json",
     log:
         f"logs/measure/{SCALE}/{{study}}.log",
-    threads: ALL_CORES if "latency" in PLAN.scale.judges else PLAN.scale.latency.threads
+    threads: timing_threads(PLAN.scale.latency.threads)
     resources:
         gpu=1,
         gpu_mb=PLAN.scale.gpu_memory_mb,
@@ -28,7 +24,7 @@ rule evaluate:
     input:
         imagenet,
     output:
-        f"results/runs/{SCALE}/evaluation/{{study}}.json",
+        update(f"results/runs/{SCALE}/evaluation/{{study}}.json"),  # keeps rows without weights
     log:
         f"logs/evaluate/{SCALE}/{{study}}.log",
     threads: PLAN.scale.threads
@@ -53,7 +49,7 @@ rule analyse:
         f"results/runs/{SCALE}/analysis/{{analysis}}.csv",
     log:
         f"logs/analyse/{SCALE}/{{analysis}}.log",
-    threads: PLAN.scale.threads
+    threads: analysis_threads
     resources:
         gpu=1,
         gpu_mb=PLAN.scale.gpu_memory_mb,

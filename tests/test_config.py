@@ -159,6 +159,7 @@ MISTAKES = {
     "an unknown row at a scale": (DEPTH, "columns:", "rows_at: {smoke: [nosuch]}\ncolumns:", "depth.yaml: rows_at.smoke: 'nosuch' is not defined; allowed: levit_deck"),
     "no row at a scale": (DEPTH, "columns:", "rows_at: {smoke: []}\ncolumns:", "depth.yaml: rows_at.smoke: tuple should have at least 1 item"),
     "a role with the wrong images": (SMOKE, "pets: digits", "coco: digits, pets: digits", "smoke.yaml: datasets.coco: role coco and reader coco require each other"),
+    "a detector in mixed precision": ("scales/paper.yaml", "threads: 2", "threads: 2\nprecision: bf16-mixed", "scales/paper.yaml: precision bf16-mixed: detectors train at 32-true only"),
     "COCO without images": (COCO, "files: [coco/annotations/instances_train2017.json, coco/train2017]", "files: [coco/train2017]", "coco.yaml: the whole file: value error, coco: `files` and `test_files` are each"),
     "a share of COCO": (COCO, "train: 1", "train: 0.5", "coco.yaml: the whole file: value error, coco: `split: {train: 1}`"),
     "reported only, but with a model": (DEPTH, "ours: true", "reported_only: true", "depth.yaml: rows[1].reported_only: requires `reported` and no model"),

@@ -7,6 +7,7 @@ theirs must stand in config.
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -135,6 +136,37 @@ def test_a_sentence_that_names_its_device_is_checked_there_alone(tmp_path: Path)
         assert elsewhere.why.startswith(
             f"timed on {device}, but the claim is about a {other.upper()}"
         )
+
+
+def test_a_verdict_names_what_other_devices_give(tmp_path: Path) -> None:
+    proxy = load_plan("proxy", ROOT / "config")
+    sources = []
+    for plan, device, ms in ((proxy, GPU, {"swin_t": 2.0}), (PLAN, CPU, {"regnety_4g": 2.0})):
+        record = measure_record(plan, "backbones", device)
+        rows = {
+            name: row | {"latency": {size: times_of(ms.get(name, 1.0)) for size in row["latency"]}}
+            for name, row in record.results["rows"].items()
+        }
+        root = tmp_path / device.kind
+        write_record(
+            root / plan.measure_task(plan.study("backbones")).path,
+            record.model_copy(update={"results": record.results | {"rows": rows}}),
+        )
+        sources.append(Results(plan, root))
+    claim = CLAIMS["swin-t-slower-than-regnet"]
+    both = check_claim(Sources(sources[0], (sources[1],)), claim, "hovit")
+    assert both.verdict == "reproduced"
+    assert both.is_disputed
+    assert [label for _, label in both.others] == ["contradicted"]
+    assert both.why.endswith(": contradicted")
+    assert f"{CPU.name}" in both.why
+    alone = check_claim(Sources(sources[0], ()), claim, "hovit")
+    assert not alone.is_disputed
+    assert not alone.others
+
+
+def times_of(ms: float) -> dict[str, Any]:
+    return {"median": ms, "q1": ms, "q3": ms, "n": 3, "ms": [ms] * 3}
 
 
 @pytest.mark.parametrize(

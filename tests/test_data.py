@@ -1029,6 +1029,7 @@ def test_workers_fit_into_shared_memory(monkeypatch, capsys, free, workers):
     usage = SimpleNamespace(free=free * 1_000_000)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     assert usable_workers(3, 1_000_000) == workers
+    assert usable_workers(3, 0) == 0  # resumed at the end of an epoch: no batch is left
     said = capsys.readouterr().err
     assert said.count("\n") == (workers < 3)
     assert workers == 3 or (f"{free} MB free" in said and "--shm-size" in said)

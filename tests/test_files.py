@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -78,6 +79,25 @@ def test_the_lock_of_a_folder_leaves_nothing_and_survives_a_killed_holder(tmp_pa
         with pytest.raises(HovitError, match="in use by another process"), alone(folder):
             pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_of_a_third_process_stays(tmp_path, monkeypatch):
+    """A waiting process gets the file of the first holder, which has removed it meanwhile."""
+    lock = tmp_path / ".pack.lock"
+    theirs = []
+
+    def replaced(handle: int, path: Path) -> bool:
+        path.unlink()  # by the first holder; then a third process makes and locks a new one
+        theirs.append(os.open(path, os.O_RDWR | os.O_CREAT))
+        fcntl.flock(theirs[0], fcntl.LOCK_EX)
+        return False
+
+    monkeypatch.setattr("hovit.utils.files._is_same", replaced)
+    with pytest.raises(HovitError, match="in use by another process"), alone(tmp_path / "pack"):
+        pass
+    assert lock.exists()
+    assert os.path.samestat(os.fstat(theirs[0]), lock.stat())
+    os.close(theirs[0])
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch):

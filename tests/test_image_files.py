@@ -73,7 +73,7 @@ def to_archives(root: Path) -> None:
         for folder in sorted((base / "train").iterdir()):
             content = io.BytesIO()
             with tarfile.open(fileobj=content, mode="w") as inner:
-                for path in sorted(folder.iterdir()):
+                for path in sorted(folder.iterdir(), reverse=True):  # in any order
                     inner.add(path, path.name)
             info = tarfile.TarInfo(f"{folder.name}.tar")
             info.size = len(content.getvalue())

@@ -31,12 +31,12 @@ from hovit.utils.files import write_json
 # What may stand in the text as digits: names, and sizes of an architecture or a protocol.
 ALLOWED = (
     "ViT-S/16", "ResNet50", "CIFAR-100", "CIFAR-10", "LeViT-256", "EfficientViT-M4",
-    "MobileNetV3-Large", "MobileNetV2", "EfficientNet-B0", "EfficientNet-Lite0",
+    "MobileNetV3-Large", "MobileNetV2", "EfficientNet-B0", "EfficientNet-Lite0", "V100",
     "1 × 1", "2,048 numbers", "49 tokens", "196 tokens", "batch 1", "batch 32", "batch 256",
     "7 : 1.5 : 1.5", "6(55%)+11", "95 % interval",
 )  # fmt: skip
 CALLS = (
-    "v|at|more|known|difference|claim|reported|study|plot|see|present|measured|verdict-table|"
+    "v|at|more|known|difference|claim|result|reported|study|plot|see|present|measured|verdict-table|"
     "label|bibliography"
 )
 CALL = re.compile(rf'#?\b(?:{CALLS})\((?:[^()"]|"[^"]*")*\)')

@@ -290,6 +290,18 @@ def test_a_run_waits_for_the_one_it_starts_from(proxy: Plan, tmp_path: Path) -> 
     assert task.run.weights is not None
 
 
+def test_a_run_does_not_start_from_one_that_failed(proxy: Plan, tmp_path: Path) -> None:
+    """The folder of the failed run may hold weights of an earlier spec."""
+    schedule = schedule_of(proxy, "launcher", tmp_path, 1e9)
+    first = schedule.next(0.0)
+    assert isinstance(first, TrainTask)
+    assert first.run.id == "resnet50.pretrain.pretrain"
+    schedule.end(first, "failed", 1.0)
+    while task := schedule.next(1.0):
+        assert isinstance(task, TrainTask)
+        assert task.run.weights is None
+
+
 def test_a_measurement_has_the_machine_to_itself(proxy: Plan, tmp_path: Path) -> None:
     study = proxy.study("hovit")
     tasks = order_tasks(proxy, [study], tmp_path, only="measure")

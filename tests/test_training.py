@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import killed
@@ -26,13 +27,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hovit.config.plan import Plan, load_plan
 from hovit.config.runs import Run, Weights
-from hovit.config.schema import Recipe
+from hovit.config.schema import Limit, Recipe
 from hovit.config.tasks import TrainTask
 from hovit.pipeline.sweep import parse_budget
 from hovit.training import precision
 from hovit.training.checkpoint import load_weights, save_weights
 from hovit.training.classification import (
     learning_rate,
+    limit_splits,
     make_optimizer,
     metrics,
     train,
@@ -43,6 +45,7 @@ from hovit.training.pretrained import PACKAGED, convert_package, download_timm, 
 from hovit.training.trainer import Options, check_batch_norm, make_fabric
 from hovit.utils.create_model import create_model
 from hovit.utils.errors import HovitError, OutOfTime
+from hovit.utils.files import file_digest
 
 
 def test_results_are_what_the_predictions_say(plan: Plan, packed: Path) -> None:
@@ -408,6 +411,18 @@ def test_loss_is_the_mean_of_the_heads() -> None:
     torch.testing.assert_close(training_loss(a, y, 0.0), one[0])
 
 
+def test_a_limit_takes_some_images_of_each_class_of_a_published_test_set(plan: Plan) -> None:
+    labels = np.repeat(np.arange(10), 9)  # sorted by class
+    test = np.arange(90)
+    packed = SimpleNamespace(labels=labels, splits={"train": test[::-1], "val": test, "test": test})
+    run = plan.run("hovit.pets.deck")
+    run = run.model_copy(update={"limit": Limit(train=30, val=None, test=30)})
+    found = limit_splits(packed, run)  # type: ignore[arg-type]
+    assert np.bincount(labels[found["test"]]).tolist() == [3] * 10
+    assert found["train"].tolist() == test[::-1][:30].tolist()  # drawn before
+    assert found["val"].tolist() == test.tolist()
+
+
 @pytest.fixture
 def resnet_file(tmp_path: Path) -> Path:
     path = tmp_path / "resnet50.safetensors"
@@ -441,6 +456,23 @@ def test_wrong_weights_are_named(plan: Plan, tmp_path: Path) -> None:
     path.write_bytes(b"\x80\x04K\x01.")  # a pickle
     with pytest.raises(HovitError, match="not a readable safetensors"):
         load_pretrained(model, pretrained_run(plan, "resnet50"), Path(), path)
+
+
+def test_weights_of_a_run_with_other_settings_are_refused(plan: Plan, tmp_path: Path) -> None:
+    run = plan.run("resnet50-pretrained.pets.deck")
+    upstream = plan.upstream(run)
+    assert upstream is not None
+    path = tmp_path / upstream.folder / "weights.safetensors"
+    path.parent.mkdir(parents=True)
+    net = timm.create_model("resnet50", num_classes=7)
+    model = timm.create_model("resnet50", num_classes=10)
+    for spec_hash in ("0" * 64, upstream.spec_hash):
+        save_weights(path, net, spec_hash=spec_hash)
+        if spec_hash == upstream.spec_hash:
+            assert load_pretrained(model, run, tmp_path, None) == file_digest(path)
+            continue
+        with pytest.raises(HovitError, match="from a run with other settings than config has"):
+            load_pretrained(model, run, tmp_path, None)
 
 
 @pytest.mark.parametrize("launcher", [True, False])

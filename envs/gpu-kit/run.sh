@@ -11,7 +11,7 @@ usage: $0 [options]
   --jobs 8              training runs that share the device
   --compile             compile the models with torch.compile for training
   --out DIR             export.tgz and logs go here (default: out next to this script)
-  --data DIR            folder of archives that are not in the kit
+  --data DIR            folder with all archives, instead of data in the kit
   --resume FILE.tgz     resume from an earlier export with states
   --max-size 60M        limit of export.tgz
   --skip PARTS          skip parts, comma-separated: tests,tables,training

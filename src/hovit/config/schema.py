@@ -273,7 +273,10 @@ class WeightsFrom(Strict):
 
 
 class Limit(InSpec):
-    """Maximum images of each split: the first of the seeded permutation."""
+    """Maximum images of each split: the first of the seeded permutation.
+
+    A published test set that is sorted by class gives some images of each class.
+    """
 
     always = frozenset({"train", "val", "test"})
 

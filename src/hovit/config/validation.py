@@ -59,6 +59,11 @@ def _check_scales(config: Config, root: Path, must: Must) -> None:
             must(config.datasets, dataset, where)
             if (role == "coco") != (config.datasets[dataset].reader == "coco"):
                 raise HovitError(f"{root}/{where}: role coco and reader coco require each other")
+            if role == "coco" and scale.precision != "32-true":
+                raise HovitError(
+                    f"{root}/{file}: precision {scale.precision}: detectors train at 32-true only, "
+                    "because boxes in mixed precision would be rounded to whole pixels"
+                )
         if scale.photographs:
             must(config.datasets, scale.photographs, f"{file}: photographs")
         for key, recipes in (

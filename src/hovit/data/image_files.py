@@ -113,7 +113,7 @@ def list_split(root: Path, split: str) -> Iterator[Located]:
     elif archive.exists():
         try:
             found = _list_train_tar(archive) if split == "train" else _list_val_tar(root)
-            yield from sorted(found)
+            yield from sorted(found, key=lambda image: (image.label, image.name))
         except (OSError, tarfile.TarError, KeyError, ValueError, IndexError) as error:
             raise HovitError(f"{archive}: cannot be read ({one_line(error)})") from None
     else:

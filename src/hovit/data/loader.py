@@ -61,8 +61,10 @@ def usable_workers(wanted: int, batch_bytes: int) -> int:
 
     Args:
         wanted: number of workers if there is enough memory.
-        batch_bytes: size of one batch.
+        batch_bytes: size of one batch; 0 if there is no batch, which needs no worker.
     """
+    if not batch_bytes:
+        return 0
     try:
         free = shutil.disk_usage("/dev/shm").free
     except OSError:  # not Linux

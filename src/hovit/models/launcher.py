@@ -78,7 +78,7 @@ class Launcher(Fronted):
         self.in_chans = in_chans
         self.low_res_shape = (IMAGE_CHANNELS, height // 4, width // 4)
         self.renormalize = make_renormalize(front, in_chans)
-        # The name `resnet` is in released state dicts.
+        # The name `resnet` is in the state dicts of earlier runs.
         self.front_name = "resnet" if front == "resnet50" else "front"
         net: Any = timm.create_model(front, num_classes=0, in_chans=in_chans)
         self.add_module(self.front_name, net)

@@ -21,7 +21,7 @@ from ..config.tasks import AnalyseTask, TrainTask
 from ..data.image_files import open_images
 from ..data.loader import to_input
 from ..data.split import splits_of
-from ..records.record import Record, write_record
+from ..records.record import Record, git_state, write_record
 from ..training.checkpoint import load_weights
 from ..utils.create_model import create_model
 from ..utils.device import describe_device, keep_freed_memory, peak_memory_mb, set_threads
@@ -50,6 +50,7 @@ def analyse(task: AnalyseTask, device: torch.device, root: Path = Path()) -> Rec
             apply to its model.
     """
     begin = time.monotonic()
+    git_state()  # the record states the commit at the start
     torch.manual_seed(0)
     keep_freed_memory()  # some kinds measure time
     set_threads(task.scale.threads)
@@ -71,7 +72,7 @@ def _analyse_row(task: AnalyseTask, ref: str, device: torch.device, root: Path) 
     if not weights.exists():
         raise HovitError(f"{weights}: no such file; train {run.id} first")
     model = create_model(run.model, run.dataset.num_classes, run.image_size, **run.model_args)
-    model.load_state_dict(load_weights(weights))
+    model.load_state_dict(load_weights(weights, run.spec_hash))
     pack, count = task.packs[ref], analysis.images
     images, labels, indices = _sample_images(run, pack, "test", count, root)
     inputs, used = [images], {"images": indices}

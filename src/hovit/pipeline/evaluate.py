@@ -27,7 +27,7 @@ from ..data.decode import open_image, to_rgb
 from ..data.listing import list_images
 from ..data.loader import usable_workers
 from ..models.deployed import DEPLOY_FUNCTIONS
-from ..records.record import Record, read_record, write_record
+from ..records.record import Record, git_state, read_record, write_record
 from ..training.checkpoint import load_weights
 from ..training.pretrained import download_timm
 from ..utils.create_model import create_model
@@ -79,6 +79,7 @@ def _evaluate_study(
     log: Callable[[str], None],
 ) -> Record:
     start = time.monotonic()
+    git_state()  # the record states the commit at the start
     if weights and not weights.is_dir():
         raise HovitError(f"{weights}: not a folder; give a folder of MODEL.safetensors")
     set_threads(task.scale.threads)

@@ -112,7 +112,7 @@ class Export:
     def _states(self) -> Iterable[tuple[str, list[Path]]]:
         """Yield the files that unfinished tasks resume from, and weights of upstream runs."""
         for task in self.tasks:
-            done = (self.root / task.path).exists()
+            done = task.is_done(self.root)
             if not isinstance(task, TrainTask):
                 folder = self.root / task.path.parent  # one file of counts, one of each process
                 if begun := sorted(folder.glob(f"{task.path.stem}.*partial.json")):

@@ -26,7 +26,7 @@ from ..measure.latency import (
     measure_latency,
     summary,
 )
-from ..records.record import Device, Record, write_record
+from ..records.record import Device, Record, git_state, write_record
 from ..utils import device as device_module
 from ..utils.create_model import create_model
 from ..utils.device import describe_device, keep_freed_memory, peak_memory_mb
@@ -62,6 +62,7 @@ def measure_study(
 
 def _measure(task: MeasureTask, device: torch.device, root: Path, deadline: float) -> Record:
     begin = time.monotonic()
+    git_state()  # the record states the commit at the start
     study, spec = task.study, task.spec
     device = torch.device("cpu") if study.workload == "onnx" else device
     _set_up(task)

@@ -235,11 +235,11 @@ class Schedule:
         return seconds is None or now + seconds <= self.deadline
 
     def _is_ready(self, run: Run) -> bool:
-        """Whether its upstream run, if any, is not waiting, running or stopped."""
+        """Whether its upstream run, if any, is not waiting, running, stopped or failed."""
         upstream = self.plan.upstream(run)
         if upstream is None:
             return True
-        unfinished = (task for task in (*self.waiting, *self.running, *self.stopped))
+        unfinished = (*self.waiting, *self.running, *self.stopped, *self.failed)
         return all(
             (task.run.id, task.run.seed) != (upstream.id, upstream.seed)
             for task in unfinished

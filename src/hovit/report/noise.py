@@ -61,6 +61,6 @@ def seed_noise(variance: float, freedom: int, n: int) -> float:
 
 
 def half_iqr(numbers: Sequence[float]) -> float:
-    """Half the interquartile range."""
-    low, _, high = statistics.quantiles(numbers, n=4)
+    """Half the interquartile range; quartiles as in records."""
+    low, _, high = statistics.quantiles(numbers, n=4, method="inclusive")
     return (high - low) / 2

@@ -30,7 +30,8 @@ class Value:
         n: seeds, or rounds; 1 for an exact number.
         noise: how far the number may be off. For training: half the width of a 95 % interval over
             random seeds, combined with one over test images for accuracy and loss. The variance
-            over seeds is pooled over the rows of the study (`Results.seed_variance`). For latency:
+            over seeds is pooled over rows with the same recipe and images
+            (`Results.seed_variance`). For latency:
             half the interquartile range. For an analysis: as its record states.
         seed_noise: the part of the noise that random seeds cause.
         samples: latency of each round, in the order that all rows of a record share.
@@ -156,24 +157,26 @@ class Results(RecordSource):
     def seed_variance(self, study: Study, row: Row, metric: str) -> tuple[float, int]:
         """The variance of a metric over random seeds, and its degrees of freedom.
 
-        It is pooled over the rows of the study that share the row's recipe and images. A row with
-        one seed therefore has the seed noise of the others, and one with two is not judged by two
-        numbers alone. Where each seed draws its own test images, it contains the variance that
-        this causes, so that the noise is too large rather than too small.
+        It is pooled over all rows, of any study, that share the row's recipe and images. A row with
+        one seed therefore has the seed noise of the others, one with two is not judged by two
+        numbers alone, and a run has the same noise in every table. Where each seed draws its own
+        test images, it contains the variance that this causes, so that the noise is too large
+        rather than too small.
         """
-        key = study.id, row.id, metric
+        run = self.plan.runs_of(study, row)[0]
+        key = run.recipe.model_dump_json(), run.role, metric
         if key not in self._seed_variances:
-            self._seed_variances[key] = self._pooled_variance(study, row, metric)
+            self._seed_variances[key] = self._pooled_variance(run, metric)
         return self._seed_variances[key]
 
-    def _pooled_variance(self, study: Study, row: Row, metric: str) -> tuple[float, int]:
-        own = self.plan.runs_of(study, row)
+    def _pooled_variance(self, run: Run, metric: str) -> tuple[float, int]:
         groups: dict[str, list[float]] = {}
-        for other in study.rows:
-            runs = self.plan.runs_of(study, other)
-            alike = runs and (runs[0].recipe, runs[0].role) == (own[0].recipe, own[0].role)
-            if alike and runs[0].id not in groups:
-                groups[runs[0].id] = self._numbers(self.trained(study, other), metric)
+        for study in self.plan.config.studies.values():
+            for row in study.rows:
+                runs = self.plan.runs_of(study, row)
+                alike = runs and (runs[0].recipe, runs[0].role) == (run.recipe, run.role)
+                if alike and runs[0].id not in groups:
+                    groups[runs[0].id] = self._numbers(self.trained(study, row), metric)
         return pooled_variance(groups.values())
 
     def paired_difference(

@@ -55,13 +55,21 @@ def save_weights(path: Path, model: nn.Module, **metadata: Any) -> None:
     _save(path, tensors, metadata)
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
+def load_weights(path: Path, spec_hash: str | None = None) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file.
 
+    Args:
+        path: the file.
+        spec_hash: of the run that the weights must come from, if the file names its run.
+
     Raises:
-        HovitError: if the file is missing, truncated, changed or in another format.
+        HovitError: if the file is missing, truncated, changed, in another format, or from a run
+            with another spec.
     """
-    return _load(path)[0]
+    tensors, header = _load(path)
+    if spec_hash and header.get("spec_hash", spec_hash) != spec_hash:
+        raise HovitError(f"{path}: from a run with other settings than config has; train it again")
+    return tensors
 
 
 def _save(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:

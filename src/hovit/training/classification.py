@@ -37,7 +37,7 @@ from ..data.loader import (
     to_input,
 )
 from ..data.pack import Packed
-from ..data.split import splits_of
+from ..data.split import splits_of, stratified_order
 from ..records.predictions import metrics, predictions_digest, write_predictions
 from ..records.record import Record
 from ..utils.create_model import create_model
@@ -270,12 +270,23 @@ def limit_splits(packed: Packed | ImageFiles, run: Run) -> dict[str, np.ndarray]
     Raises:
         HovitError: if a split is empty.
     """
-    splits = splits_of(run, packed)
-    splits = {name: indices[: getattr(run.limit, name)] for name, indices in splits.items()}
+    splits = {
+        name: _limit(indices, packed.labels[indices], getattr(run.limit, name))
+        for name, indices in splits_of(run, packed).items()
+    }
     empty = [name for name, indices in splits.items() if not len(indices)]
     if empty:
         raise HovitError(f"{run.dataset.id}: its {empty[0]} split is empty")
     return splits
+
+
+def _limit(indices: np.ndarray, labels: np.ndarray, most: int | None) -> np.ndarray:
+    """The first images; of a split that is sorted by class, some of each class."""
+    if most is None or most >= len(indices):
+        return indices
+    if (np.diff(labels) >= 0).all():
+        indices = indices[stratified_order(labels)]
+    return indices[:most]
 
 
 def freeze_front(model: Any, run: Run) -> None:

@@ -76,7 +76,9 @@ class DetectionTrainer(Trainer):
         body = make_backbone(run.model, **run.model_args)
         if run.weights:
             given = make_backbone(run.model, PRETRAINED_SIZE, **run.model_args)
-            self.pretrained_sha256 = load_pretrained(given, run, root, options.weights_file)
+            self.pretrained_sha256 = load_pretrained(
+                given, run, root, options.weights_file, PRETRAINED_SIZE
+            )
             body.load_resized(given.state_dict())
         sides = (run.image_size, self.detection.long_side)
         model = retinanet(

@@ -49,7 +49,9 @@ PACKAGED = {
 }
 
 
-def load_pretrained(model: Any, run: Run, root: Path, weights_file: Path | None) -> str:
+def load_pretrained(
+    model: Any, run: Run, root: Path, weights_file: Path | None, image_size: int | None = None
+) -> str:
     """Load pretrained weights except the classifier into a model (a Launcher: into its front).
 
     The image size must equal that of the pretraining where the shape of weights depends on it
@@ -60,6 +62,7 @@ def load_pretrained(model: Any, run: Run, root: Path, weights_file: Path | None)
         run: names the source of the weights.
         root: top folder of the artifact, for weights of another run.
         weights_file: value of `--weights`: a file or a folder of files.
+        image_size: input size of the model in pixels; None: that of the run.
 
     Returns:
         sha256 of the weights file; of a package: of the package's file.
@@ -75,7 +78,9 @@ def load_pretrained(model: Any, run: Run, root: Path, weights_file: Path | None)
     # Older files also hold buffers that the model computes itself.
     computed = {k for k, _ in part.named_buffers()} - part.state_dict().keys()
     given = {
-        k: v for k, v in load_weights(path).items() if not k.startswith(heads) and k not in computed
+        k: v
+        for k, v in load_weights(path, run.weights.spec).items()
+        if not k.startswith(heads) and k not in computed
     }
     wrong = [k for k in expected if k not in given or given[k].shape != expected[k]]
     wrong += [k for k in given if k not in expected]
@@ -83,8 +88,8 @@ def load_pretrained(model: Any, run: Run, root: Path, weights_file: Path | None)
         owner = run.model if part is model else f"the front of {run.model}"
         reason = "missing or of another shape" if wrong[0] in expected else "not part of it"
         raise HovitError(
-            f"{path}: not the weights of {owner} at {run.image_size} px: {wrong[0]} is {reason} "
-            f"({len(wrong)} tensors differ)"
+            f"{path}: not the weights of {owner} at {image_size or run.image_size} px: {wrong[0]} "
+            f"is {reason} ({len(wrong)} tensors differ)"
         )
     part.load_state_dict(given, strict=False)
     if run.weights.package:  # the converted file depends on the version of safetensors

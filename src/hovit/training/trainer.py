@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..config.runs import Run
 from ..config.tasks import TrainTask
 from ..data.loader import epoch_batches, step_seed
-from ..records.record import Record, write_record
+from ..records.record import Record, git_state, write_record
 from ..utils.device import describe_device, peak_memory_mb
 from ..utils.errors import HovitError, OutOfTime, one_line
 from ..utils.files import alone, write_text
@@ -98,6 +98,7 @@ class Trainer(ABC):
         self.checkpoint_path = self.folder / "state.safetensors"
         self.pretrained_sha256 = ""
         self.started = self.last_saved = time.monotonic()
+        git_state()  # the record states the commit at the start
         if fabric.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(fabric.device)
 

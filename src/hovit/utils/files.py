@@ -94,12 +94,14 @@ def alone(folder: Path, wait: bool = False) -> Iterator[bool]:
             if not locked or _is_same(handle, path):
                 break
             os.close(handle)  # its holder has removed the file since: lock the new one
+            handle, locked = -1, False
             handle = _open_lock(folder, path)
         yield locked
     finally:
         if locked:
             path.unlink(missing_ok=True)
-        os.close(handle)
+        if handle >= 0:
+            os.close(handle)
 
 
 def _open_lock(folder: Path, path: Path) -> int:

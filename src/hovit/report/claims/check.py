@@ -14,6 +14,7 @@ from ...config.plan import Plan
 from ...config.schema import Claim, ClaimGroup, Config, split_ref
 from ...utils.errors import HovitError
 from ...utils.files import read_json, write_json
+from ..number import significant
 from ..order import NAMES
 from ..results import Results, Value
 from ..sources import Sources, load_sources, miscounted_last
@@ -42,6 +43,7 @@ class Verdict(Outcome):
         unit: unit of `measured` and `reported`.
         source: origin of the numbers: counted now, this run, or committed results.
         records: paths of the records that the verdict is based on.
+        others: (what it gives, its verdict) of each other source that has all numbers.
     """
 
     id: str
@@ -54,26 +56,35 @@ class Verdict(Outcome):
     unit: str
     source: str
     records: tuple[str, ...]
+    others: tuple[tuple[str, str], ...]
 
     @property
-    def label(self) -> str:
-        """The verdict for readers: `direction only (larger)`, `provisional (one seed): ...`."""
-        if self.verdict == "provisional":
-            return f"provisional (one seed): {self.detail}"
-        return f"{self.verdict} ({self.detail})" if self.detail else self.verdict
+    def with_noise(self) -> str:
+        """The measured number ± its noise; of a comparison, the two numbers."""
+        if self.noise and self.reported:
+            return f"{self.shown.removesuffix(self.unit)}± {significant(self.noise)} {self.unit}"
+        return self.shown
+
+    @property
+    def is_disputed(self) -> bool:
+        """Whether the records of another source give another verdict."""
+        return any(label.split(" (")[0] != self.verdict for _, label in self.others)
 
 
 def check_claim(sources: Sources, claim: Claim, paper: str) -> Verdict:
     """Check one claim against this run, or else the first committed results that have its numbers.
 
     All numbers of a verdict come from one source, so devices and data sets are never mixed. Sources
-    that count multiply-adds without fused attention are the last.
+    that count multiply-adds without fused attention are the last. The reason also names what each
+    other source gives, such as the records of another device.
     """
     missing: list[Missing] = []
-    for results in _in_turn(sources, claim):
+    turn = _in_turn(sources, claim)
+    for i, results in enumerate(turn):
         values = claim_values(results, claim)
         if not isinstance(values, Missing):
-            return _decided(results, claim, paper, values)
+            others = () if is_exact(claim) else _others(turn[i + 1 :], claim)
+            return _decided(results, claim, paper, values, others)
         missing.append(values)
     special = [each for each in missing if not each.is_general]
     names = [each.verdict for each in special]
@@ -94,16 +105,36 @@ def _in_turn(sources: Sources, claim: Claim) -> Sequence[Results]:
     return miscounted_last(sources.all, study, study.row(row_id), number)
 
 
-def _decided(results: Results, claim: Claim, paper: str, values: list[Value]) -> Verdict:
+def _others(sources: Sequence[Results], claim: Claim) -> tuple[tuple[str, str], ...]:
+    """(what it gives, its verdict) of each source that has all numbers of a claim."""
+    found = []
+    for results in sources:
+        values = claim_values(results, claim)
+        if not isinstance(values, Missing):
+            outcome = compare(results, claim, values)
+            source = _source(results, claim, values)
+            found.append((f"{source[0].upper()}{source[1:]} give {outcome.shown}", outcome.label))
+    return tuple(found)
+
+
+def _decided(
+    results: Results,
+    claim: Claim,
+    paper: str,
+    values: list[Value],
+    others: tuple[tuple[str, str], ...],
+) -> Verdict:
     """The verdict from a source that has all numbers."""
     outcome = compare(results, claim, values)
-    notes = [outcome.why, claim.note, *_stand_ins(results, claim)]
+    also = [f"{what}: {label}" for what, label in others]
+    notes = [outcome.why, claim.note, *_stand_ins(results, claim), *also]
     return _verdict(
         claim,
         paper,
         replace(outcome, why=". ".join(filter(None, notes))),
         source=_source(results, claim, values),
         records=tuple(sorted({str(path) for value in values for path in value.paths})),
+        others=others,
     )
 
 
@@ -113,6 +144,7 @@ def _verdict(
     outcome: Outcome,
     source: str = "",
     records: tuple[str, ...] = (),
+    others: tuple[tuple[str, str], ...] = (),
 ) -> Verdict:
     return Verdict(
         **vars(outcome),
@@ -126,6 +158,7 @@ def _verdict(
         unit=units(claim)[1],
         source=source,
         records=records,
+        others=others,
     )
 
 

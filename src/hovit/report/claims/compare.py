@@ -61,6 +61,13 @@ class Outcome:
     n: str = ""
     margin: float = 0.0
 
+    @property
+    def label(self) -> str:
+        """The verdict for readers: `direction only (larger)`, `provisional (one seed): ...`."""
+        if self.verdict == "provisional":
+            return f"provisional (one seed): {self.detail}"
+        return f"{self.verdict} ({self.detail})" if self.detail else self.verdict
+
 
 def referenced(results: Results, ref: str, absolute: bool) -> Value | Missing:
     """The number that a reference names, if the scale of the source checks such numbers.

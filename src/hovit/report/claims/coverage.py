@@ -119,7 +119,7 @@ def coverage_lines(rest: dict[str, Any], papers: list[str]) -> list[str]:
     differ = [cell for cell in rest["cells"] if cell["same"] is False and not cell["erratum"]]
     lines = ["", "## Coverage of the papers", "", ABOUT, ""]
     lines += ["| paper | claims | reported cells | not checkable |", "| :-- | --: | --: | --: |"]
-    for paper in dict.fromkeys(papers):
+    for paper in dict.fromkeys([*papers, *(cell["paper"] for cell in rest["cells"])]):
         parts = [[entry["paper"] for entry in rest[name]] for name in ("cells", "not_checkable")]
         counts = [each.count(paper) for each in (papers, *parts)]
         lines.append(f"| {paper} | {' | '.join(map(str, counts))} |")

@@ -18,17 +18,22 @@ ABOUT = """\
 - **direction only**: in the reported direction, but the effect is larger or smaller.
 - **provisional**: beyond the noise, but with only one random seed. The verdict that this seed
   suggests follows.
-- **within noise**: the difference is too small to tell.
+- **within noise**: the effect here is not larger than the noise, or the number is as close to the
+  reported one as the noise allows.
 - **contradicted**: in the opposite direction; or an effect where the paper reports none; or another
-  number where the claim is the number itself.
-- **not comparable**: measured on images that stand in for those of the paper.
+  number where the claim is the number itself, or a count.
+- **not comparable**: a reported accuracy, or an analysis of a trained model, on images that stand
+  in for those of the paper. Comparisons of two models on such images are judged.
 - **not measured**: there is no record; the reason is stated.
 
 Noise is half of a 95 % interval over random seeds and test images (accuracy and loss), or half the
-interquartile range of the ratios over rounds (times). The variance over seeds is pooled over the
-rows of a study. Models that were tested on the same images are compared image by image. The p of
-the exact McNemar test refers to these trained models alone; the noise also contains other seeds.
-Times are compared only by ratio and rank, because the device differs from that of the paper."""
+interquartile range of the ratios over rounds (times). The variance over seeds is pooled over
+models with the same recipe and images. The noise of a time is that of one record; at batch 1 and
+32 on a GPU, records differ by more. If other committed results have the numbers of a claim, such
+as those of another device, the reason also states what they give. Models that were tested on the
+same images are compared image by image. The p of the exact McNemar test refers to these trained
+models alone; the noise also contains other seeds. Times are compared only by ratio and rank,
+because the device differs from that of the paper."""
 
 
 def write_claims(plan: Plan, root: Path = Path()) -> str:

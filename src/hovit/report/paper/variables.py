@@ -14,7 +14,8 @@ from ...utils.errors import HovitError
 from ...utils.plural import plural
 from ...utils.strict import Strict
 from ...utils.yaml_file import load_file
-from ..claims.compare import Missing, referenced
+from ..claims.compare import Missing, against, referenced
+from ..number import significant
 from ..results import Results, Value
 from ..sources import Sources, miscounted_last
 from ..tables.columns import format_printed, format_value
@@ -27,7 +28,7 @@ DECIMALS = {"ratio": 2, "share": 1, "reduction": 1, "difference": 0}
 
 
 class Variable(Strict):
-    """One number of the text.
+    """One number of the text. A ratio of times, and a reduction, have their noise.
 
     kind `value`: of; `ratio`: of / to; `share`: 100 of / to percent; `reduction`:
     100 (1 - of / to) percent; `difference`: of - to.
@@ -38,6 +39,7 @@ class Variable(Strict):
     kind: Combination = "value"
     decimals: int | None = None  # None: the metric's own, or the kind's
     unit: str = ""
+    scale: str | None = None  # None: the largest that has all cells
 
 
 class Variables(Strict):
@@ -121,10 +123,10 @@ def resolve(sources: list[Results], name: str, variable: Variable) -> dict[str, 
     """A variable for the text: `text`, `value`, and the origin of the number.
 
     Args:
-        sources: the first that has all cells of the variable, at a scale that checks them, gives
-            the number. For an accuracy or loss, the source with the most rows of the study is the
-            first, as in tables, so that sentences compare numbers of one source. For
-            multiply-adds, sources that leave fused attention out are the last.
+        sources: the first that has all cells of the variable, at a scale that checks them (or at
+            the scale of the variable), gives the number. For an accuracy or loss, the source with
+            the most rows of the study is the first, as in tables, so that sentences compare numbers
+            of one source. For multiply-adds, sources that leave fused attention out are the last.
         name: name of the variable, for messages.
         variable: the variable.
 
@@ -133,11 +135,14 @@ def resolve(sources: list[Results], name: str, variable: Variable) -> dict[str, 
     """
     reasons = []
     for results in _best_first(sources, variable):
+        if variable.scale not in (None, results.plan.scale.id):
+            continue
         cells = _cells(results, name, variable)
         if not isinstance(cells, Missing):
             return _entry(results, variable, cells)
         reasons.append(cells.why)
-    nothing = {"text": MISSING, "why": reasons[0], "of": _meaning(variable), "records": [],
+    why = (*reasons, f"no records of scale {variable.scale}")[0]
+    nothing = {"text": MISSING, "why": why, "of": _meaning(variable), "records": [],
                "inexact": False}  # fmt: skip
     return nothing | dict.fromkeys(("field", "where", *CIRCUMSTANCES), "")
 
@@ -213,7 +218,10 @@ def _text(variable: Variable, number: float, cells: list[Cell]) -> str:
     if decimals is None:
         decimals = DECIMALS.get(variable.kind, 0)
     unit = metric.unit if variable.kind in ("value", "difference") else 1.0
-    return f"{number * unit:,.{decimals}f}"
+    text = f"{number * unit:,.{decimals}f}"
+    if variable.kind in ("ratio", "reduction") and all(c.value.samples for c in cells):
+        text += f" ± {significant(against(variable.kind, *(c.value for c in cells))[1], 2)}"
+    return text
 
 
 def _meaning(variable: Variable) -> str:

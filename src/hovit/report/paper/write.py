@@ -259,6 +259,7 @@ def _claim(verdict: Verdict) -> dict[str, Any]:
     reported = verdict.reported and format_printed(verdict.reported)
     shown = {
         "measured": verdict.shown,
+        "with_noise": verdict.with_noise,
         "reported": reported,
         "label": verdict.label,
         "name": NAMES[verdict.paper],
@@ -267,7 +268,7 @@ def _claim(verdict: Verdict) -> dict[str, Any]:
 
 
 def _costs(results: Results) -> list[dict[str, Any]]:
-    """Time and memory of a source's records: trainings and measurements, by device."""
+    """Time and memory of a source's records: training, measuring and analysing, by device."""
     plan = results.plan
     found = []
     for run in plan.all_runs:
@@ -276,6 +277,10 @@ def _costs(results: Results) -> list[dict[str, Any]]:
     for study in plan.config.studies.values():
         measured = results.measured(study)
         found += [("measuring", measured)] if measured else []
+    for analysis in plan.config.analyses.values():
+        task = plan.analyse_task(analysis)
+        analysed = results.record(task) if task else None
+        found += [("analysing", analysed)] if analysed else []
     lines: dict[tuple[str, str], list[Any]] = {}
     for what, record in found:
         lines.setdefault((what, str(record.provenance.device)), []).append(record)
@@ -301,10 +306,13 @@ def _facts(
 ) -> dict[str, dict[str, Any]]:
     """Variables that count over everything rather than name a cell."""
     claims = ("results/claims.json",)
+    disputed = [v.verdict for v in verdicts if v.group == "paper" and v.is_disputed]
     numbers = {
         "claims": (sum(counts(verdicts).values()), claims),
         "own-checks": (sum(counts(verdicts, "own").values()), claims),
         "errata": (counts(verdicts, "errata")["erratum"], claims),
+        "claims-disputed": (len(disputed), claims),
+        "claims-contradicted-once": (disputed.count("contradicted"), claims),
         "not-checkable": (len(rest["not_checkable"]), claims),
         "reported-cells": (len(rest["cells"]), claims),
         "tables": (len(tables), ("config/studies",)),
