@@ -1,5 +1,6 @@
 """A CUDA graph for a CPU: records the operators of a function, and runs them again at a replay."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,3 +62,16 @@ class RecordedCallable(GraphedCallable):
 
 def _tensors(outputs: Any) -> list[Tensor]:
     return [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
+
+
+def capture(fn: Callable[..., Any], *inputs: Tensor, warmup: int = 3) -> GraphedCallable:
+    """Warm up and capture a function without side effects.
+
+    Args:
+        fn: the function.
+        inputs: example inputs; the graph keeps copies of them, into which later calls copy theirs.
+        warmup: eager calls before the capture.
+    """
+    graphed = GraphedCallable(fn, warmup)
+    graphed.prepare(*inputs)
+    return graphed

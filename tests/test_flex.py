@@ -182,7 +182,7 @@ def test_compiled_on_a_card(
 @pytest.mark.parametrize("name", flex.SCORES)
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
 def test_on_a_card_autocast_plain_and_graphs(device: str, name: str) -> None:
-    from hovit.utils.graphs import capture
+    from recorded_graph import capture
 
     q, k, v, bias, temperature = inputs((2, 4, 196, 64), True, device=device)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -11,7 +12,7 @@ from hovit.config.plan import Plan
 from hovit.config.runs import Run, Weights
 from hovit.config.schema import Recipe
 from hovit.data.features import FrontFeatures
-from hovit.data.loader import to_input
+from hovit.data.loader import make_loader, to_input
 from hovit.training import classification
 from hovit.training.checkpoint import load_weights, save_weights
 from hovit.training.classification import ClassificationTrainer, train
@@ -85,8 +86,8 @@ def test_features_are_those_of_each_image(plan: Plan, packed: Path, weights_file
     pixels = classification.PackedImages(
         classification.open_images(run.pack, packed / run.pack.folder), fabric.device
     )
-    assert len(features) == len(pixels)
-    batch, labels = features.__getitems__([5, 1])
+    assert len(features.images) == len(pixels)
+    ((batch, labels),) = make_loader(features, [np.array([5, 1])], fabric.device)
     images, same = pixels.__getitems__([5, 1])
     assert torch.equal(labels, same)
     with torch.no_grad():

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from recorded_graph import capture
 from torch import Tensor, nn
 
-from hovit.utils.graphs import GraphedCallable, SyncLog, capture
+from hovit.utils.graphs import GraphedCallable, SyncLog
 
 NO_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CARD])]

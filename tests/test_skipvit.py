@@ -12,6 +12,7 @@ import torch
 from conftest import small_run
 from hypothesis import given
 from hypothesis import strategies as st
+from recorded_graph import capture
 from torch import Tensor
 
 import hovit.models  # noqa: F401 (registers)
@@ -23,7 +24,7 @@ from hovit.models.token_skipping import choose, class_attention, fuse, put_back,
 from hovit.training.classification import train
 from hovit.training.trainer import Options, make_fabric
 from hovit.utils.errors import HovitError, OutOfTime
-from hovit.utils.graphs import SyncLog, capture
+from hovit.utils.graphs import SyncLog
 
 POSTER = [  # Table 1
     "6(45%)+fused token",

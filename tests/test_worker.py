@@ -68,6 +68,17 @@ def test_a_command_has_its_own_environment(folder: Path) -> None:
         assert f"{root}/" in done.stderr
 
 
+def test_a_worker_that_has_died_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept = []
+    monkeypatch.setattr(worker.time, "sleep", slept.append)
+    monkeypatch.setenv(worker.VARIABLE, str(tmp_path / "none.sock"))
+    monkeypatch.setenv(worker.STARTED_AT, str(time.time() - worker.PATIENCE - 1))
+    assert worker.hand_over(["list"]) is None
+    assert not slept
+
+
 def test_a_log_ends_with_the_cpu_time(folder: Path) -> None:
     with open(folder / "log", "w") as log:
         env = os.environ | {worker.VARIABLE: worker.SOCKET}

@@ -1,20 +1,17 @@
 """Pooled features of a frozen front, computed once for all images of a pack."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from .loader import Batch, PackedImages, eval_batches, make_loader, to_input
+from .loader import PackedImages, eval_batches, make_loader, to_input
 
 BATCH = 32
 
 
-class FrontFeatures(Dataset[Batch]):
-    """Features of all images, kept on the device of the model; batches as of `PackedImages`.
+class FrontFeatures:
+    """Features of all images, kept on the device of the model, for `make_loader`.
 
     Args:
         model: a model with `front_features`, as in `hovit.models.front`.
@@ -39,10 +36,3 @@ class FrontFeatures(Dataset[Batch]):
         model.train(training)
         self.images = torch.cat(found)  # [N, F]
         self.labels = images.labels.to(device)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        index = torch.as_tensor(np.asarray(indices), device=self.images.device)
-        return self.images[index], self.labels[index]

@@ -26,6 +26,7 @@ import traceback
 from contextlib import suppress
 
 VARIABLE = "HOVIT_WORKER"
+STARTED_AT = "HOVIT_WORKER_STARTED_AT"  # seconds since the epoch
 SOCKET = ".snakemake/hovit.sock"  # relative: a socket's path has at most 107 bytes
 LOG = "logs/worker.log"
 STARTED = b"s"  # what a fork sends first; its exit code follows
@@ -51,7 +52,7 @@ def start() -> subprocess.Popen[bytes]:
     os.makedirs(os.path.dirname(LOG), exist_ok=True)
     with suppress(FileNotFoundError):
         os.unlink(SOCKET)
-    os.environ[VARIABLE] = SOCKET
+    os.environ |= {VARIABLE: SOCKET, STARTED_AT: str(time.time())}
     with open(LOG, "w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "hovit.pipeline.worker"],
@@ -95,13 +96,13 @@ def hand_over(arguments: list[str]) -> int | None:
 
 def _connected(connection: socket.socket, path: str) -> bool:
     """Connect; a worker that has just been started needs a moment to listen."""
-    until = time.monotonic() + PATIENCE
+    until = float(os.environ.get(STARTED_AT, time.time())) + PATIENCE
     while True:
         try:
             connection.connect(path)
             return True
         except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
-            if time.monotonic() > until:
+            if time.time() > until:
                 return False
             time.sleep(0.02)
 

@@ -254,19 +254,6 @@ class GraphedCallable:
         return held.outputs
 
 
-def capture(fn: Callable[..., Any], *inputs: Tensor, warmup: int = 3) -> GraphedCallable:
-    """Warm up and capture a function without side effects.
-
-    Args:
-        fn: the function.
-        inputs: example inputs; the graph keeps copies of them, into which later calls copy theirs.
-        warmup: eager calls before the capture.
-    """
-    graphed = GraphedCallable(fn, warmup)
-    graphed.prepare(*inputs)
-    return graphed
-
-
 @contextmanager
 def _sync_warnings(syncs: Counter[str]) -> Iterator[None]:
     """Count the places where PyTorch waits for a GPU, and pass on other warnings."""

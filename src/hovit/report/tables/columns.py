@@ -221,7 +221,12 @@ class _Builder:
         ratios = [baseline_ratio(whose, self.study, row, number) for row in self.study.rows]
         if inverse:
             ratios = [1 / ratio if ratio else None for ratio in ratios]
-        cells = tuple(f"{ratio:.{decimals}f}" if ratio else NOTHING for ratio in ratios)
+        cells = tuple(
+            f"{ratio:.{decimals}f}"
+            + MISCOUNTED * is_miscounted(whose, whose.value(self.study, row, number), number)
+            if ratio else NOTHING
+            for ratio, row in zip(ratios, self.study.rows, strict=True)
+        )  # fmt: skip
         sources = tuple(results if ratio else None for ratio in ratios)
         return Column(
             RATIO_HEADING, source, kind, number, cells, sources, ratio=True, inverse=inverse

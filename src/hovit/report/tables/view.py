@@ -278,7 +278,9 @@ def _of_device(
     if metric.name == "throughput" and (macs := quantity("macs")):
         blocks.append([("× by MACs", _ratios(results, study, macs, inverse=True))])
     title = f"{metric.heading}: {kind(results)}, {_timing(results, study)}"
-    return Part(title, blocks, _labels(study, lambda i: results, trained=False))
+    labels = _labels(study, lambda i: results, trained=False)
+    marked = any(MISCOUNTED in cell for block in blocks for _, cells in block for cell in cells)
+    return Part(title, blocks, labels, (f"{MISCOUNTED} {MISCOUNTED_NOTE}",) * marked)
 
 
 def _timing(results: Results, study: Study) -> str:
@@ -296,4 +298,11 @@ def _timing(results: Results, study: Study) -> str:
 
 def _ratios(results: Results, study: Study, number: Quantity, inverse: bool = False) -> list[str]:
     ratios = [baseline_ratio(results, study, row, number) for row in study.rows]
-    return [significant(1 / r if inverse else r) if r else NOTHING for r in ratios]
+    marks = [
+        MISCOUNTED * is_miscounted(results, results.value(study, row, number), number)
+        for row in study.rows
+    ]
+    return [
+        significant(1 / ratio if inverse else ratio) + mark if ratio else NOTHING
+        for ratio, mark in zip(ratios, marks, strict=True)
+    ]

@@ -149,6 +149,8 @@ def _numbers(
             found |= {f"{before}{each}_{spread}": value.spread, f"{before}{each}_n": value.n}
         if value and number.metric.derived_from:
             low, high = value.interval
+            if not isinstance(value, PairedValue):  # a percentage
+                low, high = max(low, 0.0), min(high, 100.0)
             found |= {f"{before}{each}_low": low, f"{before}{each}_high": high}
         if isinstance(value, PairedValue):
             counts = {"better": value.better, "worse": value.worse, "p": value.p}
