@@ -97,7 +97,7 @@ def imagenet(wildcards):
 
 
 def timing_threads(threads):
-    """Return all cores: a measurement uses the machine alone, if this scale checks latency."""
+    """Return all cores, so that a measurement has the machine alone, if this scale checks latency."""
     all_cores = workflow.resource_settings.cores and workflow.cores
     return (
         all_cores or PLAN.scale.threads if "latency" in PLAN.scale.judges else threads

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +15,7 @@ from synthetic import CPU, GPU, measure_record, train_record
 
 from hovit.config.metrics import quantity
 from hovit.config.plan import Plan, load_plan
-from hovit.config.schema import Claim
+from hovit.config.schema import Claim, Study
 from hovit.records.record import read_record, write_record
 from hovit.report.claims.check import (
     ACCEPTED,
@@ -137,6 +138,23 @@ def test_rows_of_a_table_come_from_one_source_where_possible(plan: Plan, root: P
     variables = [Variable(of=f"hovit/{row}/top1") for row in ("hovit", "levit_deck")]
     found = [resolve(by_scale(sources), row.of, row) for row in variables]
     assert {each["scale"] for each in found} == {"mini"}
+    of_scale = Variable(of="hovit/hovit/top1", scale="proxy")
+    assert resolve(by_scale(sources), "x", of_scale)["scale"] == "proxy"
+    nowhere = Variable(of="hovit/hovit/top1", scale="paper")
+    assert resolve(by_scale(sources), "x", nowhere)["why"] == "no records of scale paper"
+
+
+def test_a_ratio_of_times_has_its_noise(plan: Plan, root: Path) -> None:
+    times = {"of": "hovit/hovit/latency_32", "to": "hovit/levit_deck/latency_32"}
+    ratio, saved = (
+        resolve(by_scale(load_sources(plan, root)), "x", Variable(**times, kind=kind))["text"]
+        for kind in ("ratio", "reduction")
+    )
+    assert re.fullmatch(r"\d\.\d\d ± 0\.\d+", ratio)
+    assert re.fullmatch(r"−?\d+\.\d ± \d\.\d+", saved)
+    counts = {"of": "hovit/hovit/parameters", "to": "hovit/levit_deck/parameters"}
+    exact = Variable(**counts, kind="ratio")
+    assert "±" not in resolve(by_scale(load_sources(plan, root)), "x", exact)["text"]
 
 
 def test_without_evidence_no_cell_has_evidence(plan: Plan, root: Path) -> None:
@@ -376,18 +394,30 @@ def test_what_is_not_measured_says_why(plan: Plan, root: Path) -> None:
     assert (found.verdict, found.measured) == ("not measured", None)
 
 
-def test_noise_is_that_of_the_seeds_and_of_their_images(plan: Plan, root: Path) -> None:
-    """The variance over random seeds is pooled over all runs with the same recipe and images."""
-    study, value = plan.study("hovit"), value_of(plan, root, "hovit")
-    every = [(each, row) for each in plan.config.studies.values() for row in each.rows]
-    runs = {run.id: run for each, row in every for run in plan.runs_of(each, row)}
+def pooled(plan: Plan, root: Path, studies: Iterable[Study]) -> float:
+    """Half the 95 % interval over two seeds: each row is right in x and x + 1 %, or 100 % twice."""
+    rows = [(study, row) for study in studies for row in study.rows]
+    runs = {run.id: run for study, row in rows for run in plan.runs_of(study, row)}
     own = (plan.run("hovit.pets.deck").recipe, "pets")
     alike = [run for run in runs.values() if (run.recipe, run.role) == own]
-    assert len(alike) > len(study.rows)
-    # Each is right in x and x + 1 %, the last ones in 100 % twice.
     records = [read_record(root / plan.run(run.id, 0).folder / "record.json") for run in alike]
     varying = sum(record.results["top1"] < 100 for record in records)
-    seeds = student(len(alike)) * (0.5 * varying / len(alike)) ** 0.5 / 2**0.5
+    return student(len(alike)) * (0.5 * varying / len(alike)) ** 0.5 / 2**0.5
+
+
+def test_noise_is_that_of_the_seeds_and_of_their_images(plan: Plan, root: Path) -> None:
+    """The variance over random seeds is pooled over the runs with the same recipe and images.
+
+    Of this run, over those of the study; of evidence, over all.
+    """
+    study, value = plan.study("hovit"), value_of(plan, root, "hovit")
+    shutil.copytree(root / "results/runs", root / "results/evidence/test-cpu")
+    evidence = Results(plan, root, Path("results/evidence/test-cpu"))
+    of_all = evidence.value(study, study.row("hovit"), "top1")
+    assert of_all is not None
+    assert of_all.seed_noise == pytest.approx(pooled(plan, root, plan.config.studies.values()))
+    seeds = pooled(plan, root, [study])
+    assert of_all.seed_noise < seeds
     share = value.mean / 100
     images = 196 * (share * (1 - share) / 1100) ** 0.5  # the same 1,100 images for every seed
     assert value.seed_noise == pytest.approx(seeds)

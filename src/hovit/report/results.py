@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ class PairedValue(Value):
 class Results(RecordSource):
     """The numbers in the records of one source."""
 
-    _seed_variances: dict[tuple[str, str, str], tuple[float, int]] = field(
+    _seed_variances: dict[tuple[str, str, str, str], tuple[float, int]] = field(
         default_factory=dict, compare=False, repr=False
     )
 
@@ -157,21 +158,26 @@ class Results(RecordSource):
     def seed_variance(self, study: Study, row: Row, metric: str) -> tuple[float, int]:
         """The variance of a metric over random seeds, and its degrees of freedom.
 
-        It is pooled over all rows, of any study, that share the row's recipe and images. A row with
-        one seed therefore has the seed noise of the others, one with two is not judged by two
-        numbers alone, and a run has the same noise in every table. Where each seed draws its own
-        test images, it contains the variance that this causes, so that the noise is too large
-        rather than too small.
+        It is pooled over the rows that share the row's recipe and images. A row with one seed
+        therefore has the seed noise of the others, and one with two is not judged by two numbers
+        alone. In evidence, these are rows of all studies, so a run has the same noise in every
+        table. In this run, they are rows of the study, because its table is made as soon as its own
+        runs are trained. Where each seed draws its own test images, the variance contains what this
+        causes, so that the noise is too large rather than too small.
         """
         run = self.plan.runs_of(study, row)[0]
-        key = run.recipe.model_dump_json(), run.role, metric
+        pool = "" if self.is_evidence else study.id
+        key = pool, run.recipe.model_dump_json(), run.role, metric
         if key not in self._seed_variances:
-            self._seed_variances[key] = self._pooled_variance(run, metric)
+            studies = self.plan.config.studies.values() if self.is_evidence else [study]
+            self._seed_variances[key] = self._pooled_variance(studies, run, metric)
         return self._seed_variances[key]
 
-    def _pooled_variance(self, run: Run, metric: str) -> tuple[float, int]:
+    def _pooled_variance(
+        self, studies: Iterable[Study], run: Run, metric: str
+    ) -> tuple[float, int]:
         groups: dict[str, list[float]] = {}
-        for study in self.plan.config.studies.values():
+        for study in studies:
             for row in study.rows:
                 runs = self.plan.runs_of(study, row)
                 alike = runs and (runs[0].recipe, runs[0].role) == (run.recipe, run.role)

@@ -15,7 +15,7 @@ from ...utils.plural import plural
 from ...utils.strict import Strict
 from ...utils.yaml_file import load_file
 from ..claims.compare import Missing, against, referenced
-from ..number import significant
+from ..number import minus, significant
 from ..results import Results, Value
 from ..sources import Sources, miscounted_last
 from ..tables.columns import format_printed, format_value
@@ -221,7 +221,7 @@ def _text(variable: Variable, number: float, cells: list[Cell]) -> str:
     text = f"{number * unit:,.{decimals}f}"
     if variable.kind in ("ratio", "reduction") and all(c.value.samples for c in cells):
         text += f" ± {significant(against(variable.kind, *(c.value for c in cells))[1], 2)}"
-    return text
+    return minus(text)
 
 
 def _meaning(variable: Variable) -> str:
