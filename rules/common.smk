@@ -97,15 +97,14 @@ def imagenet(wildcards):
 
 
 def timing_threads(threads):
-    """Return all cores, so that a measurement has the machine alone, if this scale checks latency."""
-    all_cores = workflow.resource_settings.cores and workflow.cores
-    return (
-        all_cores or PLAN.scale.threads if "latency" in PLAN.scale.judges else threads
-    )
+    """Return all cores where a scale checks latency: a measurement has the machine alone."""
+    if "latency" not in PLAN.scale.judges:
+        return threads
+    return (workflow.resource_settings.cores and workflow.cores) or PLAN.scale.threads
 
 
 def analysis_threads(wildcards):
-    """Return all cores for an analysis that measures time."""
+    """Return the threads of an analysis; one that measures time is a measurement."""
     kind = ANALYSIS_KINDS[PLAN.analysis(wildcards.analysis).kind]
     threads = PLAN.scale.threads
     return timing_threads(threads) if kind.measures_time else threads

@@ -316,6 +316,24 @@ def test_the_table_shows_it_and_says_of_what_it_is(plan, images, tmp_path, monke
     assert "hovit evaluate backbones" in explain(plan, "backbones", "deit_b", "top1")
 
 
+@pytest.mark.slow
+def test_snakemake_keeps_the_rows_that_it_evaluated_before(plan, images, tmp_path):
+    for name in ("Snakefile", "rules", "profiles", "config", "paper"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    given = tmp_path / "given"
+    given.mkdir()
+    target = plan.evaluate_task(plan.study("efficientvit_imagenet")).path
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", str(target)]
+    settings = ["--config", f"imagenet={images}", f"weights={given}"]
+    for model, kept in (("efficientvit_m0", {"m0"}), ("efficientvit_m1", {"m0", "m1"})):
+        for earlier in given.iterdir():
+            earlier.unlink()
+        save_file(create_model(model).state_dict(), given / f"{model}.safetensors")
+        done = subprocess.run([*command, *settings], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert read_record(tmp_path / target).results["rows"].keys() == kept
+
+
 def test_evidence_takes_an_evaluation_by_spec_and_code(plan, images, tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "_package_at", lambda root, commit: PACKAGE)
     table = plan.study("efficientvit_imagenet")

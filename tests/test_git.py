@@ -5,8 +5,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import small_run
 
+from hovit.config.plan import Plan
 from hovit.records.record import git_state
+from hovit.training.classification import ClassificationTrainer
+from hovit.training.trainer import Options, make_fabric
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +37,20 @@ def test_a_repository_and_a_change_in_it(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("b")
     git_state.cache_clear()
     assert git_state(tmp_path) == (commit, True)
+
+
+def test_a_record_states_the_commit_at_the_start_of_its_run(
+    packed: Path, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = tmp_path / "sources"
+    commit = repository(sources)
+    monkeypatch.chdir(sources)
+    run, fabric = small_run(plan), make_fabric("32-true", "cpu")
+    trainer = ClassificationTrainer(run, fabric, packed, Options())
+    (sources / "file").write_text("b")
+    trainer.fit()
+    record = trainer.finish()
+    assert (record.provenance.commit, record.provenance.dirty) == (commit, False)
 
 
 def test_a_folder_inside_another_repository_has_no_commit(tmp_path: Path) -> None:

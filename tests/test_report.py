@@ -144,6 +144,23 @@ def test_rows_of_a_table_come_from_one_source_where_possible(plan: Plan, root: P
     assert resolve(by_scale(sources), "x", nowhere)["why"] == "no records of scale paper"
 
 
+def test_a_range_has_the_ratios_of_all_studies(plan: Plan, root: Path) -> None:
+    variable = Variable(
+        of="hovit/levit_deck_fixed/latency_32", to="hovit/levit_deck/latency_32", kind="range"
+    )
+    path = root / plan.measure_task(plan.study("depth")).path
+    record = read_record(path)
+    batch = record.results["rows"]["levit_deck_fixed"]["latency"]["32"]
+    base = record.results["rows"]["levit_deck"]["latency"]["32"]["median"]
+    for factor in (0.5, 3.0):
+        batch["median"] = factor * base
+        write_record(path, record)
+        sources = by_scale(load_sources(plan, root))
+        ends = resolve(sources, "x", variable)["text"].split(" to ")
+        assert ends[factor > 1] == f"{factor:.2f}"
+        assert 0.5 < float(ends[factor < 1]) < 3
+
+
 def test_a_ratio_of_times_has_its_noise(plan: Plan, root: Path) -> None:
     times = {"of": "hovit/hovit/latency_32", "to": "hovit/levit_deck/latency_32"}
     ratio, saved = (

@@ -62,7 +62,7 @@ def _check_scales(config: Config, root: Path, must: Must) -> None:
             if role == "coco" and scale.precision != "32-true":
                 raise HovitError(
                     f"{root}/{file}: precision {scale.precision}: detectors train at 32-true only, "
-                    "because boxes in mixed precision would be rounded to whole pixels"
+                    "because mixed precision rounds the boxes"
                 )
         if scale.photographs:
             must(config.datasets, scale.photographs, f"{file}: photographs")

@@ -184,9 +184,9 @@ def results_section(sources: Sources) -> str:
             "these images only.",
             "",
             f"These are {len(HEADLINES)} statements of general interest. `results/claims.md` lists "
-            f"and explains all claims: {tally(every)}. For {disputed} claims of the papers, the "
-            "committed records of another device give another verdict; `results/claims.md` names "
-            "both.",
+            f"and explains all claims: {tally(every)}. For {disputed} claims of the papers, "
+            "committed records of another device or scale give another verdict; "
+            "`results/claims.md` names both.",
             "",
             f"![Ratios in the papers and measured ratios, with half the interquartile range "
             f"over rounds]({PICTURE})",

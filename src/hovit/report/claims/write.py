@@ -29,11 +29,11 @@ ABOUT = """\
 Noise is half of a 95 % interval over random seeds and test images (accuracy and loss), or half the
 interquartile range of the ratios over rounds (times). The variance over seeds is pooled over
 models with the same recipe and images (of this run: in the same study). The noise of a time is
-that of one record; at batch 1 and 32 on a GPU, records differ by more. If other committed results
-have the numbers of a claim, such as those of another device, the reason also states what they
-give. Models that were tested on the same images are compared image by image. The p of the exact
-McNemar test refers to these trained models alone; the noise also contains other seeds. Times are
-compared only by ratio and rank, because the device differs from that of the paper."""
+that of one record; separate processes differ more (`bench/allocator.py`). If other committed
+results have the numbers of a claim, such as those of another device, the reason also states what
+they give. Models that were tested on the same images are compared image by image. The p of the
+exact McNemar test refers to these trained models alone; the noise also contains other seeds. Times
+are compared only by ratio and rank, because the device differs from that of the paper."""
 
 
 def write_claims(plan: Plan, root: Path = Path()) -> str:

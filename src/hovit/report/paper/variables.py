@@ -22,7 +22,7 @@ from ..tables.columns import format_printed, format_value
 
 VARIABLES = Path("paper/variables.yaml")
 MISSING = "not measured"
-Combination = Literal["value", "ratio", "share", "reduction", "difference"]
+Combination = Literal["value", "ratio", "share", "reduction", "difference", "range"]
 CIRCUMSTANCES = ("device", "n", "scale", "dataset", "model")
 DECIMALS = {"ratio": 2, "share": 1, "reduction": 1, "difference": 0}
 
@@ -31,7 +31,8 @@ class Variable(Strict):
     """One number of the text. A ratio of times, and a reduction, have their noise.
 
     kind `value`: of; `ratio`: of / to; `share`: 100 of / to percent; `reduction`:
-    100 (1 - of / to) percent; `difference`: of - to.
+    100 (1 - of / to) percent; `difference`: of - to; `range`: the smallest and the largest of / to
+    of the studies that have both rows and measure them themselves.
     """
 
     of: Ref
@@ -138,9 +139,12 @@ def resolve(sources: list[Results], name: str, variable: Variable) -> dict[str, 
         if variable.scale not in (None, results.plan.scale.id):
             continue
         cells = _cells(results, name, variable)
-        if not isinstance(cells, Missing):
+        if isinstance(cells, Missing):
+            reasons.append(cells.why)
+        elif variable.kind == "range":
+            return _range(results, variable, cells)
+        else:
             return _entry(results, variable, cells)
-        reasons.append(cells.why)
     why = (*reasons, f"no records of scale {variable.scale}")[0]
     nothing = {"text": MISSING, "why": why, "of": _meaning(variable), "records": [],
                "inexact": False}  # fmt: skip
@@ -178,6 +182,25 @@ def _entry(results: Results, variable: Variable, cells: list[Cell]) -> dict[str,
         for key in CIRCUMSTANCES
     }
     return entry | facts | {"where": Origin((), "", **facts).where()}
+
+
+def _range(results: Results, variable: Variable, cells: list[Cell]) -> dict[str, Any]:
+    """The smallest and the largest ratio of the same two models over the studies of one source."""
+    found: list[dict[str, Any]] = []
+    number = cells[0].number
+    ids = [cell.row.id for cell in cells]
+    models = [(cell.row.model, cell.row.model_args) for cell in cells]
+    for study in results.plan.config.studies.values():
+        rows = [row for each in ids for row in study.rows if row.id == each and not row.same_as]
+        values = [results.value(study, row, number) for row in rows]
+        if [(row.model, row.model_args) for row in rows] == models and all(values):
+            pairs = zip(rows, values, strict=True)
+            own = [Cell(study, row, number, value) for row, value in pairs if value]
+            found.append(_entry(results, variable.model_copy(update={"kind": "ratio"}), own))
+    low, high = (f"{each(one['value'] for one in found):.2f}" for each in (min, max))
+    records = sorted({path for one in found for path in one["records"]})
+    text = low if low == high else f"{low} to {high}"
+    return found[0] | {"text": text + variable.unit, "records": records, "of": _meaning(variable)}
 
 
 def _cells(results: Results, name: str, variable: Variable) -> list[Cell] | Missing:
@@ -225,8 +248,9 @@ def _text(variable: Variable, number: float, cells: list[Cell]) -> str:
 
 
 def _meaning(variable: Variable) -> str:
-    signs = {"ratio": "{of} ÷ {to}", "share": "{of} in % of {to}",
-             "reduction": "{of} less than {to}, in %", "difference": "{of} − {to}"}  # fmt: skip
+    signs = {"ratio": "{of} ÷ {to}", "range": "{of} ÷ {to}, in each study",
+             "share": "{of} in % of {to}", "reduction": "{of} less than {to}, in %",
+             "difference": "{of} − {to}"}  # fmt: skip
     return signs.get(variable.kind, "{of}").format(of=variable.of, to=variable.to)
 
 
