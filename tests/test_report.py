@@ -144,6 +144,12 @@ def test_rows_of_a_table_come_from_one_source_where_possible(plan: Plan, root: P
     assert resolve(by_scale(sources), "x", nowhere)["why"] == "no records of scale paper"
 
 
+def test_threads_belong_to_times(plan: Plan, root: Path) -> None:
+    results = Results(plan, root)
+    assert results.where(plan.study("hovit")).endswith(f", {CPU}")
+    assert results.where(plan.study("scratch")).endswith(f", {CPU.name}")  # only counted
+
+
 def test_a_range_has_the_ratios_of_all_studies(plan: Plan, root: Path) -> None:
     variable = Variable(
         of="hovit/levit_deck_fixed/latency_32", to="hovit/levit_deck/latency_32", kind="range"

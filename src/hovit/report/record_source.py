@@ -315,8 +315,7 @@ class RecordSource:
         trained = [pair for row in self.plan.rows_run(study) for pair in self.trained(study, row)]
         found = [run.dataset.title for run, _ in trained]
         devices = {record.provenance.device.name for _, record in trained}
-        if measured := self.measured(study):
-            timed = measured.provenance.device
+        if timed := self.latency_device(study):
             devices = devices - {timed.name} | {str(timed)}
         name = "committed results" if self.is_evidence else "this run"
         return ", ".join([f"{name}: {self.plan.scale.id}", *dict.fromkeys(found), *sorted(devices)])
