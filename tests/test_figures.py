@@ -88,7 +88,15 @@ def test_attention_latency_has_dots_on_one_scale(evidence: Path) -> None:
     assert len({ax.get_xlim() for ax in canvas.axes}) == 1
     for ax in canvas.axes:
         points = [p for c in ax.containers for p in c[0].get_xydata() if np.isfinite(p).all()]
-        assert {y for _, y in points} == {*range(len(ax.get_yticks()))}  # no empty row
+        assert {round(y) for _, y in points} == {*range(len(ax.get_yticks()))}  # no empty row
+        assert len({y for _, y in points}) == len(points)  # no mark behind another
+        assert all(ax.get_xlim()[0] < x < ax.get_xlim()[1] for x, _ in points)
+
+
+def test_a_single_accuracy_is_inside_the_axis(evidence: Path) -> None:
+    canvas = drawn(load_plan("mini", ROOT / "config"), evidence, "five_ideas")
+    (hovit,) = [x for x in canvas.axes[2].containers[0][0].get_xdata() if np.isfinite(x)]
+    assert hovit < 0.97 * canvas.axes[2].get_xlim()[1]
 
 
 def test_every_point_of_accuracy_latency_is_in_the_legend(evidence: Path) -> None:

@@ -124,7 +124,7 @@ def runtime_breakdown(results: Results) -> "Canvas":
     for i, ref in enumerate(found):
         for share in published.get(ref, ()):
             ax.plot([100 - share] * 2, [i - 0.45, i + 0.45], color=style.REPORTED, linewidth=2.5,
-                    marker="", label=f"paper, V100: {share} % bound by memory")  # fmt: skip
+                    marker="", label=f"paper: {share} % bound by memory")  # fmt: skip
     names = [study.row(ref.split("/")[1]).label for ref in found]
     ax.set_yticks(range(len(found)), names)
     ax.invert_yaxis()

@@ -94,6 +94,7 @@ def attention_latency(results: Results) -> "Canvas":
         ax.set_yticks(range(len(rows))[::-1], [_short(row.label) for row in rows], fontsize=5.5)
         ax.set_title(title)
     _ratio_axis(axes[0])
+    axes[0].margins(x=0.08)
     axes[1].set_xlabel("Latency relative to dot-product attention (logarithmic)")
     canvas.legend(keys.values(), keys.keys(), loc="outside upper center", ncols=len(keys),
                   handletextpad=0.2, columnspacing=1.5)  # fmt: skip
@@ -113,7 +114,7 @@ def latency_dots(
         rows: rows with their studies.
 
     Returns:
-        label -> handle, for the legend.
+        label -> handle, for the legend; only of series with a ratio.
     """
     from . import style
 
@@ -121,12 +122,17 @@ def latency_dots(
     series = [("reported_latency", "deck (batch not stated)", style.REPORTED_LOOK)]
     for number, look in zip(results.batches(study), style.BATCH_LOOKS, strict=False):
         series.append((str(number), f"{name}, batch {number.batch}", look))
-    y = np.arange(len(rows))[::-1]
-    handles = {}
+    known = []
     for metric, label, look in series:
         ratios = [baseline_ratio(results, of, row, metric) or np.nan for of, row in rows]
+        if not np.isnan(ratios).all():
+            known.append((metric, label, look, ratios))
+    y = np.arange(len(rows))[::-1]
+    shifts = 0.1 * np.arange(len(known) - 1, -len(known), -2)  # so that no mark hides another
+    handles = {}
+    for shift, (metric, label, look, ratios) in zip(shifts, known, strict=True):
         errors = [ratio_error(results, of, row, metric) for of, row in rows]
-        handles[label] = ax.errorbar(ratios, y, xerr=errors, linestyle="", elinewidth=0.8,
+        handles[label] = ax.errorbar(ratios, y + shift, xerr=errors, linestyle="", elinewidth=0.8,
                                      label=label, **look)  # fmt: skip
     ax.axvline(1, color="black", linewidth=0.8, marker="")
     return handles

@@ -116,7 +116,8 @@ def _idea_accuracies(
     ax.errorbar(means, np.arange(len(rows))[::-1], xerr=spreads, linestyle="", **look)
     ax.set_title(_images(results, is_reported))
     ax.set_xlabel("Test top-1, %")
-    ax.set_xlim(left=0)
+    ends = [v.mean + spread for v, spread in zip(found, spreads, strict=True) if v]
+    ax.set_xlim(0, 1.05 * max(ends, default=100))
 
 
 def _images(results: Results, is_reported: bool) -> str:
