@@ -29,6 +29,7 @@ from hovit.report.claims.check import (
 from hovit.report.claims.write import write_claims
 from hovit.report.figures.draw import FIGURES, draw
 from hovit.report.noise import student
+from hovit.report.number import significant
 from hovit.report.paper.variables import Variable, by_scale, resolve
 from hovit.report.results import Results, Value
 from hovit.report.sources import Sources, load_sources
@@ -378,12 +379,18 @@ def test_stand_in_images_are_not_comparable(plan: Plan, root: Path) -> None:
     found = {v.id: v for v in check_all(load_sources(plan, root))}
     absolute, analysis = found["timm-poor-from-scratch"], found["taylor-v-late"]
     assert (absolute.verdict, absolute.measured) == ("not comparable", None)
-    assert absolute.why == "measured on Tiny-ImageNet-37, which stands in for Oxford-IIIT Pet"
+    results, study = Results(plan, root), plan.study("scratch")
+    own = results.value(study, study.row("resnet50"), "top1")
+    assert own is not None
+    number = f"{own.mean:.2f} ± {significant(own.noise)} % (2 random seeds)"
+    where = "measured on Tiny-ImageNet-37, which stands in for Oxford-IIIT Pet"
+    assert absolute.why == f"{where}: {number}"
     row = plan.study("mhsa_share").row("swin")
-    top1 = Results(plan, root).value(plan.study("mhsa_share"), row, "top1")
+    top1 = results.value(plan.study("mhsa_share"), row, "top1")
     assert top1 is not None
     assert analysis.verdict == "not comparable"
-    assert f"stands in for ImageNet (Swin-T: {top1.mean:.1f} % top-1)" in analysis.why
+    assert f"stands in for ImageNet (Swin-T: {top1.mean:.1f} % top-1): " in analysis.why
+    assert re.search(r": [\d.]+ against [\d.]+ %$", analysis.why)
     assert found["memory-bound-share"].verdict != "not comparable"  # a share of time
 
 

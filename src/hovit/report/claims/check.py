@@ -14,11 +14,10 @@ from ...config.plan import Plan
 from ...config.schema import Claim, ClaimGroup, Config, split_ref
 from ...utils.errors import HovitError
 from ...utils.files import read_json, write_json
-from ..number import significant
 from ..order import NAMES
 from ..results import Results, Value
 from ..sources import Sources, load_sources, miscounted_last
-from .compare import NO_RECORD, Missing, Outcome, claim_values, compare, is_exact, units
+from .compare import NO_RECORD, Missing, Outcome, claim_values, compare, is_exact, units, with_noise
 
 VERDICTS = (
     "reproduced", "direction only", "provisional", "within noise", "contradicted",
@@ -61,9 +60,7 @@ class Verdict(Outcome):
     @property
     def with_noise(self) -> str:
         """The measured number ± its noise; of a comparison, the two numbers."""
-        if self.noise and self.reported:
-            return f"{self.shown.removesuffix(self.unit)}± {significant(self.noise)} {self.unit}"
-        return self.shown
+        return with_noise(self, self.unit) if self.reported else self.shown
 
     @property
     def is_disputed(self) -> bool:

@@ -1,7 +1,7 @@
 """Compare the numbers of a claim, from one source of records, with the paper."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ...config.kinds import ANALYSIS_KINDS
@@ -69,7 +69,9 @@ class Outcome:
         return f"{self.verdict} ({self.detail})" if self.detail else self.verdict
 
 
-def referenced(results: Results, ref: str, absolute: bool) -> Value | Missing:
+def referenced(
+    results: Results, ref: str, absolute: bool, stand_ins: bool = False
+) -> Value | Missing:
     """The number that a reference names, if the scale of the source checks such numbers.
 
     Args:
@@ -77,6 +79,7 @@ def referenced(results: Results, ref: str, absolute: bool) -> Value | Missing:
         ref: STUDY/ROW/METRIC, or ANALYSIS:STUDY/ROW/NAME.
         absolute: whether the number itself is compared with that of the paper. An absolute accuracy
             requires the images of the paper.
+        stand_ins: whether images that stand in for those of the paper are good enough.
     """
     analysis_id, study_id, row_id, metric = split_ref(ref)
     study, scale = results.plan.study(study_id), results.plan.scale
@@ -87,7 +90,7 @@ def referenced(results: Results, ref: str, absolute: bool) -> Value | Missing:
         if needed not in scale.judges:
             return Missing(f"scale {scale.id} does not check analyses", is_general=True)
         found = results.analysed_value(analysis_id, f"{study_id}/{row_id}", metric)
-        if found and not _measures_time(results, analysis_id):
+        if found and not stand_ins and not _measures_time(results, analysis_id):
             return _other_images(results, study, row, "the analysed model was trained on") or found
         return found or none
     number = quantity(metric)
@@ -97,7 +100,7 @@ def referenced(results: Results, ref: str, absolute: bool) -> Value | Missing:
     if _is_measured(number) and checked not in scale.judges:
         return Missing(f"scale {scale.id} does not check {WORDS[checked]}", is_general=True)
     value = results.value(study, row, number)
-    if value and absolute and number.is_trained and _is_measured(number):
+    if value and absolute and not stand_ins and number.is_trained and _is_measured(number):
         return _other_images(results, study, row, "measured on") or value
     return value or none
 
@@ -123,19 +126,43 @@ def _measures_time(results: Results, analysis_id: str) -> bool:
     return ANALYSIS_KINDS[results.plan.analysis(analysis_id).kind].measures_time
 
 
-def claim_values(results: Results, claim: Claim) -> list[Value] | Missing:
-    """The numbers that a claim compares, or the reason why one of them is missing."""
+def claim_values(results: Results, claim: Claim, stand_ins: bool = False) -> list[Value] | Missing:
+    """The numbers that a claim compares, or the reason why one of them is missing.
+
+    Without `stand_ins`, numbers on images that stand in for those of the paper are missing, too, if
+    the claim requires those of the paper; the reason then ends with these numbers.
+    """
     values, absolute = [], claim.kind in ("value", "difference")
     for ref in filter(None, (claim.of, claim.to)):
-        value = referenced(results, ref, absolute)
+        value = referenced(results, ref, absolute, stand_ins)
         if isinstance(value, Missing):
-            return value
+            return (
+                value if value.verdict == "not measured" else _with_numbers(results, claim, value)
+            )
         values.append(value)
     if claim.device and (other := _other_device(results, claim)):
         return Missing(other)
     if claim.kind in ("ratio", "reduction") and not values[1].mean:
         return Missing(f"{claim.to} is 0")
     return values
+
+
+def _with_numbers(results: Results, claim: Claim, missing: Missing) -> Missing:
+    """The reason, and the numbers that cannot be compared with the paper."""
+    values = claim_values(results, claim, stand_ins=True)
+    if isinstance(values, Missing):
+        return missing
+    outcome = compare(results, claim, values)
+    shown = with_noise(outcome, units(claim)[1]) if claim.reported else outcome.shown
+    counts = f" ({outcome.n})" if outcome.n else ""
+    return replace(missing, why=f"{missing.why}: {shown}{counts}")
+
+
+def with_noise(outcome: Outcome, unit: str) -> str:
+    """The number that is compared with a reported one, ± its noise, in `unit`."""
+    if not outcome.noise:
+        return outcome.shown
+    return f"{outcome.shown.removesuffix(unit)}± {significant(outcome.noise)} {unit}"
 
 
 def _other_device(results: Results, claim: Claim) -> str:

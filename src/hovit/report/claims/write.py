@@ -23,7 +23,8 @@ ABOUT = """\
 - **contradicted**: in the opposite direction; or an effect where the paper reports none; or another
   number where the claim is the number itself, or a count.
 - **not comparable**: a reported accuracy, or an analysis of a trained model, on images that stand
-  in for those of the paper. Comparisons of two models on such images are judged.
+  in for those of the paper; the reason ends with the number here. Comparisons of two models on
+  such images are judged.
 - **not measured**: there is no record; the reason is stated.
 
 Noise is half of a 95 % interval over random seeds and test images (accuracy and loss), or half the
