@@ -18,8 +18,8 @@ from hovit.pipeline.kit import _add_images, _is_for, locked, make_kit
 from hovit.utils.errors import HovitError
 
 
-def archives(folder: Path, classes: int, images: int) -> tuple[str, ...]:
-    """Two zips of an ImageFolder with small random images."""
+def archives(folder: Path, classes: int, images: int, sep: str = "/") -> tuple[str, ...]:
+    """Two zips of an ImageFolder with small random images; `sep` is between folder and file."""
     rng = np.random.default_rng(0)
     names = ("part-0.zip", "part-1.zip")
     folder.mkdir()
@@ -27,7 +27,9 @@ def archives(folder: Path, classes: int, images: int) -> tuple[str, ...]:
         with zipfile.ZipFile(folder / name, "w") as file:
             for kind in range(classes):
                 for i in range(images):
-                    with file.open(f"train/n{kind:02}/{part}_{i}.png", "w") as member:
+                    info = zipfile.ZipInfo("x")
+                    info.filename = sep.join(("train", f"n{kind:02}", f"{part}_{i}.png"))
+                    with file.open(info, "w") as member:
                         pixels = rng.integers(0, 256, (64, 64, 3), np.uint8)
                         Image.fromarray(pixels).save(member, "PNG")
     return names
@@ -41,8 +43,9 @@ def some_classes(plan: Plan, files: tuple[str, ...], first: int, last: int) -> P
     return Pack(dataset, 64)
 
 
-def test_reduced_archives_give_the_same_packs(plan: Plan, tmp_path: Path) -> None:
-    names = archives(tmp_path / "all", classes=8, images=12)
+@pytest.mark.parametrize("sep", ["/", "\\"])
+def test_reduced_archives_give_the_same_packs(plan: Plan, tmp_path: Path, sep: str) -> None:
+    names = archives(tmp_path / "all", classes=8, images=12, sep=sep)
     packs = [some_classes(plan, names, 0, 2), some_classes(plan, names, 2, 4)]
     log: list[str] = []
     _add_images(packs, tmp_path / "all", tmp_path / "kit", 10**9, log.append)
@@ -72,6 +75,20 @@ def test_images_that_do_not_fit_are_left_out_and_named(plan: Plan, tmp_path: Pat
     prepare(packs[1], tmp_path / "kit/data", tmp_path / "pack")
     with pytest.raises(HovitError, match=r"part-0\.zip: no such file"):
         _add_images(packs, tmp_path / "nowhere", tmp_path / "kit", room, log.append)
+
+
+def test_a_folder_is_left_out_and_a_damaged_archive_is_one_line(plan: Plan, tmp_path: Path) -> None:
+    names = archives(tmp_path / "all", classes=2, images=2)
+    pack = some_classes(plan, names, 0, 2)
+    (tmp_path / "all" / names[0]).write_bytes(b"PK damaged")
+    with pytest.raises(HovitError, match=r"part-0\.zip: not a readable zip"):
+        _add_images([pack], tmp_path / "all", tmp_path / "kit", 10**9, print)
+    (tmp_path / "all" / names[0]).unlink()
+    (tmp_path / "all" / names[0]).mkdir()
+    log: list[str] = []
+    _add_images([pack], tmp_path / "all", tmp_path / "kit", 10**9, log.append)
+    assert len(log) == 1
+    assert "part-0.zip is a folder, and a kit holds archives only" in log[0]
 
 
 def test_wheels_are_those_of_the_lock_for_the_other_python() -> None:
@@ -134,18 +151,45 @@ def test_a_folder_that_is_no_kit_is_not_replaced(repository: Path, plan: Plan) -
     assert (repository / "src/hovit").is_dir()
 
 
+def run_kit(folder: Path, *options: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """`run.sh` in an empty kit, with a Python that prints its arguments and exits with `code`."""
+    (folder / "hovit").mkdir()
+    (folder / "run.sh").write_text((ROOT / "envs/gpu-kit/run.sh").read_text())
+    (folder / "kit.env").write_text("COMMIT=c SCALE=smoke STUDIES=hovit\n")
+    (folder / "data").mkdir()
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\necho "$@"\nexit {code}\n')
+    python.chmod(0o755)
+    return subprocess.run(["bash", str(folder / "run.sh"), *options], check=False, text=True,
+                          capture_output=True,
+                          env={"PATH": "/usr/bin:/bin", "PYTHON": str(python)})  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (["--budget", "10min"], "error: --budget 10min: write 90s, 14m or 1h"),
+    (["--budget", "1.5h"], "error: --budget 1.5h: write"),
+    (["--budget", "08m"], "error: --budget 08m: write"),
+    (["--budget"], "usage: "), (["--nosuch", "1"], "usage: "),
+    (["--accelerator", "gpu"], "error: --accelerator gpu: write cpu or cuda"),
+])  # fmt: skip
+def test_a_wrong_option_of_run_sh_is_one_line(
+    tmp_path: Path, options: list[str], says: str
+) -> None:
+    done = run_kit(tmp_path, *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(says)
+    assert not (tmp_path / "out").exists()
+
+
+def test_run_sh_fails_if_a_part_fails(tmp_path: Path) -> None:
+    done = run_kit(tmp_path, "--accelerator", "cpu", "--budget", "2m", "--skip", "tests", code=3)
+    assert done.returncode == 1
+    assert done.stdout.count("exit code 3") == 2  # the other part still runs
+
+
 @pytest.mark.parametrize("option", [[], ["--compile"]])
 def test_the_option_compile_is_for_training(tmp_path: Path, option: list[str]) -> None:
-    """`run.sh` with a Python that only prints its arguments."""
-    (tmp_path / "hovit").mkdir()
-    (tmp_path / "run.sh").write_text((ROOT / "envs/gpu-kit/run.sh").read_text())
-    (tmp_path / "kit.env").write_text("COMMIT=c SCALE=smoke STUDIES=hovit\n")
-    (tmp_path / "data").mkdir()
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$@"\n')
-    python.chmod(0o755)
-    run = ["bash", str(tmp_path / "run.sh"), *option, "--accelerator", "cpu", "--skip", "tests"]
-    subprocess.run(run, check=True, env={"PATH": "/usr/bin:/bin", "PYTHON": str(python)})
+    run_kit(tmp_path, *option, "--accelerator", "cpu", "--skip", "tests").check_returncode()
     said = {part: (tmp_path / f"out/{part}.log").read_text().split()
             for part in ("tables", "training")}  # fmt: skip
     assert ["--compile" in words for words in said.values()] == [False, bool(option)]

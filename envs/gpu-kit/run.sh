@@ -25,18 +25,24 @@ while (($#)); do
     case $1 in
         -h | --help) usage; exit 0 ;;
         --compile) compile=(--compile); shift; continue ;;
+    esac
+    (($# > 1)) || { usage >&2; exit 2; }
+    case $1 in
         --budget) budget=$2 ;; --accelerator) accelerator=$2 ;; --jobs) jobs=$2 ;;
         --out) out=$2 ;; --data) data=$2 ;; --resume) resume=$2 ;;
         --max-size) max_size=$2 ;; --skip) skip=$2 ;;
         *) usage >&2; exit 2 ;;
     esac
-    shift 2 || { usage >&2; exit 2; }
+    shift 2
 done
+[[ $budget =~ ^[1-9][0-9]*[smh]?$ ]] || { echo "error: --budget $budget: write 90s, 14m or 1h" >&2; exit 2; }
+[[ $accelerator =~ ^(cpu|cuda)$ ]] || { echo "error: --accelerator $accelerator: write cpu or cuda" >&2; exit 2; }
 case $budget in
     *h) total=$((${budget%h} * 3600)) ;; *m) total=$((${budget%m} * 60)) ;; *) total=${budget%s} ;;
 esac
 left() { echo $((total - SECONDS)); } # SECONDS counts from the start of this script
 at_most() { echo $(($1 < $(left) - 5 ? $1 : $(left) - 5)); }
+failed=0
 python=${PYTHON:-python3}
 mkdir -p "$out"
 out=$(cd "$out" && pwd) data=$(cd "$data" && pwd)
@@ -68,6 +74,7 @@ part() {
     echo "$name: at most $limit s"
     local began=$SECONDS code=0
     "${@//LIMIT/$limit}" >"$out/$name.log" 2>&1 || code=$?
+    ((code == 0)) || failed=1
     tail -n 3 "$out/$name.log"
     echo "$name: exit code $code after $((SECONDS - began)) s, $(left) s left"
 }
@@ -82,3 +89,4 @@ part training 100 "${sweep[@]}" --only train --jobs "$jobs" "${compile[@]}" --bu
 if [[ -e $out/export.tgz ]]; then
     echo "copy back $out/export.tgz ($(($(wc -c <"$out/export.tgz") / 1000)) kB): hovit evidence add export.tgz"
 fi
+exit "$failed"

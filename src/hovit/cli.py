@@ -42,7 +42,15 @@ DataRoot = Annotated[
     Path,
     typer.Option(envvar="HOVIT_DATA", help="Folder with downloads and archives."),
 ]
-Accelerator = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def _known(accelerator: str) -> str:
+    if accelerator not in ("auto", "cpu", "cuda"):
+        raise typer.BadParameter(f"{accelerator!r} is not one of auto, cpu and cuda")
+    return accelerator
+
+
+Accelerator = Annotated[str, typer.Option(help="auto, cpu or cuda.", callback=_known)]
 Compile = Annotated[bool, typer.Option(help="Compile the model with torch.compile.")]
 
 

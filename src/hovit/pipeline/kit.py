@@ -22,6 +22,7 @@ from ..config.plan import Plan
 from ..config.runs import Pack
 from ..config.schema import Dataset, Study
 from ..config.tasks import MeasureTask, TrainTask
+from ..data.listing import member_name, open_zip
 from ..data.pack import prepare, select_items
 from ..data.readers import read_items
 from ..records.record import git_state
@@ -35,7 +36,7 @@ MAX_BYTES = 60_000_000
 LOCK, RUN = Path("envs/requirements.lock"), Path("envs/gpu-kit/run.sh")
 # Wheels for these platforms run on every recent x86-64 Linux.
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
-Members = dict[str, set[str]]  # archive -> names in it
+Members = dict[str, set[str]]  # archive -> names in it, with `/`
 
 
 def make_kit(
@@ -68,6 +69,8 @@ def make_kit(
             or a kit that is too large even without images.
     """
     commit, dirty = git_state(root)
+    if commit == "unknown":
+        raise HovitError(f"{root.resolve()}: not a git repository; a kit is made from a clone")
     if dirty:
         raise HovitError(
             f"{root.resolve()}: has uncommitted changes, which the kit would not contain; commit "
@@ -75,6 +78,9 @@ def make_kit(
         )
     if target.exists() and not (target / "kit.env").exists():
         raise HovitError(f"{target}: exists and is not a kit; name another folder, or remove it")
+    packs = _packs(plan, studies)
+    for pack in packs:
+        _archives(pack.dataset, data_root)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     settings = {
@@ -96,7 +102,7 @@ def make_kit(
     if room < 0:
         raise HovitError(f"{target}: {_bytes(target) / 1e6:.0f} MB without any images; the limit "
                          f"is {max_bytes / 1e6:.0f} MB")  # fmt: skip
-    _add_images(_packs(plan, studies), data_root, target, room, log)
+    _add_images(packs, data_root, target, room, log)
     log(f"{target}: {_bytes(target) / 1e6:.1f} MB, commit {commit[:10]}; there: {target}/run.sh")
 
 
@@ -140,6 +146,10 @@ def _add_images(
         if not (pack.dataset.files or pack.dataset.test_files):
             room = _add_packed(pack, data_root, target / "packed", room, log)
             continue
+        if folders := [p for p in _archives(pack.dataset, data_root).values() if p.is_dir()]:
+            log(f"left out {pack.id}: {folders[0]} is a folder, and a kit holds archives only; "
+                "copy it yourself and pass --data to run.sh")  # fmt: skip
+            continue
         wider = _union(members, _members(pack.dataset, data_root))
         cost = _archive_bytes(wider, data_root) - _archive_bytes(members, data_root)
         if cost > room:
@@ -171,6 +181,18 @@ def _add_packed(
     return room - size
 
 
+def _archives(dataset: Dataset, data_root: Path) -> dict[str, Path]:
+    """Name -> path of the archives, or folders, of a data set."""
+    paths = {name: data_root / name for name in (*dataset.files, *dataset.test_files)}
+    for path in paths.values():
+        if not path.exists():
+            raise HovitError(
+                f"{path}: no such file, but dataset {dataset.id} needs it; name the folder that "
+                "contains it (--data-root, or DATA= with make)"
+            )
+    return paths
+
+
 def _members(dataset: Dataset, data_root: Path) -> Members:
     """Members of the archives that a data set needs.
 
@@ -178,23 +200,19 @@ def _members(dataset: Dataset, data_root: Path) -> Members:
     determines the draw, and to one image of each other class, because classes are chosen by their
     position among all names. The pack stays the same, byte for byte. Other archives are kept whole.
     """
-    names = [*dataset.files, *dataset.test_files]
-    paths = {name: data_root / name for name in names}
-    for path in paths.values():
-        if not path.is_file():
-            raise HovitError(
-                f"{path}: no such file, but dataset {dataset.id} needs it; name the folder that "
-                "contains it (--data-root, or DATA= with make)"
-            )
-    whole = {name: set(zipfile.ZipFile(path).namelist()) for name, path in paths.items()}
+    paths = _archives(dataset, data_root)
+    whole: Members = {}
+    for name, path in paths.items():
+        with open_zip(path) as archive:
+            whole[name] = {member_name(info) for info in archive.infolist()}
     if dataset.reader != "image_folder":
         return whole
     items = read_items(dataset, data_root)
     chosen = {item.label for part in select_items(dataset, items) for item in part}
-    kept: Members = {name: set() for name in names}
+    kept: Members = {name: set() for name in paths}
     seen: set[tuple[str, str]] = set()
     for item in items:
-        name = next(n for n, path in paths.items() if item.path.startswith(f"{path}/"))
+        name = next(name for name, path in paths.items() if item.path.startswith(f"{path}/"))
         if item.label in chosen or (name, item.label) not in seen:
             kept[name].add(item.path.removeprefix(f"{paths[name]}/"))
         seen.add((name, item.label))
@@ -210,7 +228,7 @@ def _archive_bytes(members: Members, data_root: Path) -> int:
     total = 0
     for name, wanted in members.items():
         with zipfile.ZipFile(data_root / name) as archive:
-            infos = [info for info in archive.infolist() if info.filename in wanted]
+            infos = [info for info in archive.infolist() if member_name(info) in wanted]
         total += sum(info.compress_size + 2 * len(info.filename) + 120 for info in infos)
     return total
 
@@ -219,7 +237,7 @@ def _copy_archive(source: Path, target: Path, wanted: set[str]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for info in old.infolist():
-            if info.filename in wanted:
+            if member_name(info) in wanted:
                 new.writestr(info, old.read(info))
 
 
