@@ -18,6 +18,7 @@ import timm
 from fuzz import fuzz
 from hypothesis import example, given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import hovit.models
 from hovit import cli
@@ -104,6 +105,7 @@ DEPTH, DECK, SMOKE = "studies/depth.yaml", "recipes/deck.yaml", "scales/smoke.ya
 SKIPVIT = "studies/skipvit.yaml"
 SPEED = "studies/efficientvit_speed.yaml"
 COCO, DETECTION = "datasets/coco.yaml", "recipes/detection.yaml"
+PARETO = "studies/pareto.yaml"
 # mistake: (file, text, its replacement, part of the message)
 MISTAKES = {
     "unknown key": (DECK, "epochs:", "epoch:", "deck.yaml: epoch: unknown key; nearest: epochs; allowed: id, title, epochs, batch_size"),
@@ -163,6 +165,8 @@ MISTAKES = {
     "COCO without images": (COCO, "files: [coco/annotations/instances_train2017.json, coco/train2017]", "files: [coco/train2017]", "coco.yaml: the whole file: value error, coco: `files` and `test_files` are each"),
     "a share of COCO": (COCO, "train: 1", "train: 0.5", "coco.yaml: the whole file: value error, coco: `split: {train: 1}`"),
     "reported only, but with a model": (DEPTH, "ours: true", "reported_only: true", "depth.yaml: rows[1].reported_only: requires `reported` and no model"),
+    "an accuracy of a study without training": (PARETO, "trained_as: efficientvit_family/m0", "trained_as: pareto/m0", "pareto.yaml: rows[40].trained_as: pareto/m0 is not trained"),
+    "an accuracy of a row that is only reported": (PARETO, "trained_as: efficientvit_family/m0", "trained_as: efficientvit_detection/spos", "pareto.yaml: rows[40].trained_as: efficientvit_detection/spos is not trained"),
     "an unknown model": (DEPTH, "model: levit_deck_2blocks", "model: levit_dekc_2blocks", "depth.yaml: rows[3].model: no model 'levit_dekc_2blocks'; nearest: levit_deck_2blocks"),
     "an unknown argument": (DEPTH, "ours: true", "model_args: {drop_rat: 0.1}", "depth.yaml: rows[1].model_args.drop_rat: levit_deck_fixed takes no such argument; nearest: drop_rate"),
     "an argument as text": (DEPTH, "ours: true", "model_args: {drop_rate: 1e-1}", "depth.yaml: rows[1].model_args.drop_rate: must be float, not '1e-1'"),
@@ -397,6 +401,7 @@ def test_no_model_args_break_the_plan(value, tmp_path_factory):
         ("list --scale nosuch", "no scale 'nosuch' in config/scales; there are mini, paper"),
         ("train NOSUCH --weights x.pth", "x.pth: weights must be a .safetensors file"),
         ("train NOSUCH --weights nosuch.safetensors", "nosuch.safetensors: cannot be read"),
+        ("train NOSUCH --weights tests", "tests: has no .safetensors file"),
     ],
 )
 def test_the_command_line_prints_one_line(command, says):
@@ -418,6 +423,32 @@ def test_the_command_line_on_broken_config(config):
     assert done.returncode == 1
     assert done.stderr.startswith("error: config/recipes/deck.yaml: epochs: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_an_unknown_accelerator_is_refused_before_any_work():
+    said = CliRunner().invoke(cli.app, ["measure", "depth", "--accelerator", "gpu"])
+    assert said.exit_code == 2
+    assert "'gpu' is not one of auto, cpu and cuda" in " ".join(said.output.split())
+
+
+def test_weights_in_a_folder_may_have_a_tag(tmp_path):
+    """As `hovit evaluate` finds them; of several, the one without a tag is used."""
+    (tmp_path / "resnet50.a1_in1k.safetensors").write_bytes(b"a")
+    (tmp_path / "resnet50d.a1_in1k.safetensors").write_bytes(b"of another model")
+
+    def chosen() -> str | None:
+        plan = load_plan("smoke", CONFIG, tmp_path)
+        row = plan.study("launcher").row("l_levit_deck")
+        (run,) = plan.runs_of(plan.study("launcher"), row)
+        assert run.weights is not None
+        return run.weights.sha256
+
+    assert chosen() == sha256(b"a").hexdigest()
+    (tmp_path / "resnet50.a2_in1k.safetensors").write_bytes(b"b")
+    with pytest.raises(HovitError, match="several weights of resnet50"):
+        chosen()
+    (tmp_path / "resnet50.safetensors").write_bytes(b"c")
+    assert chosen() == sha256(b"c").hexdigest()
 
 
 # The plan ----------------------------------------------------------------------------------------

@@ -292,6 +292,8 @@ def load_plan(
             f"{path}: weights must be a .safetensors file, or a folder of them (pickles are not "
             "opened)"
         )
+    if path is not None and path.is_dir() and not any(path.glob("*.safetensors")):
+        raise HovitError(f"{path}: has no .safetensors file, but weights are read from it")
     plan = Plan(config, config.scales[scale], path)
     plan.runs  # noqa: B018 (resolves and checks every run now)
     return plan

@@ -118,9 +118,16 @@ class Resolver:
         return Weights(run=runs[0].id, seed=runs[0].seed, spec=runs[0].spec_hash)
 
     def _given_file(self, name: str) -> Path | None:
-        """The file that `--weights` gives for a model; a single file is for ResNet50."""
+        """The file that `--weights` gives for a model; a single file is for ResNet50.
+
+        In a folder, this is NAME.safetensors, or the only file with a tag: NAME.TAG.safetensors.
+        """
         given = self.weights_file
         if given is None or not given.is_dir():
             return given if name == "resnet50" else None
-        path = given / f"{name}.safetensors"
-        return path if path.exists() else None
+        exact = given / f"{name}.safetensors"
+        found = [exact] if exact.exists() else sorted(given.glob(f"{name}.*.safetensors"))
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise HovitError(f"{given}: several weights of {name} ({names}); name one {exact.name}")
+        return found[0] if found else None

@@ -151,11 +151,12 @@ def _check_rows(config: Config, root: Path, study: Study, must: Must) -> None:
         if not row.same_as:  # else its own study names the place
             _check_model(config, f"{root}/{file}: rows[{i}]", row)
         if row.trained_as:
-            _check_row_ref(config, row.trained_as, f"{file}: rows[{i}].trained_as", must)
+            where = f"{file}: rows[{i}].trained_as"
+            cited = _check_row_ref(config, row.trained_as, where, must)
             if study.trained:
-                raise HovitError(
-                    f"{root}/{file}: rows[{i}].trained_as: only in a study that trains nothing"
-                )
+                raise HovitError(f"{root}/{where}: only in a study that trains nothing")
+            if cited.reported_only or not config.studies[row.trained_as.split("/")[0]].trained:
+                raise HovitError(f"{root}/{where}: {row.trained_as} is not trained")
         if row.baseline:
             must(ids, row.baseline, f"{file}: rows[{i}].baseline")
 
