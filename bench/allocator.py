@@ -2,9 +2,10 @@
 
 Times timm models in new processes, which alternate between two settings. In one, the process keeps
 the memory it frees (`hovit.utils.device.keep_freed_memory`, as `hovit measure` does); in the other,
-glibc returns large blocks to the system. For each model it prints the median in every process, the
-ratio of the two settings, and, for each setting, the spread between processes of the model's time
-over that of the first model. `--workload gradients` times a forward and a backward pass.
+glibc returns large blocks to the system. For each model it prints the ratio of the two settings
+(median and quartiles over pairs of processes), and, for each setting, the model's time over that of
+the first model (median and range over processes). The file has the median of every process.
+`--workload gradients` times a forward and a backward pass.
 
     python bench/allocator.py
     python bench/allocator.py --models swin_tiny_patch4_window7_224 resnet50 --batch 1 --threads 2
@@ -22,11 +23,11 @@ import timm
 import torch
 
 import hovit.models  # noqa: F401 (registers)
-from hovit.measure.latency import forward_ms, gradients_ms, measure_latency
+from hovit.measure.latency import forward_ms, gradients_ms, measure_latency, summary
 from hovit.utils.device import describe_device, keep_freed_memory
 from hovit.utils.files import write_json
 
-WAYS = ("kept", "handed back")
+WAYS = ("kept", "returned")
 TIMERS = {"inference": forward_ms, "gradients": gradients_ms}
 
 
@@ -80,18 +81,19 @@ def main() -> None:
     found = {}
     for name in options.models:
         ms = {way: [each[name] for each in times[way]] for way in WAYS}
-        slower = float(np.median(ms["handed back"]) / np.median(ms["kept"]))
+        slower = summary([a / b for a, b in zip(ms["returned"], ms["kept"], strict=True)])
         over = {way: [each[name] / each[options.models[0]] for each in times[way]] for way in WAYS}
-        found[name] = {"ms": ms, "handed back / kept": slower, "over the first": over}
+        found[name] = {"ms": ms, "returned / kept": slower, "over the first": over}
         spread = "; ".join(
             f"{way} {np.median(r):.2f} ({min(r):.2f} to {max(r):.2f})" for way, r in over.items()
         )
-        print(f"{name}: handed back {slower:.2f} times kept; over {options.models[0]}: {spread}")
+        ratio = "{median:.2f} ({q1:.2f} to {q3:.2f})".format(**slower)
+        print(f"{name}: returned {ratio} times kept; over {options.models[0]}: {spread}")
     torch.set_num_threads(options.threads)
     about = {"device": describe_device(torch.device("cpu")).model_dump(), "batch": options.batch,
              "workload": options.workload}  # fmt: skip
     write_json(options.out, about | {"torch": torch.__version__, "models": found})
-    print(f"n = {options.processes} processes of each way; written to {options.out}")
+    print(f"n = {options.processes} processes for each setting; written to {options.out}")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ class Recurrence(Scan):
 
 class Chunks(Scan):
     def forward(self, *inputs: Tensor) -> Tensor:
-        return gated_chunks(*inputs)
+        q, k, v, log_alpha, log_beta = inputs
+        return gated_chunks(q, k, v, log_alpha, log_beta)
 
 
 class Products(Scan):

@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.files:
         where = describe_device(torch.device("cpu"))
         print(f"on {where}")
-        result = {"device": where.model_dump(), "files": bench_files(options)}
+        result: dict[str, Any] = {"device": where.model_dump(), "files": bench_files(options)}
         write_json(options.out.with_stem("files"), result)
         return
     plan = load_plan(options.scale)

@@ -11,9 +11,9 @@ STEPS steps within one process:
 - `compiled`: with `torch.compile`, and captured on a GPU (only with --compile).
 
 A ratio compares two adjacent rounds, so that a slow phase of the machine affects both. CPU seconds
-per 1,000 images include this process and the loader's workers. On a busy machine, only the ratios
-and the CPU seconds are reliable. The workers can prepare two batches each during the other rounds,
-which favours `plain`.
+per 1,000 images include this process; those of `plain` also include all work of the loader's
+workers, which can prepare two batches each during the other rounds. On a busy machine, only the
+ratios and the CPU seconds are reliable. The early batches favour `plain` in images/s.
 
 Finding (HoViT at 64 px, batch 32, fp32, AMD EPYC, 1 thread, a busy machine): `eager` is 1.21 times
 as fast as `plain` (quartiles 1.15 to 1.24, n = 5 rounds of 6 steps) and takes 0.86 of its CPU
@@ -82,7 +82,8 @@ def plain_loop(
 ) -> Callable[[int], None]:
     """Function that trains `steps` steps, as timm's train script does."""
     loader = create_loader(
-        PilImages(packed, indices), (3, run.image_size, run.image_size), run.recipe.batch_size,
+        PilImages(packed, indices),  # type: ignore[arg-type]  # what timm's loader reads of it
+        (3, run.image_size, run.image_size), run.recipe.batch_size,
         is_training=True, no_aug=run.recipe.augment == "none", num_workers=workers, device=device,
         pin_memory=device.type == "cuda",
     )  # fmt: skip
@@ -127,9 +128,9 @@ def our_trainer(run: Run, fabric: Any, root: Path, options: Options) -> Callable
     return train
 
 
-def cpu_seconds() -> float:
-    """CPU seconds of this process and of its running children."""
-    total = time.process_time()
+def worker_seconds() -> float:
+    """CPU seconds of the running children: the workers of the plain loop."""
+    total = 0.0
     for child in multiprocessing.active_children():
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
         total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -141,17 +142,21 @@ def measure(
 ) -> dict[str, dict[str, list[float]]]:
     """Images/s and CPU seconds per 1,000 images of each round; the first round is discarded."""
     taken: dict[str, dict[str, list[float]]] = {name: {"speed": [], "cpu": []} for name in loops}
+    worked = 0.0  # CPU seconds of the workers until the last round of the plain loop
     for i in range(options.rounds + 1):
         order = list(loops.items())
         for name, loop in order if i % 2 else order[::-1]:
-            cpu, begin = cpu_seconds(), time.perf_counter()
+            cpu, begin = time.process_time(), time.perf_counter()
             loop(options.steps)
             if options.device == "cuda":
                 torch.cuda.synchronize()
-            seconds = time.perf_counter() - begin
+            seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
+            if name == "plain":
+                before, worked = worked, worker_seconds()
+                cpu += worked - before
             if i:
                 taken[name]["speed"].append(images / seconds)
-                taken[name]["cpu"].append((cpu_seconds() - cpu) / images * 1000)
+                taken[name]["cpu"].append(cpu / images * 1000)
     return taken
 
 

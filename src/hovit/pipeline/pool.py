@@ -20,7 +20,7 @@ from ..config.tasks import MeasureTask, Task, TrainTask
 from ..utils.errors import HovitError, OutOfTime, one_line
 from .schedule import Schedule
 
-# CUDA does not survive a fork, and importing torch can initialise it.
+# CUDA does not survive a fork, and this process may have used it.
 context = multiprocessing.get_context("spawn")
 REPORT_EVERY, STATUS_EVERY = 0.5, 30.0  # seconds
 
