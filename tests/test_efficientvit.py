@@ -85,14 +85,18 @@ def test_images_of_another_size_or_shape():
         assert model(torch.randn(1, 3, *shape)).shape == (1, 5)
 
 
-def reference(attn: CascadedGroupAttention, x: Tensor) -> Tensor:
+def reference(attn: CascadedGroupAttention, x: Tensor, switches: Switches) -> Tensor:
     """Equations 2 to 4, one head, query and key at a time; x [1, C, w, w]."""
     outs: list[Tensor] = []
     w, share = attn.window, x.shape[1] // attn.heads
+    width, shared = switches.qk_dim or share, switches.attention == "mhsa"
     for j in range(attn.heads):
-        feat = x[:, j * share : (j + 1) * share]
-        feat = feat + outs[-1] if j else feat
-        q, k, v = attn.qkvs[j](feat).split([attn.qk_dim, attn.qk_dim, attn.v_dim], dim=1)
+        feat = (x if shared else x[:, j * share : (j + 1) * share]).clone()
+        if j and switches.cascade and not shared:
+            last = outs[-1][:, :share]
+            feat[:, : last.shape[1]] += last
+        widths = [width, width, round(switches.v_ratio * share)]
+        q, k, v = attn.qkvs[j](feat).split(widths, dim=1)
         q = attn.dws[j](q)
         out = torch.zeros_like(v)
         for a in range(w * w):
@@ -100,17 +104,38 @@ def reference(attn: CascadedGroupAttention, x: Tensor) -> Tensor:
             for b in range(w * w):
                 rows, cols = abs(a // w - b // w), abs(a % w - b % w)
                 dot = (q[0, :, a // w, a % w] * k[0, :, b // w, b % w]).sum()
-                scores[b] = dot / attn.qk_dim**0.5 + attn.attention_biases[j, rows * w + cols]
+                scores[b] = dot / width**0.5 + attn.attention_biases[j, rows * w + cols]
             out[0, :, a // w, a % w] = v[0].flatten(1) @ scores.softmax(0)
         outs.append(out)
     return attn.proj(torch.cat(outs, dim=1))
 
 
+@pytest.mark.parametrize("switches", [
+    {}, {"attention": "mhsa"}, {"cascade": False}, {"qk_dim": 0}, {"v_ratio": 2.0},
+    {"v_ratio": 0.5}, {"attention": "mhsa", "v_ratio": 0.5}, {"norm": "ln"}, {"act": "hardswish"},
+], ids=str)  # fmt: skip
 @torch.no_grad()
-def test_cascaded_group_attention_matches_the_equations():
-    attn = lively(CascadedGroupAttention(12, 3, 3, (5, 3, 3), Switches(qk_dim=4)))
+def test_cascaded_group_attention_matches_the_equations(switches):
+    chosen = Switches(**{"qk_dim": 5} | switches)
+    attn = lively(CascadedGroupAttention(12, 3, 3, (5, 3, 3), chosen))
+    for module in attn.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
     x = torch.randn(1, 12, 3, 3)
-    torch.testing.assert_close(attn(x), reference(attn, x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(attn(x), reference(attn, x, chosen), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("switches", "order"), [
+    ({}, "dw0 ffn0 mixer dw1 ffn1"),
+    ({"num_ffn": 2}, "dw0 ffn0 dw0_2 ffn0_2 mixer dw1 ffn1 dw1_2 ffn1_2"),
+    ({"layout": "swin"}, "mixer dw1 ffn1"),
+    ({"dwconv": False}, "ffn0 mixer ffn1"),
+], ids=str)  # fmt: skip
+def test_order_in_a_block(switches, order):
+    block = small(**switches).stages[0].blocks[0]
+    layers = [name for name, each in block.named_children() if not isinstance(each, nn.Identity)]
+    assert layers == order.split()
+    assert all(type(getattr(block, name)).__name__ == "Residual" for name in layers)
 
 
 SWITCHES = [

@@ -188,14 +188,8 @@ def test_a_channel_without_gradient_goes_first(name: str) -> None:
 @both
 def test_pruning_meets_its_budget(name: str) -> None:
     model, images, labels = small(name)
-    calls: list[int] = []
-    found = taylor_pruning(
-        model, images, labels, images, labels, budget=0.6, steps=3, batch_size=2,
-        tune=lambda kept: calls.append(sum(int(on.sum()) for on in kept.values())),
-    )  # fmt: skip
+    found = taylor_pruning(model, images, labels, images, labels, budget=0.6, steps=3, batch_size=2)
     assert 0.58 < found["kept"] <= 0.6
-    assert len(calls) == 3
-    assert calls == sorted(calls, reverse=True)
     assert [row["block"] for row in found["blocks"]] == list(range(1, len(found["blocks"]) + 1))
     for row in found["blocks"]:
         assert (row["qk_before"], row["v_before"], row["ffn_before"]) == (1, 1, 4)

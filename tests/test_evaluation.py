@@ -250,7 +250,7 @@ def test_weights_whose_outputs_are_not_finite_are_refused(plan, images, weights,
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_images_have_the_size_and_the_tag_has_the_say_at_which_timm_tests(plan, tmp_path):
+def test_images_have_the_size_at_which_timm_tests_the_tag(plan, tmp_path):
     row = plan.study("backbones").row("effnet_b3")
     save_file(create_model("efficientnet_b3").state_dict(), tmp_path / "b3.safetensors")
     _, config = imagenet.load_model(row, tmp_path / "b3.safetensors")
@@ -267,7 +267,7 @@ def test_other_weights_are_refused_by_name(plan, images, weights, tmp_path):
         evaluate_study(plan.evaluate_task(study("mean_colour")), images, weights, CPU, tmp_path)
 
 
-def test_a_study_that_trains_or_tells_no_accuracy_has_nothing_to_evaluate(plan):
+def test_only_studies_with_top1_and_without_training_are_evaluated(plan):
     assert plan.evaluate_task(study("mean_colour")).spec["rows"]
     assert plan.evaluate_task(study("mean_colour", columns=["macs"])) is None
     assert plan.evaluate_task(plan.study("hovit")) is None

@@ -210,6 +210,7 @@ def test_macs_leave_no_trace():
     macs(model, 32)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+    assert model.training
 
 
 # Latency -----------------------------------------------------------------------------------------

@@ -210,6 +210,8 @@ def test_global_pool():
     assert torch.equal(model(x), model.forward_features(x))
     with pytest.raises(ValueError, match="'avg'"):
         model.reset_classifier(5, "max")
+    with pytest.raises(ValueError, match="with num_classes=0"):  # BatchNorm of the heads is 1D
+        model.reset_classifier(5)
 
 
 @pytest.mark.parametrize("name", DECK + FEW_LAUNCHERS)

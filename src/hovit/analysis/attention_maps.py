@@ -15,7 +15,8 @@ def attention_maps(model: nn.Module, images: Tensor, block: int = 0) -> dict[str
     """Attention from the central token of the first image to all tokens, averaged over heads.
 
     Args:
-        model: a model whose blocks use a module of `hovit.attention` that has `weights`.
+        model: a model whose blocks use a module of `hovit.attention` that has `weights`. In a
+            Swin, the map is that of the first window.
         images: [B, 3, H, W], normalised.
         block: index of the attention module, counted from the input.
 

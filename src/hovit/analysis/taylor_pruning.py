@@ -5,14 +5,13 @@ Paper: `EfficientViT: Memory Efficient Vision Transformer with Cascaded Group At
 Paper: `Importance Estimation for Neural Network Pruning` - https://arxiv.org/abs/1906.10771
     - first-order criterion on a gate: removing a channel changes the loss by about
       d loss / d gate = sum of gradient * weight.
-The paper leaves two details open. We rank the channels of all blocks together regardless of their
-cost, and our budget counts parameters.
+The paper leaves details open. We rank the channels of all blocks together regardless of their cost,
+our budget counts parameters, and the model is not fine-tuned between the steps or afterwards.
 
 Channel c of Q and of K are pruned together, because only their product matters. Pruned channels are
 set to zero, which gives the outputs of a model without them.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +32,6 @@ def taylor_pruning(
     budget: float = 0.75,
     steps: int = 10,
     batch_size: int = 32,
-    tune: Callable[[Channels], None] | None = None,
 ) -> dict[str, Any]:
     """Prune the least important channels of a model in place, in several steps.
 
@@ -45,7 +43,6 @@ def taylor_pruning(
         budget: share of the channels' parameters to keep, in (0, 1].
         steps: number of pruning steps; each measures importance anew and prunes an equal share.
         batch_size: images per gradient.
-        tune: called after each step with the kept channels, to fine-tune the model; or None.
 
     Returns:
         `qk_kept`, `v_kept`, `ffn_kept`: percent of channels kept, mean over blocks. `v_early`,
@@ -73,9 +70,6 @@ def taylor_pruning(
         goal = total * (1 - (1 - budget) * (step + 1) / steps)
         drop_least(blocks, kept, importance, goal)
         zero_dropped(blocks, kept)
-        if tune:
-            tune(kept)
-            zero_dropped(blocks, kept)
     return {
         "blocks": [_row(i, block, kept, initial) for i, block in enumerate(blocks)],
         **_means(blocks, kept),

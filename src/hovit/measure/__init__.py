@@ -1,1 +1,1 @@
-"""Measuring: parameters and multiply-adds (`cost`), `latency`, and a whole table (`study`)."""
+"""Measuring: parameters and multiply-adds (`cost`), `latency`, ONNX Runtime (`onnx_runtime`)."""

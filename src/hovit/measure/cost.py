@@ -82,11 +82,13 @@ def fake_model(
 
 def macs(net: nn.Module, image_size: int | None) -> int:
     """Multiply-adds for one image of `image_size` pixels a side."""
+    training = net.training
     net.eval()
     device = next(net.parameters(), torch.empty(0)).device
     inputs = [x.to(device) for x in example_inputs(net, 1, image_size)]
     with _counter() as counter, torch.no_grad():
         net(*inputs)
+    net.train(training)
     return counter.get_total_flops() // 2
 
 

@@ -61,9 +61,10 @@ def deploy(model: nn.Module, parts: bool = True) -> nn.Module:
         the copy, on the device and in the dtype of the model, in channels-last order.
 
     Raises:
-        ValueError: if a BatchNorm cannot be folded; the message names it. No BatchNorm stays
-            unnoticed, as the measured time would be misleading. A folded BatchNorm1d raises it when
-            called, for an input of another rank than [B, C] (or [B, N, C] in timm's LinearNorm).
+        ValueError: if a BatchNorm cannot be folded; the message names it. A BatchNorm is never
+            left in silently, because the measured time would then be misleading. A folded
+            BatchNorm1d raises it when called, for an input of another rank than [B, C] (or
+            [B, N, C] in timm's LinearNorm).
     """
     for module in model.modules():  # timm's caches can hold tensors that cannot be copied
         getattr(module, "attention_bias_cache", {}).clear()

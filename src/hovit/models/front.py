@@ -63,7 +63,7 @@ def make_renormalize(front: ModelName, in_chans: int = 3) -> nn.Module:
         in_chans: channels of the images.
 
     Raises:
-        ValueError: if the statistics differ from ImageNet's and the images have not 3 channels.
+        ValueError: if the statistics differ from ImageNet's and the images do not have 3 channels.
     """
     cfg = timm.get_pretrained_cfg(front)
     if cfg is None or (cfg.mean, cfg.std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):

@@ -9,7 +9,7 @@ ResNet50 without its classifier -> one pooled vector of 2,048 -> Linear to a 3 x
 ConvTranspose2d (4 x 4, stride 4) -> 3 x 224 x 224 -> the whole backbone, including its stem. The
 generated image is a linear function of the pooled vector, so the backbone gets no more information
 than these 2,048 numbers. All parts are trained. The Launcher adds 42,785,171 parameters at 224
-pixels. Another network than ResNet50 in front is our addition (`front`).
+pixels. Any front other than ResNet50 is our addition (`front`).
 """
 
 import math

@@ -81,6 +81,7 @@ class LevitDeck(nn.Module):
                 f"attention={attention!r} convolves over all tokens: not with checkerboard='drop'"
             )
         self.num_features = self.head_hidden_size = embed_dim[-1]
+        self.global_pool: str = global_pool
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.distilled_training = False
@@ -103,7 +104,7 @@ class LevitDeck(nn.Module):
             self.feature_info.append(
                 {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
             )
-        self.reset_classifier(num_classes, global_pool)
+        self.reset_classifier(num_classes)
         self.to(device=device, dtype=dtype)
 
     def no_weight_decay(self) -> set[str]:
@@ -130,13 +131,12 @@ class LevitDeck(nn.Module):
         """Replace the heads (BN, dropout, Linear); with `num_classes=0` remove them.
 
         Raises:
-            ValueError: for a pooling other than `'avg'` or `''`.
+            ValueError: for a pooling other than `'avg'` or `''`, or classes without pooling.
         """
-        if global_pool is not None:
-            if global_pool not in ("avg", ""):
-                raise ValueError(f"global_pool={global_pool!r}: 'avg' or '' (none) is supported")
-            self.global_pool = global_pool
-        self.num_classes = num_classes
+        pool = self.global_pool if global_pool is None else global_pool
+        if pool not in ("avg", "") or (num_classes and not pool):
+            raise ValueError(f"global_pool={pool!r}: 'avg', or '' (none) with num_classes=0")
+        self.global_pool, self.num_classes = pool, num_classes
         self.head, self.head_dist = (self._head(num_classes) for _ in range(2))
 
     def _head(self, num_classes: int) -> nn.Module:

@@ -62,6 +62,9 @@ class SplitQKV(nn.Module):
         dim: channels of the input, and of each of Q, K and V.
         heads: number of splits.
         bias: whether it has a bias.
+
+    Weights start with timm's standard deviation of 0.02. As each output reads C/heads channels
+    instead of C, q and k are smaller at the start, and attention is flatter.
     """
 
     def __init__(self, dim: int, heads: int, bias: bool) -> None:

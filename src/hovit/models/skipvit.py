@@ -68,9 +68,10 @@ class SkipViT(VisionTransformer):
             raise ValueError(f"schedule={schedule!r} needs timm's plain Block and Attention")
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Drop from epoch `warmup * epochs` on, rounded to the nearest, a half up (our choice).
+        """Drop from epoch `warmup * epochs` on, rounded to the nearest epoch.
 
-        The result depends only on the arguments, so a resumed run behaves the same.
+        Halves are rounded up, which is our choice. The result depends only on the arguments, so a
+        resumed run behaves the same.
 
         Args:
             epoch: the epoch that begins, counted from 0.

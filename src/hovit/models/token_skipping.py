@@ -3,9 +3,11 @@
 Paper: `SkipViT: Speeding Up Vision Transformers with a Token-Level Skip Connection`
     - https://arxiv.org/abs/2401.15293
 Source: the SkipViT poster, "Identifying Important Patches" and "Skip Connection For Tokens". Where
-it is silent (mean of the softmax row over heads, order of the kept tokens, weights of the fused
-token) we follow EViT, on which it builds
+it is silent (mean of the softmax row over heads, order of the kept tokens) we follow EViT, on which
+it builds
     - https://arxiv.org/abs/2202.07800
+So we do for the weights of the fused token, which the poster calls a weighted average: in EViT they
+are not normalised (`fuse`).
 Upstream: none is published.
 
 A sequence is [B, N, C]: `prefix` tokens that are never ranked (class token, registers), then the

@@ -65,6 +65,8 @@ def _measure(task: MeasureTask, device: torch.device, root: Path, deadline: floa
     git_state()  # the record states the commit at the start
     study, spec = task.study, task.spec
     device = torch.device("cpu") if study.workload == "onnx" else device
+    if device.type == "cuda":  # the peak of an earlier study is not that of this one
+        torch.cuda.reset_peak_memory_stats(device)
     _set_up(task)
     rows = count_study(task, root)
     where = describe_device(device)

@@ -126,10 +126,14 @@ def _nvidia_driver() -> str:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory so far, in MB: of the GPU, or of this process on a CPU."""
+    """Peak memory so far, in MB: of the GPU, or on a CPU of this process or a child that ended.
+
+    Of all of these processes, the largest counts.
+    """
     import torch
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    peak = max(resource.getrusage(who).ru_maxrss for who in whose)
     return peak / 1e3 if platform.system() != "Darwin" else peak / 1e6
