@@ -20,7 +20,8 @@ onstart:
         worker.start()
 
 
-# The image that envs/Containerfile builds; used only with `--sdm apptainer`.
+# `snakemake --lint` asks for an environment: the image that envs/Containerfile builds. Without
+# `--sdm apptainer`, which has not been tested, jobs run in the environment of Snakemake.
 container: "hovit.sif"
 
 

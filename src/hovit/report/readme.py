@@ -64,8 +64,8 @@ FINDINGS = (
     "**The slowdown of Jaccard and Euclidean attention depends on implementation and device.** "
     "At batch 32 on a GPU, LeViT with Jaccard attention takes {levit-jaccard-slower-b32} as long "
     "as LeViT (printed: {levit-jaccard-slower-b32:printed}) with matrix products, and "
-    "{levit-minmax-slower} when computed from its definition (the sum of minima divided by the sum "
-    "of maxima). Euclidean attention takes {levit-euclidean-slower-b32} (printed: "
+    "{levit-minmax-slower} as a sum of minima divided by a sum of maxima (added here). "
+    "Euclidean attention takes {levit-euclidean-slower-b32} (printed: "
     "{levit-euclidean-slower-b32:printed}; {levit-euclidean-slower-b32:n}). On a CPU, in blocks "
     "that fit the cache, they take {levit-jaccard-slower-cpu} and {levit-euclidean-slower-cpu} "
     "({levit-jaccard-slower-cpu:n}).",
