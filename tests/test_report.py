@@ -383,14 +383,18 @@ def test_stand_in_images_are_not_comparable(plan: Plan, root: Path) -> None:
     own = results.value(study, study.row("resnet50"), "top1")
     assert own is not None
     number = f"{own.mean:.2f} ± {significant(own.noise)} % (2 random seeds)"
-    where = "measured on Tiny-ImageNet-37, which stands in for Oxford-IIIT Pet"
-    assert absolute.why == f"{where}: {number}"
+    assert absolute.with_noise_and_n == number
+    assert absolute.why == "measured on Tiny-ImageNet-37, which stands in for Oxford-IIIT Pet"
+    assert absolute.source.startswith("this run (scale mini, Tiny-ImageNet-37, ")
+    assert len(absolute.records) == 2
     row = plan.study("mhsa_share").row("swin")
     top1 = results.value(plan.study("mhsa_share"), row, "top1")
     assert top1 is not None
     assert analysis.verdict == "not comparable"
-    assert f"stands in for ImageNet (Swin-T: {top1.mean:.1f} % top-1): " in analysis.why
-    assert re.search(r": [\d.]+ against [\d.]+ %$", analysis.why)
+    assert f"stands in for ImageNet (Swin-T: {top1.mean:.1f} % top-1)" in analysis.why
+    assert re.fullmatch(r"[\d.]+ against [\d.]+ %", analysis.shown)
+    change = found["skipvit-change-d6-50-r11"]
+    assert change.why.endswith("skipvit_tiny_patch16_224 stands in for skipvit_small_patch16_224")
     assert found["memory-bound-share"].verdict != "not comparable"  # a share of time
 
 

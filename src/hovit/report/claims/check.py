@@ -17,7 +17,17 @@ from ...utils.files import read_json, write_json
 from ..order import NAMES
 from ..results import Results, Value
 from ..sources import Sources, load_sources, miscounted_last
-from .compare import NO_RECORD, Missing, Outcome, claim_values, compare, is_exact, units, with_noise
+from .compare import (
+    NO_RECORD,
+    Missing,
+    Outcome,
+    claim_values,
+    compare,
+    is_exact,
+    units,
+    with_noise,
+    with_noise_and_n,
+)
 
 VERDICTS = (
     "reproduced", "direction only", "provisional", "within noise", "contradicted",
@@ -43,6 +53,8 @@ class Verdict(Outcome):
         source: origin of the numbers: counted now, this run, or committed results.
         records: paths of the records that the verdict is based on.
         others: (what it gives, its verdict) of each other source that has all numbers.
+        with_noise: the measured number ± its noise; of a comparison, the two numbers.
+        with_noise_and_n: the same, with the number of rounds or random seeds.
     """
 
     id: str
@@ -56,11 +68,8 @@ class Verdict(Outcome):
     source: str
     records: tuple[str, ...]
     others: tuple[tuple[str, str], ...]
-
-    @property
-    def with_noise(self) -> str:
-        """The measured number ± its noise; of a comparison, the two numbers."""
-        return with_noise(self, self.unit) if self.reported else self.shown
+    with_noise: str
+    with_noise_and_n: str
 
     @property
     def is_disputed(self) -> bool:
@@ -83,13 +92,29 @@ def check_claim(sources: Sources, claim: Claim, paper: str) -> Verdict:
             others = () if is_exact(claim) else _others(turn[i + 1 :], claim)
             return _decided(results, claim, paper, values, others)
         missing.append(values)
-    special = [each for each in missing if not each.is_general]
-    names = [each.verdict for each in special]
-    verdict = "not comparable" if "not comparable" in names else "not measured"
-    reasons = dict.fromkeys(each.why for each in special if each.verdict == verdict)
+    for results, each in zip(turn, missing, strict=True):
+        if each.verdict == "not comparable":
+            return _not_comparable(results, claim, paper, each.why)
+    reasons = dict.fromkeys(each.why for each in missing if not each.is_general)
     here = "" if missing[0].why == NO_RECORD else f"; this run: {missing[0].why}"
     why = "; ".join(reasons) or f"no committed results{here}"
-    return _verdict(claim, paper, Outcome(verdict, why))
+    return _verdict(claim, paper, Outcome("not measured", why))
+
+
+def _not_comparable(results: Results, claim: Claim, paper: str, why: str) -> Verdict:
+    """The verdict from a source whose images stand in for those of the paper, with its numbers."""
+    values = claim_values(results, claim, stand_ins=True)
+    if isinstance(values, Missing):
+        return _verdict(claim, paper, Outcome("not comparable", why))
+    outcome = compare(results, claim, values)
+    why = ". ".join([why, *_stand_ins(results, claim)])
+    here = replace(outcome, verdict="not comparable", why=why, measured=None, detail="")
+    return _verdict(claim, paper, here, _source(results, claim, values), _paths(values))
+
+
+def _paths(values: Sequence[Value]) -> tuple[str, ...]:
+    """The records that hold these numbers."""
+    return tuple(sorted({str(path) for value in values for path in value.paths}))
 
 
 def _in_turn(sources: Sources, claim: Claim) -> Sequence[Results]:
@@ -110,7 +135,8 @@ def _others(sources: Sequence[Results], claim: Claim) -> tuple[tuple[str, str], 
         if not isinstance(values, Missing):
             outcome = compare(results, claim, values)
             source = _source(results, claim, values)
-            found.append((f"{source[0].upper()}{source[1:]} give {outcome.shown}", outcome.label))
+            shown = with_noise_and_n(claim, outcome)
+            found.append((f"{source[0].upper()}{source[1:]} give {shown}", outcome.label))
     return tuple(found)
 
 
@@ -130,7 +156,7 @@ def _decided(
         paper,
         replace(outcome, why=". ".join(filter(None, notes))),
         source=_source(results, claim, values),
-        records=tuple(sorted({str(path) for value in values for path in value.paths})),
+        records=_paths(values),
         others=others,
     )
 
@@ -156,6 +182,8 @@ def _verdict(
         source=source,
         records=records,
         others=others,
+        with_noise=with_noise(claim, outcome),
+        with_noise_and_n=with_noise_and_n(claim, outcome),
     )
 
 

@@ -1,7 +1,7 @@
 """Compare the numbers of a claim, from one source of records, with the paper."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from ...config.kinds import ANALYSIS_KINDS
@@ -130,15 +130,13 @@ def claim_values(results: Results, claim: Claim, stand_ins: bool = False) -> lis
     """The numbers that a claim compares, or the reason why one of them is missing.
 
     Without `stand_ins`, numbers on images that stand in for those of the paper are missing, too, if
-    the claim requires those of the paper; the reason then ends with these numbers.
+    the claim requires those of the paper.
     """
     values, absolute = [], claim.kind in ("value", "difference")
     for ref in filter(None, (claim.of, claim.to)):
         value = referenced(results, ref, absolute, stand_ins)
         if isinstance(value, Missing):
-            return (
-                value if value.verdict == "not measured" else _with_numbers(results, claim, value)
-            )
+            return value
         values.append(value)
     if claim.device and (other := _other_device(results, claim)):
         return Missing(other)
@@ -147,22 +145,22 @@ def claim_values(results: Results, claim: Claim, stand_ins: bool = False) -> lis
     return values
 
 
-def _with_numbers(results: Results, claim: Claim, missing: Missing) -> Missing:
-    """The reason, and the numbers that cannot be compared with the paper."""
-    values = claim_values(results, claim, stand_ins=True)
-    if isinstance(values, Missing):
-        return missing
-    outcome = compare(results, claim, values)
-    shown = with_noise(outcome, units(claim)[1]) if claim.reported else outcome.shown
-    counts = f" ({outcome.n})" if outcome.n else ""
-    return replace(missing, why=f"{missing.why}: {shown}{counts}")
-
-
-def with_noise(outcome: Outcome, unit: str) -> str:
-    """The number that is compared with a reported one, ± its noise, in `unit`."""
-    if not outcome.noise:
+def with_noise(claim: Claim, outcome: Outcome) -> str:
+    """The number that is compared with a reported one, ± its noise; or both of a comparison."""
+    if not (claim.reported and outcome.noise):
         return outcome.shown
-    return f"{outcome.shown.removesuffix(unit)}± {significant(outcome.noise)} {unit}"
+    unit = units(claim)[1]
+    number = outcome.shown.removesuffix(unit).strip()
+    return f"{number} ± {significant(outcome.noise)} {unit}".strip()
+
+
+def with_noise_and_n(claim: Claim, outcome: Outcome) -> str:
+    """As `with_noise`, with the number of rounds or random seeds.
+
+    Of a comparison, the reason of the verdict states them.
+    """
+    counts = f" ({outcome.n})" if claim.reported and outcome.n else ""
+    return with_noise(claim, outcome) + counts
 
 
 def _other_device(results: Results, claim: Claim) -> str:

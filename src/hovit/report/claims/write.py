@@ -23,8 +23,7 @@ ABOUT = """\
 - **contradicted**: in the opposite direction; or an effect where the paper reports none; or another
   number where the claim is the number itself, or a count.
 - **not comparable**: a reported accuracy, or an analysis of a trained model, on images that stand
-  in for those of the paper; the reason ends with the number here. Comparisons of two models on
-  such images are judged.
+  in for those of the paper. Comparisons of two models on such images are judged.
 - **not measured**: there is no record; the reason is stated.
 
 Noise is half of a 95 % interval over random seeds and test images (accuracy and loss), or half the
@@ -103,7 +102,7 @@ def verdict_lines(verdict: Verdict) -> list[str]:
         numbers.append(f"reported {format_printed(verdict.reported)} {verdict.unit}".strip())
     if verdict.shown:
         how = "computed" if verdict.group == "errata" else "measured"
-        numbers.append(f"{how} {verdict.shown}")
+        numbers.append(f"{how} {verdict.with_noise_and_n}")
     place = f"place: {verdict.place.rstrip('.')}"
     facts = [", ".join(numbers), verdict.source, verdict.why, place]
     text = ". ".join(fact[:1].upper() + fact[1:] for fact in facts if fact)

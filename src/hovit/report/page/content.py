@@ -132,7 +132,7 @@ class _Collector:
         place = source_text(verdict.paper, verdict.place)
         parts = {"kind": claim.kind, "of": claim.of, "to": claim.to, "tolerance": claim.tolerance}
         reported = verdict.reported and format_printed(verdict.reported)
-        shown = {"reported": reported, "measured": verdict.shown, "label": verdict.label,
+        shown = {"reported": reported, "measured": verdict.with_noise_and_n, "label": verdict.label,
                  "records": list(verdict.records), "file": file.id, "place": place}  # fmt: skip
         return asdict(verdict) | parts | shown
 

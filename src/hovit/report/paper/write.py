@@ -258,8 +258,7 @@ def _figures(sources: Sources, root: Path) -> dict[str, Any]:
 def _claim(verdict: Verdict) -> dict[str, Any]:
     reported = verdict.reported and format_printed(verdict.reported)
     shown = {
-        "measured": verdict.shown,
-        "with_noise": verdict.with_noise,
+        "measured": verdict.with_noise_and_n,
         "reported": reported,
         "label": verdict.label,
         "name": NAMES[verdict.paper],

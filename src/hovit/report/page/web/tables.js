@@ -84,7 +84,7 @@ function setUpStates(changed) {
 function sortKey(cell, numeric) {
   const text = cell.textContent.trim();
   if (!numeric) return text.toLowerCase();
-  const found = text.replaceAll(",", "").match(/-?\d+(\.\d+)?(e[-+]?\d+)?/);
+  const found = text.replaceAll(",", "").replaceAll("\u2212", "-").match(/-?\d+(\.\d+)?(e[-+]?\d+)?/);
   return found ? Number(found[0]) : null;
 }
 
