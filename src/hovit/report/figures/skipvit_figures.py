@@ -9,7 +9,16 @@ import numpy as np
 from ...config.schema import Row, Study
 from ..results import Results, Value
 from ..tables.columns import baseline_ratio
-from .common import curve, photograph, photographs, say_unmeasured, source_name, state
+from .attention_figures import ratio_error
+from .common import (
+    RATIO_BARS,
+    curve,
+    photograph,
+    photographs,
+    say_unmeasured,
+    source_name,
+    state,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,16 +58,22 @@ def skipvit_speed(results: Results) -> "Canvas":
         {"color": "#BBBBBB"},
         {"color": style.OURS},
     )
+    errors = [ratio_error(results, study, row, "throughput") for row in rows]
     for i, (label, look) in enumerate(zip(bars[0], looks, strict=True)):
+        if not any(bar[label] for bar in bars):
+            continue
         at = np.arange(len(rows)) + (i - 1) * 0.27
-        ax.barh(at, [(bar[label] or 1.0) - 1 for bar in bars], 0.25, left=1, label=label, **look)
+        ratios = [(bar[label] or np.nan) - 1 for bar in bars]
+        noise = errors if i == len(looks) - 1 else None
+        ax.barh(at, ratios, 0.25, left=1, label=label, xerr=noise,
+                error_kw={"elinewidth": 0.8}, **look)  # fmt: skip
     ax.axvline(1, color="black", linewidth=0.8)
     ax.set_yticks(range(len(rows)), [row.label for row in rows])
     ax.invert_yaxis()
     ax.set_xlabel("Training images/s, relative to the baseline")
     ax.grid(axis="y", visible=False)
     canvas.legend(loc="outside upper center", ncols=3)
-    state(canvas, results, [study])
+    state(canvas, results, [study], [RATIO_BARS])
     return canvas
 
 
