@@ -80,7 +80,9 @@ def make_kit(
         raise HovitError(f"{target}: exists and is not a kit; name another folder, or remove it")
     packs = _packs(plan, studies)
     for pack in packs:
-        _archives(pack.dataset, data_root)
+        for path in _archives(pack.dataset, data_root).values():
+            if path.is_file():
+                open_zip(path).close()
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     settings = {
