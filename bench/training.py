@@ -13,7 +13,7 @@ STEPS steps within one process:
 A ratio compares two adjacent rounds, so that a slow phase of the machine affects both. CPU seconds
 per 1,000 images include this process; those of `plain` also include all work of the loader's
 workers, which can prepare two batches each during the other rounds. On a busy machine, only the
-ratios and the CPU seconds are reliable. The early batches favour `plain` in images/s.
+ratios and the CPU seconds are reliable. Batches prepared in advance favour `plain` in images/s.
 
 Finding (HoViT at 64 px, batch 32, fp32, AMD EPYC, 1 thread, a busy machine): `eager` is 1.21 times
 as fast as `plain` (quartiles 1.15 to 1.24, n = 5 rounds of 6 steps) and takes 0.86 of its CPU

@@ -34,8 +34,8 @@ WeightsOption = Annotated[
     Path | None,
     typer.Option(
         envvar="HOVIT_WEIGHTS",
-        help="Pretrained ResNet50 as .safetensors, or a folder of MODEL.safetensors; replaces the "
-        "weights that the scale names.",
+        help="Pretrained ResNet50 as .safetensors, or a folder of MODEL.safetensors or "
+        "MODEL.TAG.safetensors; replaces the weights that the scale names.",
     ),
 ]
 DataRoot = Annotated[

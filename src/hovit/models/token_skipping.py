@@ -6,8 +6,8 @@ Source: the SkipViT poster, "Identifying Important Patches" and "Skip Connection
 it is silent (mean of the softmax row over heads, order of the kept tokens) we follow EViT, on which
 it builds
     - https://arxiv.org/abs/2202.07800
-So we do for the weights of the fused token, which the poster calls a weighted average: in EViT they
-are not normalised (`fuse`).
+We do the same for the weights of the fused token. The poster calls it a weighted average, but in
+EViT the weights are not normalised (`fuse`).
 Upstream: none is published.
 
 A sequence is [B, N, C]: `prefix` tokens that are never ranked (class token, registers), then the

@@ -78,8 +78,8 @@ FINDINGS = (
     "{efficientvit-m5-mobilenetv3-large-cpu:printed}; {efficientvit-m5-mobilenetv3-large-cpu:n}) "
     "and {efficientvit-m5-mobilenetv3-large-gpu} on a GPU (printed: "
     "{efficientvit-m5-mobilenetv3-large-gpu:printed}; {efficientvit-m5-mobilenetv3-large-gpu:n}). "
-    "The CPU keeps freed memory; with the default allocator of glibc, the ratio is "
-    "{efficientvit-m5-mobilenetv3-large-allocator}. To EfficientNet-B0, it is "
+    "On the CPU, the process keeps freed memory; with the default allocator of glibc, the ratio is "
+    "{efficientvit-m5-mobilenetv3-large-allocator}. Relative to EfficientNet-B0, it is "
     "{efficientvit-m5-efficientnet-b0-cpu} with memory kept and "
     "{efficientvit-m5-efficientnet-b0-allocator} with that allocator (printed: "
     "{efficientvit-m5-efficientnet-b0-cpu:printed}).",
