@@ -15,9 +15,10 @@ per 1,000 images include this process; those of `plain` also include all work of
 workers, which can prepare two batches each during the other rounds. On a busy machine, only the
 ratios and the CPU seconds are reliable. Batches prepared in advance favour `plain` in images/s.
 
-Finding (HoViT at 64 px, batch 32, fp32, AMD EPYC, 1 thread, a busy machine): `eager` is 1.21 times
-as fast as `plain` (quartiles 1.15 to 1.24, n = 5 rounds of 6 steps) and takes 0.86 of its CPU
-seconds; the model's kernels take 90 % of a step and the optimizer 9 %. No GPU has been measured.
+Finding (HoViT at 64 px, batch 32, fp32, AMD EPYC with AVX2, 1 thread): `eager` is 1.05 times as
+fast as `plain` (quartiles 1.05 to 1.12, n = 5 rounds of 6 steps) and takes 0.93 of its CPU seconds
+(0.86 to 0.93). In an earlier profile, the model's kernels took 90 % of a step and the optimizer
+9 %. No GPU has been measured.
 
     python bench/training.py --device cpu --steps 8
     python bench/training.py --device cuda --scale proxy --steps 200 --compile
