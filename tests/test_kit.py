@@ -11,7 +11,7 @@ from conftest import ROOT
 from PIL import Image
 from test_sweep import REFUSE
 
-from hovit.config.plan import Plan
+from hovit.config.plan import Plan, load_plan
 from hovit.config.runs import Pack
 from hovit.data.pack import open_pack, prepare
 from hovit.pipeline.kit import _add_images, _is_for, locked, make_kit
@@ -118,6 +118,21 @@ def test_markers_of_the_lock(marker: str, fits: bool) -> None:
 def git(*args: str, cwd: Path) -> str:
     done = subprocess.run(["git", *args], cwd=cwd, check=True, capture_output=True, text=True)
     return done.stdout.strip()
+
+
+def test_an_earlier_kit_stays_if_an_archive_is_missing_or_damaged(
+    repository: Path, tmp_path: Path
+) -> None:
+    plan = load_plan("mini", ROOT / "config")
+    earlier = tmp_path / "kit"
+    earlier.mkdir()
+    (earlier / "kit.env").touch()
+    for says in ("no such file", "not a readable zip"):
+        with pytest.raises(HovitError, match=says):
+            make_kit(earlier, plan, [plan.study("depth")], data_root=tmp_path, root=repository)
+        assert (earlier / "kit.env").exists()
+        for part in (0, 1):
+            (tmp_path / f"tiny-imagenet-train-{part}.zip").write_bytes(b"PK damaged")
 
 
 @pytest.fixture

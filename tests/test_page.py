@@ -272,6 +272,18 @@ def test_the_page_of_the_committed_evidence_opens(browser: Browser, tmp_path: Pa
     browser.click("#plot details summary")
     rows = browser.js("[...document.querySelectorAll('#points tbody tr')].map(r => r.innerText)")
     assert len(rows) == len(points)
+    # Differences have a minus sign, which is no hyphen.
+    head = "[...document.querySelectorAll('#t-launcher_imagenet thead th')]"
+    column = browser.js(f"{head}.findIndex(th => th.textContent.includes('baseline, points'))")
+    browser.js(f"{head}[{column}].querySelector('button').click()")
+    cells = browser.js(
+        "[...document.querySelectorAll('#t-launcher_imagenet tbody tr')]"
+        f".map(r => r.cells[{column}].textContent.trim())"
+    )
+    found = filter(None, (re.match(r"[\u2212\d.]+", cell) for cell in cells))
+    differences = [float(each.group().replace("\u2212", "-")) for each in found]
+    assert differences == sorted(differences)
+    assert differences[0] < 0 < len(differences) - 1
 
 
 COLUMN = "[...document.querySelectorAll('#t-hovit tbody tr')].map(r => r.cells[{}].textContent)"
@@ -357,7 +369,7 @@ def test_stand_in_accuracies_never_share_a_plot_with_reported_ones(tab: Browser)
 def test_the_plot_follows_its_axes_and_its_points_open(tab: Browser) -> None:
     choose_images(
         tab,
-        "digits (scikit-learn) (stands in for Oxford-IIIT Pet, CIFAR-10, CIFAR-100 and ImageNet)",
+        "digits (scikit-learn; stands in for Oxford-IIIT Pet, CIFAR-10, CIFAR-100 and ImageNet)",
     )
     choices = tab.js("[...document.querySelectorAll('#axes [name=x] option')].map(o => o.value)")
     assert {"parameters||", "latency_32:ratio||", "latency_8|run|Test CPU, 2 threads"} <= {*choices}

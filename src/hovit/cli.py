@@ -44,13 +44,13 @@ DataRoot = Annotated[
 ]
 
 
-def _known(accelerator: str) -> str:
+def _check_accelerator(accelerator: str) -> str:
     if accelerator not in ("auto", "cpu", "cuda"):
         raise typer.BadParameter(f"{accelerator!r} is not one of auto, cpu and cuda")
     return accelerator
 
 
-Accelerator = Annotated[str, typer.Option(help="auto, cpu or cuda.", callback=_known)]
+Accelerator = Annotated[str, typer.Option(help="auto, cpu or cuda.", callback=_check_accelerator)]
 Compile = Annotated[bool, typer.Option(help="Compile the model with torch.compile.")]
 
 

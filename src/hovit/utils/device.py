@@ -126,9 +126,8 @@ def _nvidia_driver() -> str:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory so far, in MB: of the GPU, or on a CPU of this process or a child that ended.
-
-    Of all of these processes, the largest counts.
+    """Peak memory so far, in MB: of the GPU; on a CPU, of the largest of this process and its
+    children that have ended.
     """
     import torch
 

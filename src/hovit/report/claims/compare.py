@@ -79,7 +79,7 @@ def referenced(
         ref: STUDY/ROW/METRIC, or ANALYSIS:STUDY/ROW/NAME.
         absolute: whether the number itself is compared with that of the paper. An absolute accuracy
             requires the images of the paper.
-        stand_ins: whether images that stand in for those of the paper are good enough.
+        stand_ins: whether numbers on images that stand in for those of the paper count, too.
     """
     analysis_id, study_id, row_id, metric = split_ref(ref)
     study, scale = results.plan.study(study_id), results.plan.scale

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...config.schema import Row, Study
-from ..claims.compare import ratio_noise
 from ..results import Results
 from ..tables.columns import baseline_ratio
 from .common import (
@@ -13,6 +12,7 @@ from .common import (
     curve,
     photograph,
     photographs,
+    ratio_error,
     say_unmeasured,
     source_name,
     state,
@@ -146,13 +146,6 @@ def _ratio_axis(ax: "Axes") -> None:
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_locator(NullLocator())
-
-
-def ratio_error(results: Results, study: Study, row: Row, metric: str) -> float:
-    """Half the interquartile range of the ratios to the baseline over rounds; 0 without rounds."""
-    own = results.value(study, row, metric)
-    base = results.value(study, study.row(row.baseline), metric) if row.baseline else None
-    return ratio_noise(own, base) if own and base and own.samples else 0.0
 
 
 def _short(label: str) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from ...config.runs import Pack
 from ...config.schema import Row, Study
 from ...utils.plural import plural
+from ..claims.compare import ratio_noise
 from ..results import Results
 
 if TYPE_CHECKING:
@@ -53,6 +54,13 @@ def seeds(results: Results, studies: list[Study]) -> list[str]:
     found = sorted({len(results.trained(study, row)) for study, row in rows} - {0})
     least = f"{found[0]} to " if found and found[0] < found[-1] else ""
     return [f"n = {least}{plural(found[-1], 'seed')}"] if found else []
+
+
+def ratio_error(results: Results, study: Study, row: Row, metric: str) -> float:
+    """Half the interquartile range of the ratios to the baseline over rounds; 0 without rounds."""
+    own = results.value(study, row, metric)
+    base = results.value(study, study.row(row.baseline), metric) if row.baseline else None
+    return ratio_noise(own, base) if own and base and own.samples else 0.0
 
 
 def source_name(results: Results, study: Study) -> str:

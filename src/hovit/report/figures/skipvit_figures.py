@@ -9,12 +9,12 @@ import numpy as np
 from ...config.schema import Row, Study
 from ..results import Results, Value
 from ..tables.columns import baseline_ratio
-from .attention_figures import ratio_error
 from .common import (
     RATIO_BARS,
     curve,
     photograph,
     photographs,
+    ratio_error,
     say_unmeasured,
     source_name,
     state,
